@@ -1,0 +1,1 @@
+"""The evaluator: generates with any Hugging Face model, scores anyone's completions."""

@@ -1,0 +1,38 @@
+"""Reading JSONL so that a bad line is named."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dynrank_ds.errors import DataError
+
+
+def read_rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and row of every non-blank line of `path` (.jsonl or .jsonl.gz).
+
+    Raises:
+        DataError: the file is missing or not UTF-8; a line is not a JSON object or lacks one of `keys`.
+    """
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    # Not splitlines(): it also splits at U+2028 and others, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}, line {number} is not valid JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}, not an object.")
+        missing = [key for key in keys if key not in row]
+        if missing:
+            raise DataError(f"{path}, line {number} lacks the key {missing[0]!r}; it needs {', '.join(keys)}.")
+        yield number, row
