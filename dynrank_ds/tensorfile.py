@@ -1,8 +1,8 @@
 """safetensors files written and read one tensor at a time.
 
 The safetensors library writes a file from a dictionary of all tensors and reads by mapping the whole file,
-whose pages then count as the process's memory. Here one tensor at a time is held, in both directions, so that a
-model far larger than the memory can be rewritten.
+whose pages then count as the process's memory. Here one tensor at a time is held, in both directions, so that
+a model far larger than the memory can be rewritten.
 """
 
 import hashlib
@@ -59,8 +59,8 @@ class TensorFileWriter:
     """Writes a safetensors file whose tensors are announced first and then given in any order.
 
     The file keeps the announced order, wider dtypes first: every tensor then starts at a multiple of its
-    element size, as in the files of the safetensors library. Closing flushes to the disk; leaving the context by
-    an exception removes the file.
+    element size, as in the files of the safetensors library. Closing flushes to the disk; leaving the context
+    by an exception removes the file.
 
     Args:
         path: the file to write; an existing one is replaced.

@@ -1,0 +1,78 @@
+"""The frozen base of an adapter: where it lies and which files it has."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from dynrank_ds.errors import ModelError
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# Configuration, tokenizer, chat template, licence: all that a model folder holds besides weights and code.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A Hugging Face model folder.
+
+    Attributes:
+        folder: where it lies.
+        shards: the names of its safetensors files.
+        companions: the names of the other files that belong to the model.
+        tied: whether its output head is its input embedding.
+    """
+
+    folder: Path
+    shards: list[str]
+    companions: list[str]
+    tied: bool
+
+
+def find_base(base: str) -> BaseModel:
+    """The model at the folder or hub id `base`; a hub id is fetched unless it is cached already.
+
+    Raises:
+        ModelError: if there is no such model, or one without safetensors weights or config.json.
+    """
+    folder = Path(base) if Path(base).is_dir() else _fetch(base)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} has no config.json: name the folder or hub id of a Hugging Face model")
+    shards = _shards(folder)
+    companions = {path.name for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    tied = bool(json.loads(config.read_text()).get("tie_word_embeddings"))
+    return BaseModel(folder, shards, sorted(companions), tied)
+
+
+def _fetch(base: str) -> Path:
+    if not _HUB_ID.fullmatch(base):
+        raise ModelError(
+            f"The base model {base} is no folder: name an existing folder or a hub id (owner/name)"
+        )
+    try:
+        return Path(snapshot_download(base, allow_patterns=["*.safetensors", *_COMPANIONS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"The base model {base} is no folder here and could not be fetched from the hub ({reason}): "
+            "name its folder with --base"
+        ) from error
+
+
+def _shards(folder: Path) -> list[str]:
+    if (folder / _WEIGHTS).is_file():
+        return [_WEIGHTS]
+    index = folder / _INDEX
+    if not index.is_file():
+        raise ModelError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}: only safetensors weights are read")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(f"{index} names the file {name}, which is not in {folder}")
+    return names

@@ -1,0 +1,121 @@
+"""The trained triples of a checkpoint, read block by block."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from dynrank_ds.errors import RunError
+from dynrank_ds.tensorfile import TensorFileReader, file_sha256
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One adapted linear: y = W x + scale * B^T diag(e) A x with `rank` triples."""
+
+    rank: int
+    scale: float
+    in_features: int
+    out_features: int
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The finished checkpoint of the run with the largest step.
+
+    Raises:
+        RunError: if there is none.
+    """
+    folder = run / "checkpoints"
+    steps = {}
+    for path in folder.glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdigit() and path.is_dir():  # "step-7.tmp" is unfinished
+            steps[int(number)] = path
+    if not steps:
+        raise RunError(f"{folder} holds no finished checkpoint (step-N): name the folder of a training run")
+    return steps[max(steps)]
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The content of the checkpoint's state.json.
+
+    Raises:
+        RunError: if it is missing or of another format.
+    """
+    path = checkpoint / "state.json"
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: {checkpoint} is not a finished checkpoint")
+    state = json.loads(path.read_text())
+    if state.get("format") != _FORMAT:
+        raise RunError(f"{path} has format {state.get('format')!r}; this version reads format {_FORMAT}")
+    return state
+
+
+class TrainedAdapter:
+    """The fp32 triples of a checkpoint.
+
+    Attributes:
+        blocks: the shape of every adapted linear by its module name, those of rank 0 too.
+        base_model: folder or hub id of the frozen base.
+
+    Raises:
+        RunError: if the checkpoint is missing or damaged.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint)
+        self.base_model: str = state["base_model"]
+        self.step: int = state["step"]
+        self.method: str = state["method"]
+        self.blocks = {name: BlockShape(**_shape_fields(value)) for name, value in state["blocks"].items()}
+        path = checkpoint / "state.safetensors"
+        if not path.is_file():
+            raise RunError(f"{path} does not exist: {checkpoint} is not a finished checkpoint")
+        if file_sha256(path) != state["sha256"]:
+            raise RunError(f"{path} differs from its sha256 in state.json: the checkpoint is damaged")
+        self._path = path
+        self._file = TensorFileReader(path)
+
+    def triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in) and diag(e) B (r, out) of the block `name`, whose rank must be above 0, in fp32.
+
+        Raises:
+            RunError: for a tensor that is missing, misshapen or not finite.
+        """
+        block = self.blocks[name]
+        a = self._tensor(f"master/{name}.lora_A", (block.rank, block.in_features))
+        b = self._tensor(f"master/{name}.lora_B", (block.rank, block.out_features))
+        if f"master/{name}.lora_E" in self._file.entries:
+            b *= self._tensor(f"master/{name}.lora_E", (block.rank,))[:, None]
+        return a, b
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        entry = self._file.entries.get(name)
+        if entry is None:
+            raise RunError(f"{self._path} lacks the tensor {name}, which state.json says it has")
+        if entry.shape != shape or entry.dtype != torch.float32:
+            raise RunError(
+                f"{self._path}: {name} is {entry.dtype} {entry.shape}; state.json says torch.float32 {shape}"
+            )
+        tensor = self._file.read(name)
+        if not torch.isfinite(tensor).all():
+            raise RunError(
+                f"{self._path}: {name} has values that are not finite: export an earlier checkpoint"
+            )
+        return tensor
+
+    def __enter__(self) -> "TrainedAdapter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _shape_fields(value: dict) -> dict:
+    return {field: value[field] for field in BlockShape.__dataclass_fields__}

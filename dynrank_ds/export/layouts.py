@@ -1,0 +1,146 @@
+"""PEFT adapter folders from trained triples, in two layouts."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dynrank_ds.errors import RunError
+from dynrank_ds.export.checkpoint import TrainedAdapter, newest_checkpoint
+from dynrank_ds.export.folder import staged_folder
+from dynrank_ds.tensorfile import TensorEntry, TensorFileWriter
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+Layout = Callable[[TrainedAdapter, Path], None]
+
+
+def export_adapter(run: Path, output: Path, layout: Literal["peft", "padded"] = "peft") -> None:
+    """Write the adapter of a run's newest checkpoint as the PEFT folder `output`.
+
+    Args:
+        run: the run directory.
+        output: a folder that is new, empty, or an earlier export.
+        layout: the name of `write_peft` or `write_padded`.
+
+    Raises:
+        RunError: for a run without a checkpoint, a damaged or untrained one, or an output folder of something
+            else.
+    """
+    export_checkpoint(newest_checkpoint(run), output, _LAYOUTS[layout])
+
+
+def export_checkpoint(checkpoint: Path, output: Path, write: Layout | None = None) -> None:
+    """Write the adapter of the checkpoint folder `checkpoint`, by `write` (default: `write_peft`).
+
+    Raises:
+        RunError: as `export_adapter`.
+    """
+    write = write or write_peft
+    with TrainedAdapter(checkpoint) as adapter:
+        record = {"from": str(checkpoint.resolve()), "method": adapter.method, "step": adapter.step}
+        with staged_folder(output, record) as folder:
+            write(adapter, folder)
+
+
+def write_peft(adapter: TrainedAdapter, folder: Path) -> None:
+    """PEFT files in which every module keeps its own rank and modules of rank 0 are left out.
+
+    e is folded into B; the scale is PEFT's alpha / r. Patterns list every module by its full name: PEFT and
+    vLLM take the first key that matches a module's name or a dotted suffix of it, so longer names come first.
+    """
+    ranks = {name: block.rank for name, block in adapter.blocks.items() if block.rank > 0}
+    if not ranks:
+        raise RunError(f"Every module of step {adapter.step} has rank 0: the adapter changes nothing")
+    names = sorted(ranks, key=lambda name: (-len(name), name))
+    alphas = {name: _plain(adapter.blocks[name].scale * ranks[name]) for name in names}
+    largest = max(names, key=lambda name: ranks[name])
+    uniform = len({(ranks[name], alphas[name]) for name in names}) == 1
+    config = _config(adapter, list(ranks), ranks[largest], alphas[largest])
+    if not uniform:
+        config |= {"rank_pattern": {name: ranks[name] for name in names}, "alpha_pattern": alphas}
+    _write(folder, config, adapter, ranks, ((name, *adapter.triples(name)) for name in ranks))
+
+
+def write_padded(adapter: TrainedAdapter, folder: Path) -> None:
+    """PEFT files with one rank for all modules: the largest, filled up with zero rows.
+
+    Modules of rank 0 are zeros. The scale is folded into B, so that alpha = r: right also on engines that
+    ignore `rank_pattern`.
+    """
+    rank = max(block.rank for block in adapter.blocks.values())
+    if rank == 0:
+        raise RunError(f"Every module of step {adapter.step} has rank 0: the adapter changes nothing")
+    config = _config(adapter, list(adapter.blocks), rank, rank)
+    _write(folder, config, adapter, dict.fromkeys(adapter.blocks, rank), _padded_triples(adapter, rank))
+
+
+_LAYOUTS: dict[str, Layout] = {"peft": write_peft, "padded": write_padded}
+
+
+def _padded_triples(adapter: TrainedAdapter, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    for name, block in adapter.blocks.items():
+        a, b = torch.zeros(rank, block.in_features), torch.zeros(rank, block.out_features)
+        if block.rank > 0:
+            a[: block.rank], b[: block.rank] = adapter.triples(name)
+            b *= block.scale
+        yield name, a, b
+
+
+def _config(adapter: TrainedAdapter, targets: list[str], rank: int, alpha: float) -> dict[str, object]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _plain(alpha: float) -> float:
+    """Whole numbers as integers, which is how PEFT types alpha."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _write(
+    folder: Path,
+    config: dict[str, object],
+    adapter: TrainedAdapter,
+    ranks: dict[str, int],
+    triples: Iterator[tuple[str, torch.Tensor, torch.Tensor]],
+) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    entries = []
+    for name, rank in ranks.items():
+        block = adapter.blocks[name]
+        entries.append(TensorEntry(factor_key(name, "A"), torch.float32, (rank, block.in_features)))
+        entries.append(TensorEntry(factor_key(name, "B"), torch.float32, (block.out_features, rank)))
+    changes = False
+    with TensorFileWriter(folder / WEIGHTS, entries) as file:
+        for name, a, b in triples:
+            file.write(factor_key(name, "A"), a)
+            file.write(factor_key(name, "B"), b.T)
+            changes = changes or bool(a.any() and b.any())
+    if not changes:
+        raise RunError(
+            f"Every lora_B of step {adapter.step} is zero: the adapter changes nothing; train for more steps"
+        )
+
+
+def factor_key(block: str, side: str) -> str:
+    """PEFT's name of the factor `side` ("A" or "B") of the module `block`."""
+    return f"base_model.model.{block}.lora_{side}.weight"

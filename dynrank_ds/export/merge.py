@@ -1,0 +1,136 @@
+"""An adapter merged into its base model, tensor by tensor."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dynrank_ds.errors import ModelError, RunError
+from dynrank_ds.export.base_model import BaseModel, find_base
+from dynrank_ds.export.folder import staged_folder
+from dynrank_ds.export.peft_adapter import PeftAdapter, Update
+from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter
+
+_log = logging.getLogger(__name__)
+
+_MERGEABLE = (torch.float32, torch.bfloat16, torch.float16)
+_ROWS_AT_ONCE = 1 << 20  # elements whose fp32 copies exist at one time
+
+
+def merge_adapter(adapter: Path, base: str | None, output: Path) -> None:
+    """Write the Hugging Face model whose weights are W + (alpha / r) B A, under the base's file names.
+
+    The sum is computed in fp32 and stored in the base's dtype. At no time does memory hold more than the
+    largest tensor, one module's factors and a few MB.
+
+    Args:
+        adapter: the folder of a PEFT LoRA adapter.
+        base: folder or hub id of the base model; None takes the one that the adapter names.
+        output: a folder that is new, empty, or an earlier merge.
+
+    Raises:
+        RunError: for an adapter that is missing, not plain LoRA, not finite or without any effect, and an
+            output folder of something else.
+        ModelError: for a base that is missing, quantised, or has no such modules as the adapter's.
+    """
+    with PeftAdapter(adapter) as source:
+        name = base or source.base_model
+        if not name:
+            raise RunError(f"{adapter} does not name its base model: name it with --base")
+        model = find_base(name)
+        _check_targets(source, model)
+        record: dict[str, object] = {"adapter": str(adapter.resolve()), "base": name}
+        with staged_folder(output, record) as folder:
+            for companion in model.companions:
+                shutil.copyfile(model.folder / companion, folder / companion)
+            _merge_shards(source, model, folder)
+
+
+def _check_targets(adapter: PeftAdapter, model: BaseModel) -> None:
+    """Refuse, before anything is written, an adapter that does not fit the base."""
+    missing = dict(adapter.blocks)
+    for shard in model.shards:
+        with TensorFileReader(model.folder / shard) as reader:
+            for entry in reader.entries.values():
+                shape = missing.pop(_block(entry.name), None)
+                if shape is not None:
+                    _check_target(entry, shape, model)
+    if missing:
+        raise ModelError(
+            f"{model.folder} has no weight {next(iter(missing))}.weight, which the adapter changes "
+            f"({len(missing)} of {len(adapter.blocks)} modules are missing): is it the adapter's base model?"
+        )
+
+
+def _check_target(entry: TensorEntry, shape: tuple[int, int], model: BaseModel) -> None:
+    if entry.shape != shape:
+        raise ModelError(
+            f"{model.folder}: {entry.name} has shape {entry.shape}, the adapter's module {shape}: "
+            "is it the adapter's base model?"
+        )
+    if entry.dtype not in _MERGEABLE:
+        raise ModelError(
+            f"{model.folder}: {entry.name} is stored as {entry.dtype}: name a base in 16 or 32 bits"
+        )
+    if model.tied and entry.name == "lm_head.weight":
+        raise ModelError(
+            f"{model.folder} ties lm_head to the embedding (tie_word_embeddings): "
+            "a merged lm_head would be ignored on loading"
+        )
+
+
+def _merge_shards(adapter: PeftAdapter, model: BaseModel, folder: Path) -> None:
+    total = sum((model.folder / shard).stat().st_size for shard in model.shards)
+    changed = 0
+    with tqdm(total=total, desc="merge", unit="B", unit_scale=True) as bar:
+        for shard in model.shards:
+            with TensorFileReader(model.folder / shard) as reader:
+                changed += _merge_shard(adapter, reader, folder / shard, bar)
+    if changed == 0:
+        raise RunError(f"No weight of {model.folder} changes at its precision: the adapter changes nothing")
+    _log.info("merged: %d of the adapter's %d modules changed their weight", changed, len(adapter.blocks))
+
+
+def _merge_shard(adapter: PeftAdapter, reader: TensorFileReader, path: Path, bar: tqdm) -> int:
+    """Write the merged copy of one file; returns how many of its tensors differ from the base's."""
+    changed = 0
+    with TensorFileWriter(path, list(reader.entries.values()), reader.metadata) as writer:
+        for entry in reader.entries.values():
+            changed += _merge_tensor(adapter, entry.name, reader, writer)
+            bar.update(entry.nbytes)
+    return changed
+
+
+def _merge_tensor(
+    adapter: PeftAdapter, name: str, reader: TensorFileReader, writer: TensorFileWriter
+) -> bool:
+    """Copy one tensor with what the adapter adds to it; returning frees it before the next one is read."""
+    tensor = reader.read(name)
+    block = _block(name)
+    changed = block in adapter.blocks and _add(tensor, adapter.update(block))
+    writer.write(name, tensor)
+    return changed
+
+
+def _add(weight: torch.Tensor, update: Update) -> bool:
+    """Add the update to `weight` (out, in) in place, in fp32, some rows at a time; tells if it changed."""
+    changed = False
+    for rows in _row_slices(weight):
+        before = weight[rows].float()
+        after = torch.addmm(before, update.b[rows], update.a, alpha=update.scale).to(weight.dtype)
+        changed = changed or not torch.equal(after, weight[rows])
+        weight[rows] = after
+    return changed
+
+
+def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, _ROWS_AT_ONCE // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _block(name: str) -> str:
+    return name.removesuffix(".weight")
