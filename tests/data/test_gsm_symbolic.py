@@ -1,0 +1,87 @@
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("reasoning_gym")
+
+from dynrank_ds.data.gsm_symbolic import GsmSymbolicFiles, main, write_gsm_symbolic
+from dynrank_ds.errors import DataError
+
+PLAIN_EQUATION = re.compile(
+    r"(?<![.%/*+-] )(?<![\d.%/*+-])(\d+(?:\.\d+)? ?[-+*/] ?\d+(?:\.\d+)?) ?= ?(\d+(?:\.\d+)?)"
+)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> GsmSymbolicFiles:
+    return write_gsm_symbolic(tmp_path_factory.mktemp("gsm"), n_train=3200)
+
+
+def test_no_held_out_problem_was_trained_on(files: GsmSymbolicFiles) -> None:
+    train, held_out, unseen = read(files.train), read(files.held_out), read(files.unseen)
+    trained = {row["query"] for row in train}
+    asked = [problem["question"] for problem in held_out + unseen]
+    assert len(trained) == len(train) == 3200 and len(set(asked)) == len(asked) == 480
+    assert trained.isdisjoint(asked)
+    assert {row["template"] for row in train}.isdisjoint({problem["template"] for problem in unseen})
+
+    def numbers(template: int, text: str) -> tuple[int, list[str]]:
+        return template, re.findall(r"\d+(?:\.\d+)?", text)
+
+    drilled = [numbers(row["template"], row["query"]) for row in train]
+    assert not any(numbers(problem["template"], problem["question"]) in drilled for problem in held_out)
+
+
+def test_files_are_balanced_over_their_templates_from_the_first_row_on(files: GsmSymbolicFiles) -> None:
+    held_out = [problem["template"] for problem in read(files.held_out)]
+    assert set(Counter(held_out).values()) == {20} and len(set(held_out)) == 16
+    assert len(set(held_out[:16])) == 16
+    assert set(Counter(row["template"] for row in read(files.train)).values()) == {200}
+    assert set(Counter(problem["template"] for problem in read(files.unseen)).values()) == {20}
+
+
+def test_responses_have_metamaths_form_and_true_equations(files: GsmSymbolicFiles) -> None:
+    equations = 0
+    for row in read(files.train):
+        solution, answer = re.fullmatch(r"(.+)\nThe answer is: (\d+)", row["response"], re.DOTALL).groups()
+        assert not re.search(r"####|<<|>>", row["response"])
+        assert float(re.findall(r"\d+(?:\.\d+)?", solution.replace(",", ""))[-1]) == float(answer)
+        for left, right in PLAIN_EQUATION.findall(solution):
+            equations += 1
+            assert eval(left) == pytest.approx(float(right), abs=0.01), row
+    assert equations > 1000
+
+
+def test_the_same_arguments_give_the_same_bytes(files: GsmSymbolicFiles, tmp_path: Path) -> None:
+    again = write_gsm_symbolic(tmp_path / "again", n_train=3200)
+    fewer = write_gsm_symbolic(tmp_path / "fewer", n_train=160)
+    other = write_gsm_symbolic(tmp_path / "other", n_train=3200, seed=1)
+    assert again.train.read_bytes() == files.train.read_bytes()
+    assert fewer.held_out.read_bytes() == files.held_out.read_bytes()
+    assert other.train.read_bytes() != files.train.read_bytes()
+
+
+def test_more_problems_than_a_template_holds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"template 26 gives only \d+ different train problems, 3000 were"):
+        write_gsm_symbolic(tmp_path, n_train=3000, n_templates=1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path), "--train", "32", "--held-out", "16", "--unseen", "8"]) == 0
+    assert [len(read(Path(line))) for line in capsys.readouterr().out.splitlines()] == [32, 16, 8]
+
+
+def test_the_command_tells_a_mistake_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--output", str(tmp_path), "--templates", "80"]) == 2
+    assert "80 templates and 8 unseen ones were asked for" in capsys.readouterr().err
