@@ -50,7 +50,7 @@ def _exact(digits: str) -> Fraction:
 
 
 def _without_latex(text: str) -> str:
-    for minus in "−–":
+    for minus in ("\N{MINUS SIGN}", "\N{EN DASH}"):
         text = text.replace(minus, "-")
     text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
     text = re.sub(r"(?<=[0-9])\s*\\[dt]?frac", r" \\frac", text)

@@ -34,5 +34,7 @@ def read_rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str
             raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}, not an object.")
         missing = [key for key in keys if key not in row]
         if missing:
-            raise DataError(f"{path}, line {number} lacks the key {missing[0]!r}; it needs {', '.join(keys)}.")
+            raise DataError(
+                f"{path}, line {number} lacks the key {missing[0]!r}; it needs {', '.join(keys)}."
+            )
         yield number, row

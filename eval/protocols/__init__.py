@@ -45,7 +45,9 @@ class Protocol:
 def load_protocol(name: str) -> Protocol:
     """The protocol called `name`; RecipeError where there is none."""
     folder = resources.files(__name__)
-    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    known = sorted(
+        file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")
+    )
     if name not in known:
         raise RecipeError(f"--protocol {name}: there is no such protocol; known are {', '.join(known)}.")
     fields = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """The program that runs inside the sandbox's process: limits itself, drops privileges, runs, reports.
 
-Started by `runner.py` as a script with a JSON request on stdin; imports nothing of the package. It writes to the
-result pipe: "ready" once the limits hold (or "failed: reason"), then the nonce after the last unit returned, or
-"unparsable" if a unit is no valid Python.
+Started by `runner.py` as a script with a JSON request on stdin; imports nothing of the package. It writes to
+the result pipe: "ready" once the limits hold (or "failed: reason"), then the nonce after the last unit
+returned, or "unparsable" if a unit is no valid Python.
 """
 
 import json
@@ -36,7 +36,7 @@ def keep_imports_reachable() -> None:
     """Addresses the import folders through descriptors opened as root.
 
     An interpreter below /root, as pyenv and virtual environments often are, is out of the new user's reach by
-    path: its programs could not import the standard library. A descriptor's entry in /proc leads there directly.
+    path: its programs could not import the standard library. A descriptor's entry in /proc leads there.
     """
     moved = {}
     for folder in sys.path:

@@ -64,7 +64,8 @@ def check() -> None:
 def run_programs(programs: Sequence[Sequence[str]], limits: Limits | None = None) -> list[Outcome]:
     """Runs each program in a process of its own, as many at a time as there are CPUs.
 
-    A program is a sequence of source units, run one after another in one module; it passes when the last returns.
+    A program is a sequence of source units, run one after another in one module; it passes when the last
+    returns.
 
     Raises:
         MachineError: the process could not be started or limited.

