@@ -1,0 +1,245 @@
+"""The recipe: one YAML file that says everything about a run, its checks and their messages.
+
+model:     what is fine-tuned            train:     steps, batch, learning rate
+data:      what it learns                deepspeed: which ZeRO configuration
+adapter:   where triples go, how many    output:    where the run directory lies
+method:    how ranks change              eval:      what `dynrank-eval` is to score afterwards
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods import AnyMethodConfig
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    path: str
+    """Folder of a Hugging Face model, or its hub id."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class DataSection(_Section):
+    source: str
+    """JSONL file, folder, or hub id of a data set."""
+    split: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    """Take only the first rows."""
+    format: str = "metamathqa"
+    max_length: int = Field(default=512, ge=2)
+    """Longest sample in tokens, prompt and answer together; longer rows are dropped and counted."""
+    max_dropped: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of rows that may be dropped without failing."""
+
+
+class AdapterSection(_Section):
+    rank: int = Field(default=4, ge=1)
+    alpha: float = Field(default=8.0, gt=0)
+    """The scale of every block is alpha / rank, fixed for the whole run."""
+    targets: tuple[str, ...] = Field(default=LLAMA_LINEARS, min_length=1)
+    max_rank: int | None = Field(default=None, ge=1)
+    """Upper limit of a block's rank; by default min(in, out, 512)."""
+
+
+class TrainSection(_Section):
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    """Exactly one of steps and epochs."""
+    global_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(default=1, ge=1)
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: int | float = Field(default=0, ge=0)
+    """Steps, or a fraction of training below 1, over which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """0 does not clip."""
+    seed: int = Field(default=0, ge=0)
+    activation_checkpointing: bool = False
+    checkpoint_interval: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; the last step always writes one."""
+
+
+class DeepSpeedSection(_Section):
+    config: str = "zero3"
+    """Name of a shipped configuration, or a path."""
+
+
+class OutputSection(_Section):
+    dir: str
+
+
+class EvalSection(_Section):
+    tasks: tuple[str, ...] = ()
+    data_dir: str | None = None
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    model: ModelSection
+    data: DataSection
+    adapter: AdapterSection = AdapterSection()
+    method: AnyMethodConfig
+    train: TrainSection
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    output: OutputSection
+    eval: EvalSection = EvalSection()
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per process and step.
+
+        Raises:
+            RecipeError: the global batch is not a whole number of micro-batches of all processes.
+        """
+        together = self.train.micro_batch_size * world_size
+        if self.train.global_batch_size % together:
+            raise RecipeError(
+                f"train.global_batch_size {self.train.global_batch_size} is no multiple of train.micro_batch_size "
+                f"{self.train.micro_batch_size} x {world_size} processes = {together}"
+            )
+        return self.train.global_batch_size // together
+
+    def total_steps(self, samples: int) -> int:
+        """Optimizer steps of the run, for a data set of so many samples."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.epochs is not None
+        return max(1, round(self.train.epochs * samples / self.train.global_batch_size))
+
+    def dump(self) -> str:
+        """The recipe as YAML, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name or a file by path, with `section.key=value` overrides, checked.
+
+    Values of overrides are YAML. A recipe may start from another with `base: NAME_OR_PATH`; its own keys win.
+
+    Raises:
+        RecipeError: whatever is wrong with it, in one sentence.
+    """
+    return check_recipe(_apply(_read(name, ()), overrides, name), name)
+
+
+def check_recipe(values: dict[str, Any], name: str) -> Recipe:
+    """The recipe of these values; `name` is for messages."""
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{name}: {_sentence(error)}") from error
+    if (recipe.train.steps is None) == (recipe.train.epochs is None):
+        given = "both" if recipe.train.steps else "neither"
+        raise RecipeError(f"{name}: {given} of train.steps and train.epochs is given: give exactly one")
+    if recipe.adapter.max_rank is not None and recipe.adapter.max_rank < recipe.adapter.rank:
+        raise RecipeError(
+            f"{name}: adapter.max_rank {recipe.adapter.max_rank} is below adapter.rank {recipe.adapter.rank}"
+        )
+    return recipe
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("dynrank_ds.recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if name in seen:
+        raise RecipeError(f"{name}: its bases form a circle: {' -> '.join((*seen, name))}")
+    shipped = resources.files("dynrank_ds.recipes").joinpath(f"{name}.yaml")
+    path = Path(name)
+    if not path.is_file() and not shipped.is_file():
+        raise RecipeError(f"recipe '{name}' is neither a file nor one of {', '.join(shipped_recipes())}")
+    try:
+        values = yaml.safe_load(path.read_text() if path.is_file() else shipped.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name} holds {type(values).__name__}, not sections such as model: and train:")
+    base = values.pop("base", None)
+    return values if base is None else _merged(_read(str(base), (*seen, name)), values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, section by section; a section that names another method replaces the whole section."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        same_kind = (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and value.get("name", old.get("name")) == old.get("name")
+        )
+        merged[key] = {**old, **value} if same_kind else value  # type: ignore[dict-item]
+    return merged
+
+
+def _apply(values: dict[str, Any], overrides: Sequence[str], name: str) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, dot, field = key.partition(".")
+        if not (equals and dot and field):
+            raise RecipeError(f"override '{override}' is not of the form section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override '{override}': the value is not valid YAML") from error
+        if isinstance(value, str):
+            value = _number(value)
+        values = _merged(values, {section: {field: value}})
+    return values
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 2e-3 as text; people write it for a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(p) for p in first["loc"] if p not in ("lora", "pe_dyra")]
+    where = ".".join(path)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _known_keys(first["loc"]), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_known_keys(first['loc']))}"
+        return f"unknown key '{where}': {hint}{more}"
+    if first["type"] == "missing":
+        return f"'{where}' is missing{more}"
+    if first["type"].startswith("union_tag"):
+        return f"method.name is {first['input'].get('name')!r}: known are lora, pe_dyra{more}"
+    return f"'{where}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """The keys allowed where `location` points."""
+    model: Any = Recipe
+    for part in location[:-1]:
+        if part in getattr(model, "model_fields", {}):
+            model = model.model_fields[part].annotation
+        else:  # the tag of a union: one of its members
+            model = next(m for m in typing.get_args(model) if m.model_fields["name"].default == part)
+    return sorted(model.model_fields)

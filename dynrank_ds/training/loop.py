@@ -1,0 +1,213 @@
+"""The training loop: a step from its batch to its rank change, in one place.
+
+indices of the global batch -> micro-batches of this process -> loss, backward
+-> one reduction of scalars (loss, gradient norm, stop) -> method.observe -> optimizer step
+-> every interval: scores -> plan -> resize -> next step
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dynrank_ds.adapters.initial import block_generator
+from dynrank_ds.data.batching import IGNORED, GlobalBatches, collate, local_micro_batches
+from dynrank_ds.data.tokenising import TokenisedDataset
+from dynrank_ds.methods.base import Method
+from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.recipe import Recipe
+from dynrank_ds.training.checkpoint import Progress
+from dynrank_ds.training.rundir import RunDirectory
+from dynrank_ds.training.schedule import learning_rate
+from dynrank_ds.training.signals import StopRequest
+from dynrank_ds.zero import processes
+from dynrank_ds.zero.engine import ZeroEngine
+
+logger = logging.getLogger(__name__)
+
+MAX_DISCARDED_IN_A_ROW = 10
+
+
+@dataclass
+class StepResult:
+    """What one global batch gave, the same on every process."""
+
+    loss: float
+    """Mean over the target tokens of the global batch, before the update."""
+    gradient_norm: float
+    """Before clipping."""
+    stop: bool
+    """Some process was asked to stop."""
+    applied: bool
+    """False where loss or gradient was not finite and the step was discarded everywhere."""
+    tokens_per_second: float = 0.0
+    """Tokens of the global batch, padding aside, by the step's whole time."""
+
+
+class Trainer:
+    """Trains the adapters of `engine` by `recipe` from where `progress` stands."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: TokenisedDataset,
+        pad_id: int,
+        engine: ZeroEngine,
+        method: Method,
+        progress: Progress,
+        total_steps: int,
+        device: torch.device,
+        run: RunDirectory,
+    ) -> None:
+        self.recipe, self.dataset, self.pad_id = recipe, dataset, pad_id
+        self.engine, self.method, self.progress = engine, method, progress
+        self.total_steps, self.device, self.run = total_steps, device, run
+        self.batches = GlobalBatches(len(dataset), recipe.train.global_batch_size, recipe.train.seed)
+        self.is_first = processes.rank() == 0
+        self.stop_request = StopRequest()
+        self._discarded_in_a_row = 0
+
+    def train(self, after_step: Callable[[StepResult], Any]) -> bool:
+        """Runs to the last step; False where a signal ended it before. `after_step` sees every step on every process."""
+        while self.progress.step < self.total_steps:
+            started = time.perf_counter()
+            indices = self.batches.indices(self.progress.batch)
+            result = self._step(indices)
+            self.progress.batch += 1
+            seconds = time.perf_counter() - started
+            result.tokens_per_second = float(self.dataset.lengths[indices].sum()) / seconds
+            self._log(result, seconds)
+            after_step(result)
+            if result.stop:
+                return False
+        return True
+
+    def _step(self, indices: NDArray[Any]) -> StepResult:
+        step = self.progress.step + 1
+        tokens = int(self.dataset.lengths[indices].sum())
+        loss = self._accumulate(indices, targets=int(self.dataset.target_counts[indices].sum()))
+        gradients = self.engine.gradients()
+        result = self._reduce(loss, gradients)
+        if not result.applied:
+            self._discard(indices)
+            return result
+        self._discarded_in_a_row = 0
+        weights = self.engine.weights()
+        self.method.observe(step, weights, gradients, self.engine.layout, tokens)
+        scores = None
+        if self.method.adjusts_at(step):
+            scores = self.method.scores(weights, gradients, self.engine.layout, processes.total)
+        self.engine.step(learning_rate(self.recipe.train, step, self.total_steps))
+        self.progress.step = step
+        if scores is not None:
+            self._adjust(scores)
+        return result
+
+    def _accumulate(self, indices: NDArray[Any], targets: int) -> Tensor:
+        """Forward and backward over this process's micro-batches; its part of the batch's mean loss, fp64."""
+        micro_batches = local_micro_batches(
+            indices,
+            self.dataset.lengths,
+            processes.rank(),
+            processes.world_size(),
+            self.recipe.train.micro_batch_size,
+        )
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.method.micro_batch.share = 1 / len(micro_batches)
+        for number, chosen in enumerate(micro_batches, start=1):
+            batch = collate(self.dataset, chosen, self.pad_id)
+            first_target = int((batch.labels != IGNORED).any(0).nonzero()[0])
+            self.method.micro_batch.token_mask = batch.attention_mask.to(self.device)
+            summed = self.engine(
+                input_ids=batch.input_ids.to(self.device),
+                labels=batch.labels.to(self.device),
+                first_target=first_target,
+            )
+            # The engine takes the mean over processes: this makes it the mean over all target tokens.
+            self.engine.backward(summed * (processes.world_size() / targets))
+            loss += summed.detach().double() / targets
+            if number < len(micro_batches):
+                self.engine.end_micro_batch()
+        return loss
+
+    def _reduce(self, loss: Tensor, gradients: Tensor) -> StepResult:
+        """One collective, and the step's only wait for the device."""
+        norm = torch.linalg.vector_norm(gradients, dtype=torch.float64)
+        stop = loss.new_tensor(float(self.stop_request.received))
+        total_loss, square, stops = processes.total(torch.stack([loss, norm.square(), stop])).tolist()
+        # DeepSpeed's ZeRO-3 looks for overflow in fp16 only: a NaN in bf16 would be applied.
+        applied = math.isfinite(total_loss) and math.isfinite(square)
+        return StepResult(total_loss, math.sqrt(square) if applied else math.nan, stops > 0, applied)
+
+    def _discard(self, indices: NDArray[Any]) -> None:
+        self.method.discard_step()
+        self.engine.step(0.0, discard=True)
+        self._discarded_in_a_row += 1
+        if self.is_first:
+            logger.warning("step %d discarded: loss or gradient is not finite", self.progress.step + 1)
+        if self._discarded_in_a_row == MAX_DISCARDED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{MAX_DISCARDED_IN_A_ROW} steps in a row were discarded for a loss or gradient that is not finite; "
+                f"samples of the last one: {indices.tolist()}"
+            )
+
+    def _adjust(self, scores: Sequence[Tensor]) -> None:
+        before = self.engine.layout.ranks
+        shapes = self.engine.shapes
+        limits = tuple(self._max_rank(s.in_features, s.out_features) for s in shapes)
+        state = RankState(before, limits, self.progress.step, self.total_steps)
+        plan = self.method.plan(scores, state)
+        processes.agree(plan.sha256(), f"the rank plan of step {self.progress.step}", self.device)
+        if plan.changed(before):
+            carried = self.engine.resize(plan, self._new_rows, self.method.row_statistics())
+            self.method.set_row_statistics(carried)
+        if self.is_first:
+            self._log_adjustment(plan, before, scores)
+
+    def _max_rank(self, in_features: int, out_features: int) -> int:
+        return min(in_features, out_features, self.recipe.adapter.max_rank or 512)
+
+    def _new_rows(self, block: int, count: int) -> dict[str, Tensor]:
+        shape = self.engine.shapes[block]
+        generator = block_generator(self.recipe.train.seed, shape.name, self.progress.step)
+        return self.method.init(count, shape.in_features, shape.out_features, generator)
+
+    def _log(self, result: StepResult, seconds: float) -> None:
+        if not self.is_first:
+            return
+        layout = self.engine.layout
+        self.run.log_step(
+            step=self.progress.step,
+            loss=result.loss if math.isfinite(result.loss) else None,
+            learning_rate=learning_rate(self.recipe.train, max(1, self.progress.step), self.total_steps),
+            grad_norm=result.gradient_norm if result.applied else None,
+            discarded=not result.applied,
+            tokens_per_second=result.tokens_per_second,
+            total_rank_live=layout.total_rank,
+            total_rank_stored=layout.total_rank,
+            trainable_parameters=layout.trainable_parameters,
+            memory_gib=processes.peak_memory_gib(),
+            seconds=seconds,
+        )
+
+    def _log_adjustment(self, plan: RankPlan, before: Sequence[int], scores: Sequence[Tensor]) -> None:
+        names = [shape.name for shape in self.engine.shapes]
+        pruned = plan.pruned(before)
+        self.run.log_adjustment(
+            adjustment=self.run.adjustments() + 1,
+            step=self.progress.step,
+            before=dict(zip(names, before, strict=True)),
+            after=dict(zip(names, plan.ranks, strict=True)),
+            pruned={n: p for n, p in zip(names, pruned, strict=True) if p},
+            added={n: c for n, c in zip(names, plan.new, strict=True) if c},
+            scores={n: s.tolist() for n, s in zip(names, scores, strict=True)},
+            plan_sha256=plan.sha256(),
+        )

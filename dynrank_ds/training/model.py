@@ -1,0 +1,83 @@
+"""The frozen base model, its tokenizer, and the loss around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dynrank_ds.data.batching import IGNORED
+from dynrank_ds.errors import ModelError
+from dynrank_ds.recipe import ModelSection
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: there is no model there, or it has no tokenizer.
+    """
+    _check_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path {path} holds no tokenizer that transformers can load: {_first(error)}"
+        ) from error
+
+
+def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrainedModel:
+    """The base model in training mode, no cache.
+
+    Raises:
+        ModelError: there is no causal language model there.
+    """
+    _check_folder(section.path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            section.path, dtype=DTYPES[section.dtype], attn_implementation=section.attention
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.path {section.path} is no causal language model: {_first(error)}") from error
+    model.config.use_cache = False
+    if activation_checkpointing:
+        # The reentrant kind runs backward hooks unevenly under ZeRO-3.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+class SummedLoss(nn.Module):
+    """Cross entropy summed over the targets of a micro-batch, fp32; whoever calls it knows what to divide by.
+
+    Padding is on the right, so under causal attention no token ever sees it and no mask is needed.
+    Logits are made only from the first target on.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor, first_target: int) -> Tensor:
+        """input_ids, labels: (samples, tokens) int64, not shifted; no label before column `first_target` >= 1."""
+        kept = input_ids.shape[1] - first_target + 1
+        logits = self.model(input_ids=input_ids, logits_to_keep=kept).logits[:, :-1]
+        targets = labels[:, first_target:]
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+
+def _check_folder(path: str) -> None:
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise ModelError(f"model.path {path} does not exist: give a model folder or a hub id")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"model.path {path} has no config.json: give the folder of a Hugging Face model")
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,70 @@
+"""The DeepSpeed configuration of a run: a file of the user's, completed by what the recipe fixes."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dynrank_ds.errors import RecipeError
+
+_OWNED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train",
+    "scheduler": "train",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """A DeepSpeed configuration by the name of a shipped file (`zero3`) or by path.
+
+    Raises:
+        RecipeError: no such file, not JSON, a key that the recipe owns, or a ZeRO stage other than 3.
+    """
+    shipped = resources.files("dynrank_ds.ds_configs").joinpath(f"{name}.json")
+    path = Path(name)
+    if not (shipped.is_file() or path.is_file()):
+        known = sorted(
+            f.name[:-5] for f in resources.files("dynrank_ds.ds_configs").iterdir() if f.name.endswith("json")
+        )
+        raise RecipeError(f"deepspeed.config is '{name}': neither a file nor one of {', '.join(known)}")
+    try:
+        config = json.loads(shipped.read_text() if shipped.is_file() else path.read_text())
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"deepspeed.config {name} is not JSON: {error}") from error
+    for key, owner in _OWNED.items():
+        if key in config:
+            raise RecipeError(
+                f"deepspeed.config {name} sets '{key}': remove it, the recipe's {owner} decides it"
+            )
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise RecipeError(
+            f"deepspeed.config {name} has zero_optimization.stage {stage}: this version runs stage 3"
+        )
+    return config
+
+
+def complete_config(
+    config: dict[str, Any], micro_batch_size: int, accumulation: int, max_grad_norm: float, bf16: bool
+) -> dict[str, Any]:
+    """The configuration handed to DeepSpeed. Gradients accumulate and travel in fp32."""
+    return {
+        **config,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        # RowAgedAdamW is ours, and runs wherever the optimizer's shards are.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+    }

@@ -1,0 +1,205 @@
+"""A DeepSpeed ZeRO-3 engine whose adapters can change rank.
+
+A rank change rebuilds the engine around new adapter parameters: the base stays partitioned and is not
+copied, the adapters' fp32 weights and moments are carried over by their rows. DeepSpeed offers no smaller
+step, and a rebuild costs about one training step.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+from torch import Tensor, nn
+
+from dynrank_ds.adapters.linear import AdaptedLinear
+from dynrank_ds.ranking.layout import BlockShape, FragmentOf, ShardLayout
+from dynrank_ds.ranking.plan import RankPlan
+from dynrank_ds.training.adamw import RowAgedAdamW
+from dynrank_ds.zero import processes
+from dynrank_ds.zero.migrate import BLOCKS_AT_ONCE, NewRows, gather_blocks, migrate, pieces, zero3_fragment
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+OptimizerFactory = Callable[[list[nn.Parameter]], RowAgedAdamW]
+
+
+class ZeroEngine:
+    """Training of the adapters in `blocks` inside `model`, everything partitioned.
+
+    Flat vectors are fp32, of this process's elements, in the order of `layout`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[str, AdaptedLinear],
+        factors: Sequence[str],
+        config: dict[str, Any],
+        make_optimizer: OptimizerFactory,
+    ) -> None:
+        self.blocks = list(blocks.values())
+        self.shapes = tuple(BlockShape(n, b.in_features, b.out_features) for n, b in blocks.items())
+        self.factors = tuple(factors)
+        self.births = [torch.zeros(_rank(b), dtype=torch.int64) for b in self.blocks]
+        """Per block, the optimizer step after which each triple was born, (rank,)."""
+        self.updates = 0
+        """Optimizer steps applied so far."""
+        self._model, self._config, self._make_optimizer = model, config, make_optimizer
+        self._build(self._layout([_rank(b) for b in self.blocks]))
+
+    # --- training
+
+    def __call__(self, **batch: Tensor) -> Tensor:
+        """The model's forward."""
+        return self._engine(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the data-parallel mean of the loss's gradient; losses of several micro-batches add up unscaled."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float, discard: bool = False) -> None:
+        """After the last micro-batch: applies the gradients, or with `discard` drops them and changes nothing."""
+        for group in self._engine.optimizer.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.optimizer.optimizer.discard = discard
+        self._engine.step()
+        self.updates += not discard
+
+    def end_micro_batch(self) -> None:
+        """Between micro-batches of one optimizer step."""
+        self._engine.step()
+
+    # --- shards
+
+    def weights(self) -> Tensor:
+        """The fp32 master weights."""
+        return torch.cat(self._masters) if self._masters else torch.empty(0)
+
+    def gradients(self) -> Tensor:
+        """The gradients of the whole step, between the last backward and `step`."""
+        return torch.cat(
+            [
+                safe_get_local_grad(p)[: f.stop - f.start]
+                for p, f in zip(self._params, self.layout.fragments, strict=True)
+            ]
+        )
+
+    def moments(self, name: str) -> Tensor:
+        """`exp_avg` or `exp_avg_sq`."""
+        return torch.cat(self._moments[name])
+
+    def load(
+        self, weights: Tensor, moments: Mapping[str, Tensor], births: Sequence[Tensor], updates: int
+    ) -> None:
+        """Sets weights, their 16-bit copies, moments and ages, as from a checkpoint of the same ranks."""
+        self.births, self.updates = list(births), updates
+        self._seed_optimizer()
+        self._write(weights, moments)
+
+    # --- ranks
+
+    def resize(
+        self, plan: RankPlan, new_rows: NewRows, statistics: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Changes ranks to `plan`, in model, master, 16-bit copy and moments; returns `statistics` carried along.
+
+        Every process must hold the same plan. New triples get `new_rows` as weights, zero moments and
+        statistics, and the age 0.
+        """
+        names = [*MOMENTS, *statistics]
+        states = torch.stack([self.weights(), *(self.moments(m) for m in MOMENTS), *statistics.values()])
+        old, new = self.layout, self._layout(plan.ranks)
+        moved, whole = migrate(states, old, new, plan, new_rows, self._rules(), processes.gather_flat)
+        self._close()
+        for index, factors in whole.items():
+            block = self.blocks[index]
+            dtype = block.base.weight.dtype
+            block.set_factors({k: v.to(dtype) for k, v in factors.items()} if plan.ranks[index] else {})
+            kept = self.births[index][list(plan.keep[index])]
+            self.births[index] = torch.cat([kept, kept.new_full((plan.new[index],), self.updates)])
+        self._build(new)
+        carried = dict(zip(names, moved[1:], strict=True))
+        self._write(moved[0], carried)
+        return {name: carried[name].clone() for name in statistics}
+
+    def whole_rows(self, states: Tensor) -> Iterator[tuple[int, str, Tensor]]:
+        """(block, factor, (n, rank, row_length)) of `states` (n, numel), gathered a few blocks at a time."""
+        local = pieces(states, self.layout)
+        for start in range(0, len(self.blocks), BLOCKS_AT_ONCE):
+            some = range(start, min(start + BLOCKS_AT_ONCE, len(self.blocks)))
+            whole = gather_blocks(local, self.layout, some, self._rules(), processes.gather_flat)
+            for (factor, block), rows in whole.items():
+                yield block, factor, rows
+
+    # --- building
+
+    def _rules(self) -> list[FragmentOf]:
+        world = processes.world_size()
+        return [zero3_fragment(process, world) for process in range(world)]
+
+    def _layout(self, ranks: Sequence[int]) -> ShardLayout:
+        rule = zero3_fragment(processes.rank(), processes.world_size())
+        device = deepspeed.get_accelerator().current_device_name()
+        return ShardLayout(self.shapes, ranks, self.factors, rule, device)
+
+    def _build(self, layout: ShardLayout) -> None:
+        self.layout = layout
+        self._params = [self.blocks[f.block].factors()[f.factor] for f in layout.fragments]
+        self._engine, *_ = deepspeed.initialize(
+            model=self._model, optimizer=self._make_optimizer(self._params), config=self._config
+        )
+        self._seed_optimizer()
+
+    def _seed_optimizer(self) -> None:
+        """Creates the optimizer's state, zero moments and every element's age, and takes views of it all."""
+        birth_of = {}
+        for param, fragment in zip(self._params, self.layout.fragments, strict=True):
+            length = self.shapes[fragment.block].row_length(fragment.factor)
+            rows = torch.arange(fragment.start, fragment.stop) // length
+            padded = torch.zeros(param.partition_numel(), dtype=torch.int64)
+            padded[: fragment.stop - fragment.start] = self.births[fragment.block][rows]
+            birth_of[param.ds_id] = padded
+        optimizer = self._engine.optimizer
+        for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+            births = torch.cat([birth_of[param.ds_id] for param in group])
+            optimizer.optimizer.set_state(flat, self.updates, births.to(flat.device))
+        pairs = list(zip(self._params, self.layout.fragments, strict=True))
+        self._masters = [safe_get_local_fp32_param(p).detach()[: f.stop - f.start] for p, f in pairs]
+        self._moments = {
+            name: [safe_get_local_optimizer_state(p, name)[: f.stop - f.start] for p, f in pairs]
+            for name in MOMENTS
+        }
+
+    @torch.no_grad()
+    def _write(self, weights: Tensor, moments: Mapping[str, Tensor]) -> None:
+        for view, value in zip(self._masters, self.layout.split(weights), strict=True):
+            view.copy_(value)
+        for name in MOMENTS:
+            for view, value in zip(self._moments[name], self.layout.split(moments[name]), strict=True):
+                view.copy_(value)
+        for param, master in zip(self._params, self._masters, strict=True):
+            param.ds_tensor.view(-1)[: master.numel()].copy_(master)
+
+    def _close(self) -> None:
+        engine = self._engine
+        engine.destroy()
+        # DeepSpeed's destroy leaves these two on the module at every rebuild.
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
+        self._masters, self._moments, self._params = [], {}, []
+        del self._engine, engine
+        # The engine and its optimizer refer to each other: without a collection each rebuild would keep
+        # the shards of the one before until Python happens to collect.
+        gc.collect()
+
+
+def _rank(block: AdaptedLinear) -> int:
+    """Rank of a block, partitioned or not."""
+    lora_a = block.lora_A
+    if lora_a is None:
+        return 0
+    return getattr(lora_a, "ds_shape", lora_a.shape)[0]

@@ -1,0 +1,99 @@
+"""The processes of a run and the few collectives that are ours."""
+
+from __future__ import annotations
+
+import os
+import resource
+import warnings
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from dynrank_ds.errors import MachineError
+
+_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+_ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def start(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+    """Joins the process group, started by `deepspeed`, `torchrun`, bare `srun` or alone; returns this process's device."""
+    for name, slurm_name in _SLURM.items():
+        if name not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+            os.environ[name] = os.environ[slurm_name]
+    if (
+        "SLURM_PROCID" in os.environ
+        and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        and "RANK" not in os.environ
+    ):
+        raise MachineError(
+            "MASTER_ADDR is not set under srun with several tasks: set it to the first node's name"
+        )
+    for name, value in _ALONE.items():
+        os.environ.setdefault(name, value)
+    # DeepSpeed calls collectives by names that torch has renamed: a warning per call, per process.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Sums `tensor` over all processes in place; one collective."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_flat(tensor: Tensor) -> Tensor:
+    """(n,) of the same n everywhere -> (world_size, n) on every process; one collective."""
+    out = tensor.new_empty(world_size() * tensor.numel())
+    dist.all_gather_into_tensor(out, tensor.contiguous())
+    return out.view(world_size(), -1)
+
+
+def agree(digest: str, what: str, device: torch.device) -> None:
+    """Fails on every process unless all hold the same hexadecimal digest (its first 8 bytes are compared)."""
+    mine = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device=device)
+    everyone = gather_flat(mine).flatten().tolist()
+    if len(set(everyone)) > 1:
+        raise RuntimeError(f"processes disagree on {what}: {everyone}")
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    dist.barrier()
+
+
+def peak_memory_gib() -> float:
+    """Largest memory that this process has held: of its accelerator, or on CPU resident."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return accelerator.max_memory_allocated() / 2**30

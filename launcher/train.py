@@ -1,0 +1,59 @@
+"""Trains by a recipe, under `deepspeed`, `torchrun`, bare `srun`, or alone.
+
+    deepspeed --num_gpus 8 launcher/train.py --recipe quickstart train.learning_rate=1e-3 resume=auto
+
+Exit codes: 0 done, or stopped by a signal after saving; 2 a mistake in the recipe, model, data or directory;
+1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from dynrank_ds.errors import DynrankError, RecipeError
+from dynrank_ds.recipe import load_recipe
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Train low-rank adapters whose ranks change, by a recipe.",
+        epilog="example: deepspeed --num_gpus 8 launcher/train.py --recipe quickstart train.steps=200 resume=auto",
+    )
+    parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="section.key=value, or resume=auto|never")
+    arguments = parser.parse_args()
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(levelname)s %(message)s")
+    for noisy in ("DeepSpeed", "httpx", "torch.distributed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        resume, overrides = _split_resume(arguments.overrides)
+        recipe = load_recipe(arguments.recipe, overrides)
+        # Imported late: a mistake in the recipe is told before DeepSpeed loads.
+        from dynrank_ds.training.run import train
+        from dynrank_ds.zero import processes
+
+        device = processes.start()
+        train(recipe, resume, device)
+        processes.stop()
+    except DynrankError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _split_resume(overrides: list[str]) -> tuple[bool, list[str]]:
+    chosen = [o.removeprefix("resume=") for o in overrides if o.startswith("resume=")]
+    for value in chosen:
+        if value not in ("auto", "never"):
+            raise RecipeError(f"resume is '{value}': give auto or never")
+    return chosen[-1:] == ["auto"], [o for o in overrides if not o.startswith("resume=")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
