@@ -26,7 +26,7 @@ def merge_adapter(adapter: Path, base: str | None, output: Path) -> None:
     """Write the Hugging Face model whose weights are W + (alpha / r) B A, under the base's file names.
 
     The sum is computed in fp32 and stored in the base's dtype. At no time does memory hold more than the
-    largest tensor, one module's factors and a few MB.
+    largest tensor, one module's factors and some 60 MB of scratch space.
 
     Args:
         adapter: the folder of a PEFT LoRA adapter.
@@ -118,17 +118,18 @@ def _merge_tensor(
 
 
 def _add(weight: torch.Tensor, update: Update) -> bool:
-    """Add the update to `weight` (out, in) in place, in fp32, some rows at a time; tells if it changed."""
-    changed = False
-    for rows in _row_slices(weight):
-        exact = weight[rows].to(torch.float32, copy=True)
-        after = exact.addmm_(update.b[rows], update.a, alpha=update.scale).to(weight.dtype)
-        changed = changed or not torch.equal(after, weight[rows])
-        weight[rows] = after
+    """Add the update to `weight` (out, in) in place, some rows at a time; tells whether any value changed."""
+    return any([_add_rows(weight[rows], update.a, update.b[rows], update.scale) for rows in _slices(weight)])
+
+
+def _add_rows(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
+    merged = weight.to(torch.float32, copy=True).addmm_(b, a, alpha=scale).to(weight.dtype)
+    changed = not torch.equal(merged, weight)
+    weight.copy_(merged)
     return changed
 
 
-def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
+def _slices(weight: torch.Tensor) -> Iterator[slice]:
     rows = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         yield slice(start, start + rows)
