@@ -92,7 +92,8 @@ def run_programs(programs: Sequence[Sequence[str]], limits: Limits | None = None
 
 def _run(units: Sequence[str], uid: int | None, tasks: int, limits: Limits) -> Outcome:
     nonce = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="dynrank-sandbox-") as folder:
+    # A child that left the process group may still write while the folder is being removed.
+    with tempfile.TemporaryDirectory(prefix="dynrank-sandbox-", ignore_cleanup_errors=True) as folder:
         if uid is not None:
             os.chown(folder, uid, uid)
         reader, writer = os.pipe()

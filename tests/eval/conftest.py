@@ -17,6 +17,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny-model")
     _save_tokenizer(folder)
+    # Threads that wait for each other cost far more than such a model's arithmetic.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(ALPHABET) + 3,

@@ -122,6 +122,7 @@ for served in (None, Path(adapter)):
     engine = start_engine("vllm", ModelSpec(model, served, "float32", 128))
     for stops in ([], stop):
         rows.append([(c.text, c.token_ids) for c in engine.generate(prompts, length, stops)])
+    del engine  # its end takes vLLM's global groups along, the next engine's too
 Path(output).write_text(json.dumps(rows))
 """
 

@@ -1,0 +1,242 @@
+"""The command line: results, their reproducibility, and the user's mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dynrank_eval.cli import main
+from dynrank_eval.statistics import mcnemar_exact
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, n in (("gsm_symbolic", 6), ("gsm_symbolic_unseen", 3)):
+        rows = [{"task_id": f"{name}-{i}", "question": f"{i} + 1?", "answer": str(i + 1)} for i in range(n)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def generations(tmp_path: Path) -> Path:
+    """Of gsm_symbolic: four right, one wrong, one without an answer."""
+    texts = [f"The answer is: {i + 1}" for i in range(4)] + ["The answer is: 0", "I do not know."]
+    rows = [{"task_id": f"gsm_symbolic-{i}", "completion": text} for i, text in enumerate(texts)]
+    path = tmp_path / "generations.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def results(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return content
+
+
+def score_arguments(data: Path, generations: Path) -> list[str]:
+    where = ["--data-dir", str(data), "--generations", str(generations)]
+    return ["score", "--task", "gsm_symbolic", *where]
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_score_counts_and_keeps_every_verdict(
+    data: Path, generations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = score_arguments(data, generations)
+    assert main([*arguments, "--output", str(out)]) == 0
+    entry = results(out)["tasks"]["gsm_symbolic"]
+    assert (entry["score"], entry["n"], entry["invalid_rate"], entry["timeouts"]) == (4 / 6, 6, 1 / 6, 0)
+    # Wilson's interval of 4 in 6, worked out by hand.
+    assert entry["interval"] == pytest.approx([0.29999, 0.90323], abs=1e-5)
+    assert (entry["protocol"], entry["tokens"], entry["prompt_hash"]) == ("metamath-v1", None, None)
+    assert [row["verdict"] for row in samples(out)] == [*["correct"] * 4, "wrong", "invalid"]
+    assert [row["extracted"] for row in samples(out)] == ["1", "2", "3", "4", "0", None]
+    assert results(out)["run"]["command"].startswith("dynrank-eval score --task gsm_symbolic")
+    printed = capsys.readouterr().out
+    assert "66.7%" in printed and "30.0% to 90.3%" in printed
+
+
+def test_run_then_score_of_its_samples_gives_the_same_bytes(
+    tiny_model: Path, tiny_adapter: Path, data: Path, tmp_path: Path
+) -> None:
+    tasks = ["--task", "gsm_symbolic,gsm_symbolic_unseen", "--data-dir", str(data), "--limit", "4"]
+    model = ["--model", str(tiny_model), "--engine", "hf", "--dtype", "float32", "--max-new-tokens", "8"]
+    base, adapted, again = (tmp_path / name for name in ("base", "adapted", "again"))
+    assert main(["run", *model, *tasks, "--output", str(base)]) == 0
+    assert main(["run", *model, "--adapter", str(tiny_adapter), *tasks, "--output", str(adapted)]) == 0
+    generated = ["--generations", str(base / "samples.jsonl")]
+    assert main(["score", *tasks, *generated, "--output", str(again)]) == 0
+
+    assert (again / "samples.jsonl").read_bytes() == (base / "samples.jsonl").read_bytes()
+    first, second = (json.dumps(results(folder)["tasks"]) for folder in (base, again))
+    assert first == second
+    entry = results(base)["tasks"]["gsm_symbolic"]
+    assert (entry["n"], results(base)["tasks"]["gsm_symbolic_unseen"]["n"]) == (4, 3)
+    assert entry["tokens"] == sum(row["tokens"] for row in samples(base)[:4]) > 0
+    assert entry["prompt_hash"] == results(adapted)["tasks"]["gsm_symbolic"]["prompt_hash"] is not None
+    assert samples(base)[0]["prompt"].startswith("Below is an instruction")
+    texts = [[row["completion"] for row in samples(folder)] for folder in (base, adapted)]
+    assert texts[0] != texts[1], "the adapter changes nothing"
+    verdicts = [[row["verdict"] == "correct" for row in samples(folder)] for folder in (base, adapted)]
+    gained = sum(b < a for b, a in zip(*verdicts, strict=True))
+    lost = sum(b > a for b, a in zip(*verdicts, strict=True))
+    assert 0 <= mcnemar_exact(lost, gained) <= 1
+
+
+MISTAKES = [
+    (["--task", "gsm9k"], "no such task"),
+    (["--task", "gsm_symbolic,gsm_symbolic"], "twice"),
+    (["--protocol", "humaneval-v1"], "does not fit"),
+    (["--protocol", "none"], "no such protocol"),
+    (["--data-dir", "absent"], "no such folder"),
+    (["--data-dir", "."], "cannot be read"),
+    (["--model", "/absent/model"], "no such folder"),
+    (["--model", "EMPTY"], "config.json"),
+    (["--adapter", "EMPTY"], "adapter_config.json"),
+    (["--max-new-tokens", "1024"], "lower --max-new-tokens"),
+    (["--output", "FILE/out"], "is a file"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "message"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_mistakes_of_run_are_one_sentence_and_write_nothing(
+    mistake: list[str],
+    message: str,
+    tiny_model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    empty, file = tmp_path / "empty", tmp_path / "file"
+    empty.mkdir()
+    file.touch()
+    monkeypatch.chdir(empty)
+    places = {"EMPTY": str(empty), "FILE/out": f"{file}/out"}
+    arguments = ["run", "--model", str(tiny_model), "--engine", "hf", "--task", "gsm_symbolic"]
+    arguments += ["--data-dir", str(data), "--output", "out", *(places.get(word, word) for word in mistake)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    assert list(empty.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 6 is not valid JSON"),
+        ('{"task_id": "gsm_symbolic-5"}', "line 6 lacks the key 'completion'"),
+        (
+            '{"task_id": "gsm_symbolic-1", "completion": "x"}',
+            "line 6: the task_id 'gsm_symbolic-1' was there",
+        ),
+        ('{"task_id": "other", "completion": "x"}', "line 6: gsm_symbolic has no task_id 'other'"),
+        (
+            '{"task_id": "gsm_symbolic-5", "completion": null}',
+            "line 6: 'completion' and 'prompt' must be texts",
+        ),
+        ('{"task_id": "gsm_symbolic-5", "completion": "x", "tokens": "y"}', "line 6: 'tokens' is 'y'"),
+    ],
+)
+def test_mistakes_in_generations_name_the_line(
+    line: str,
+    message: str,
+    data: Path,
+    generations: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The last row goes, so that its task_id is free for the line in question.
+    rows = generations.read_text().splitlines(keepends=True)[:5]
+    generations.write_text("".join(rows) + line + "\n")
+    arguments = score_arguments(data, generations)
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_completions_are_counted(
+    data: Path, generations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generations.write_text("".join(generations.read_text().splitlines(keepends=True)[:4]))
+    arguments = score_arguments(data, generations)
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "lacks completions for 2 of 6 problems" in capsys.readouterr().err
+    assert main([*arguments, "--limit", "3", "--output", str(tmp_path / "out")]) == 0
+    assert results(tmp_path / "out")["tasks"]["gsm_symbolic"]["n"] == 3
+
+
+def test_scoring_loads_neither_training_code_nor_heavy_packages(
+    data: Path, generations: Path, tmp_path: Path
+) -> None:
+    script = """
+import sys
+from dynrank_eval.cli import main
+code = main(sys.argv[1:])
+heavy = ("deepspeed", "torch", "transformers", "vllm", "datasets")
+ours = [name for name in sys.modules if name.startswith("dynrank_ds.")]
+assert not set(heavy) & set(sys.modules), set(heavy) & set(sys.modules)
+assert set(ours) <= {"dynrank_ds.errors", "dynrank_ds.prompts"}, ours
+sys.exit(code)
+"""
+    arguments = score_arguments(data, generations)
+    command = [sys.executable, "-c", script, *arguments, "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_loads_no_training_code(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    script = """
+import sys
+from dynrank_eval.cli import main
+code = main(sys.argv[1:])
+ours = [name for name in sys.modules if name.startswith("dynrank_ds.")]
+assert "deepspeed" not in sys.modules
+assert set(ours) <= {"dynrank_ds.errors", "dynrank_ds.prompts"}, ours
+sys.exit(code)
+"""
+    arguments = [
+        "run",
+        "--model",
+        str(tiny_model),
+        "--engine",
+        "hf",
+        "--task",
+        "gsm_symbolic",
+        "--limit",
+        "1",
+    ]
+    arguments += ["--data-dir", str(data), "--max-new-tokens", "2", "--output", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["score"]])
+def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    assert "example:\n  dynrank-eval" in capsys.readouterr().out
+
+
+def test_vllm_that_is_not_installed_is_named(
+    tiny_model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "dynrank_eval.engines.vllm", raising=False)
+    arguments = ["run", "--model", str(tiny_model), "--task", "gsm_symbolic", "--data-dir", str(data)]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "install vllm" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

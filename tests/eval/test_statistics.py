@@ -1,0 +1,40 @@
+"""Against published numbers and plain enumeration."""
+
+from itertools import product
+
+import pytest
+from dynrank_eval.statistics import mcnemar_exact, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [
+        # Newcombe 1998, "Two-sided confidence intervals for the single proportion", Table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_equals_newcombes_table(k: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_interval_is_symmetric_and_exact_at_its_ends() -> None:
+    assert wilson_interval(0, 7)[0] == 0.0
+    assert wilson_interval(7, 7)[1] == 1.0
+    low, high = wilson_interval(2, 9)
+    assert wilson_interval(7, 9) == pytest.approx((1 - high, 1 - low), abs=1e-15)
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 5), (5, 0), (3, 3), (4, 9), (7, 2)])
+def test_mcnemar_equals_counting_all_coin_sequences(b: int, c: int) -> None:
+    n = b + c
+    sequences = list(product((0, 1), repeat=n))
+    as_extreme = sum(abs(2 * sum(coins) - n) >= abs(b - c) for coins in sequences)
+    assert mcnemar_exact(b, c) == as_extreme / len(sequences)
+
+
+def test_mcnemar_holds_for_thousands_of_pairs() -> None:
+    assert 0 < mcnemar_exact(900, 1200) < 1e-9
+    assert mcnemar_exact(1000, 1000) == 1.0
