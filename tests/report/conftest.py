@@ -1,0 +1,54 @@
+"""Run directories with known ranks: 12 layers of 3 modules, two adjustments."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+START = {f"model.layers.{layer}.{module}": 4 for layer in range(12) for module in MODULES}
+AFTER_10 = START | {"model.layers.11.mlp.down_proj": 6, "model.layers.0.self_attn.q_proj": 2}
+AFTER_20 = AFTER_10 | {"model.layers.11.mlp.down_proj": 9, "model.layers.2.self_attn.v_proj": 1}
+
+
+def metric(step: int, loss: float) -> dict:
+    return dict(
+        step=step,
+        loss=loss,
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        tokens_per_second=100.0 + step,
+        total_rank_live=144,
+        total_rank_stored=144,
+        trainable_parameters=1000 + step,
+        memory_gib=1.5,
+        seconds=0.5,
+    )
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_run(run: Path, final: dict[str, int], method: str) -> Path:
+    checkpoint = run / "checkpoints/step-30"
+    checkpoint.mkdir(parents=True)
+    shapes = {name: dict(rank=rank, scale=1.0, in_features=8, out_features=8) for name, rank in final.items()}
+    state = dict(format=1, step=30, method=method, base_model="<tiny>", blocks=shapes, sha256="")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    write_lines(run / "metrics.jsonl", [metric(step, 3.0 - step / 30) for step in range(1, 31)])
+    return run
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    run = write_run(tmp_path / "run", AFTER_20, "pe_dyra")
+    first = dict(adjustment=1, step=10, before=START, after=AFTER_10)
+    second = dict(adjustment=2, step=20, before=AFTER_10, after=AFTER_20)
+    write_lines(run / "ranks.jsonl", [first, second])
+    return run
+
+
+@pytest.fixture
+def lora_run(tmp_path) -> Path:
+    return write_run(tmp_path / "lora", START, "lora")

@@ -1,0 +1,68 @@
+import numpy as np
+
+from dynrank_ds.report.figures import Place, course, place, rank_heatmap, rank_history
+
+from .conftest import AFTER_10, AFTER_20, START, metric
+
+
+def cells(figure) -> tuple[np.ndarray, dict[tuple[str, str], str]]:
+    """The image's values, and the number shown for every (kind, layer)."""
+    axes = figure.axes[0]
+    kinds = [label.get_text() for label in axes.get_yticklabels()]
+    layers = [label.get_text() for label in axes.get_xticklabels()]
+    shown = {}
+    for text in axes.texts:
+        column, row = text.get_position()
+        shown[kinds[int(row)], layers[int(column)]] = text.get_text()
+    return np.array(axes.images[0].get_array()), shown
+
+
+def test_a_module_is_placed_by_its_first_number():
+    assert place("model.layers.11.mlp.down_proj") == Place(11, "mlp.down_proj")
+    assert place("model.layers.3.mlp.experts.7.up_proj") == Place(3, "mlp.experts.7.up_proj")
+    assert place("lm_head").kind == "lm_head"
+
+
+def test_heatmap_shows_ranks_as_numbers_and_changes_as_colours_around_the_start():
+    figure = rank_heatmap(START, AFTER_20)
+    changes, shown = cells(figure)
+    assert len(shown) == len(START)
+    assert shown["down_proj", "11"] == "9" and shown["q_proj", "0"] == "2" and shown["v_proj", "5"] == "4"
+    assert changes.tolist()[2][11] == 5 and changes.tolist()[0][0] == -2
+    norm = figure.axes[0].images[0].norm
+    assert (norm.vmin, norm.vcenter, norm.vmax) == (-5, 0, 5)
+    assert "initial rank 4" in figure.axes[0].get_title(loc="left")
+
+
+def test_modules_outside_the_layers_and_of_equal_last_names_have_cells_of_their_own():
+    ranks = {"lm_head": 3, "layers.0.self.q_proj": 1, "layers.0.cross.q_proj": 2, "layers.1.self.q_proj": 5}
+    _, shown = cells(rank_heatmap(ranks, ranks))
+    assert shown == {
+        ("lm_head", "none"): "3",
+        ("self.q_proj", "0"): "1",
+        ("cross.q_proj", "0"): "2",
+        ("self.q_proj", "1"): "5",
+    }
+
+
+def test_history_has_one_row_per_adjustment():
+    figure = rank_history([(10, AFTER_10), (20, AFTER_20)], START)
+    changes = np.array(figure.axes[0].images[0].get_array())
+    assert changes.shape == (2, len(START))
+    assert changes[0].tolist() == [-2, *[0] * 34, 2]  # q_proj of layer 0 first, down_proj of layer 11 last
+    assert changes[1, 12 + 2] == -3 and changes[1, -1] == 5
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["10", "20"]
+
+
+def test_course_tells_stored_from_live_where_they_differ():
+    lines = [metric(step, 1.0) | {"total_rank_stored": 200} for step in range(1, 6)]
+    bottom = course(lines, [3]).axes[1]
+    labelled = {line.get_label(): list(line.get_ydata()) for line in bottom.lines}
+    assert labelled["stored"] == [200] * 5 and labelled["live"] == [144] * 5
+    same = course([metric(step, 1.0) for step in range(1, 6)], []).axes[1]
+    assert [line.get_label() for line in same.lines] == ["live and stored"]
+
+
+def test_smoothing_keeps_a_constant_loss_constant():
+    top = course([metric(step, 2.5) for step in range(1, 101)], []).axes[0]
+    assert all(np.allclose(line.get_ydata(), 2.5) for line in top.lines)
