@@ -37,7 +37,7 @@ stamp() { # changes whenever the environment would be built differently
     (
         cd "$DYNRANK_ROOT"
         printf '%s %s\n' "$DYNRANK_ROOT" "$DYNRANK_DEVICE"
-        "${PYTHON:-python3}" -V
+        "${PYTHON:-python3}" -V 2>/dev/null || true
         cat pyproject.toml launcher/requirements-*.txt launcher/environment.sh
     ) | sha256sum | cut -d' ' -f1
 }
