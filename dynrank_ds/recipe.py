@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods import AnyMethodConfig
+from dynrank_ds.methods import METHOD_NAMES, AnyMethodConfig
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -220,7 +220,7 @@ def _number(text: str) -> str | float:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    path = [str(p) for p in first["loc"] if p not in ("lora", "pe_dyra")]
+    path = [str(p) for p in first["loc"] if p not in METHOD_NAMES]
     where = ".".join(path)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -230,7 +230,7 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"'{where}' is missing{more}"
     if first["type"].startswith("union_tag"):
-        return f"method.name is {first['input'].get('name')!r}: known are lora, pe_dyra{more}"
+        return f"method.name is {first['input'].get('name')!r}: known are {', '.join(METHOD_NAMES)}{more}"
     return f"'{where}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
 
 

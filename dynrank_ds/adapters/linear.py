@@ -88,9 +88,9 @@ class AdaptedLinear(nn.Module):
     `scale` (s) is fixed for the whole run, so that a rank change never rescales what was learned.
     """
 
-    lora_A: nn.Parameter | None
-    lora_E: nn.Parameter | None
-    lora_B: nn.Parameter | None
+    lora_A: nn.Parameter | None  # noqa: N815
+    lora_E: nn.Parameter | None  # noqa: N815
+    lora_B: nn.Parameter | None  # noqa: N815
 
     def __init__(self, base: nn.Linear, scale: float) -> None:
         super().__init__()

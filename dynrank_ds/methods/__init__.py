@@ -16,6 +16,7 @@ from dynrank_ds.methods.pe_dyra import PEDyRA, PEDyRAConfig
 AnyMethodConfig = Annotated[LoRAConfig | PEDyRAConfig, Field(discriminator="name")]
 
 _CLASSES: dict[str, type[Method]] = {"lora": LoRA, "pe_dyra": PEDyRA}
+METHOD_NAMES = tuple(_CLASSES)
 
 
 def method_class(config: LoRAConfig | PEDyRAConfig) -> type[Method]:

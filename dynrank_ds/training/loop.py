@@ -76,7 +76,10 @@ class Trainer:
         self._discarded_in_a_row = 0
 
     def train(self, after_step: Callable[[StepResult], Any]) -> bool:
-        """Runs to the last step; False where a signal ended it before. `after_step` sees every step on every process."""
+        """Runs to the last step; False where a signal ended it before.
+
+        `after_step` sees every step, on every process.
+        """
         while self.progress.step < self.total_steps:
             started = time.perf_counter()
             indices = self.batches.indices(self.progress.batch)

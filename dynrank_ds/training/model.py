@@ -16,13 +16,25 @@ from dynrank_ds.recipe import ModelSection
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def check_model_folder(path: str) -> None:
+    """Refuses a path that looks like a folder and is none, or holds no model; hub ids pass.
+
+    Raises:
+        ModelError: with what to give instead.
+    """
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise ModelError(f"model.path {path} does not exist: give a model folder or a hub id")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"model.path {path} has no config.json: give the folder of a Hugging Face model")
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
         ModelError: there is no model there, or it has no tokenizer.
     """
-    _check_folder(path)
+    check_model_folder(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -37,7 +49,7 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
     Raises:
         ModelError: there is no causal language model there.
     """
-    _check_folder(section.path)
+    check_model_folder(section.path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             section.path, dtype=DTYPES[section.dtype], attn_implementation=section.attention
@@ -70,13 +82,6 @@ class SummedLoss(nn.Module):
         return F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-
-
-def _check_folder(path: str) -> None:
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise ModelError(f"model.path {path} does not exist: give a model folder or a hub id")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"model.path {path} has no config.json: give the folder of a Hugging Face model")
 
 
 def _first(error: Exception) -> str:

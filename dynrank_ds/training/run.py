@@ -8,45 +8,23 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from dynrank_ds.adapters.inject import inject
-from dynrank_ds.adapters.linear import AdaptedLinear
-from dynrank_ds.data.formats import FORMATS
-from dynrank_ds.data.sources import load_rows
-from dynrank_ds.data.tokenising import TokenisedDataset, tokenise
-from dynrank_ds.errors import RecipeError, RunError
+from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_checkpoint
-from dynrank_ds.methods import build_method, method_class
+from dynrank_ds.methods import build_method
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training import checkpoint
 from dynrank_ds.training.adamw import RowAgedAdamW
 from dynrank_ds.training.checkpoint import Checkpoint, Progress
 from dynrank_ds.training.loop import StepResult, Trainer
-from dynrank_ds.training.model import SummedLoss, load_model, load_tokenizer
+from dynrank_ds.training.model import SummedLoss, load_model
+from dynrank_ds.training.prepare import adapt, prepare_data
 from dynrank_ds.training.rundir import RunDirectory, check_output
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.config import complete_config, load_config
 from dynrank_ds.zero.engine import ZeroEngine
 
 logger = logging.getLogger(__name__)
-
-
-def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
-    """The tokenised samples and the padding token's id.
-
-    Raises:
-        DataError, ModelError, RecipeError: what is missing or malformed.
-    """
-    if recipe.data.format not in FORMATS:
-        raise RecipeError(f"data.format is '{recipe.data.format}': known are {', '.join(sorted(FORMATS))}")
-    tokenizer = load_tokenizer(recipe.model.path)
-    rows = load_rows(recipe.data.source, recipe.data.split, recipe.data.limit)
-    dataset = tokenise(
-        rows, tokenizer, FORMATS[recipe.data.format], recipe.data.max_length, recipe.data.max_dropped
-    )
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return dataset, pad_id
 
 
 def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
@@ -65,7 +43,11 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
     restored = Checkpoint(found) if found else None
 
     model = load_model(recipe.model, recipe.train.activation_checkpointing)
-    blocks = _adapt(model, recipe, restored)
+    blocks = adapt(model, recipe, restored.factors() if restored else None)
+    if restored and restored.about["blocks"].keys() != blocks.keys():
+        raise RunError(
+            f"checkpoint {restored.path} adapts other linears than adapter.targets does in this model"
+        )
     method = build_method(recipe.method, blocks, total_steps, device)
     engine = ZeroEngine(
         SummedLoss(model),
@@ -98,27 +80,6 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
             logger.info("resumed from %s", restored.path)
     trainer = Trainer(recipe, dataset, pad_id, engine, method, progress, total_steps, device, run)
     _run(trainer, recipe, method.planned_adjustments())
-
-
-def _adapt(model: PreTrainedModel, recipe: Recipe, restored: Checkpoint | None) -> dict[str, AdaptedLinear]:
-    section = recipe.adapter
-    blocks = inject(
-        model,
-        section.targets,
-        section.rank,
-        section.alpha,
-        method_class(recipe.method).init,
-        recipe.train.seed,
-    )
-    if restored:
-        factors = restored.factors()
-        if factors.keys() != blocks.keys():
-            raise RunError(
-                f"checkpoint {restored.path} has other adapted linears than adapter.targets gives this model"
-            )
-        for name, block in blocks.items():
-            block.set_factors({k: v.to(block.base.weight) for k, v in factors[name].items()})
-    return blocks
 
 
 def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:

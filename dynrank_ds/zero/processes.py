@@ -26,7 +26,13 @@ _ALONE = {
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
-    """Joins the process group, started by `deepspeed`, `torchrun`, bare `srun` or alone; returns this process's device."""
+    """Joins the process group, started by `deepspeed`, `torchrun`, bare `srun` or alone.
+
+    Returns this process's device.
+
+    Raises:
+        MachineError: under srun, the address of the first node is not set.
+    """
     for name, slurm_name in _SLURM.items():
         if name not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
             os.environ[name] = os.environ[slurm_name]

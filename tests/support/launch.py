@@ -12,7 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_processes(world_size: int, command: Sequence[str], timeout: float = 600, **env: str) -> list[subprocess.Popen]:
+def run_processes(
+    world_size: int, command: Sequence[str], timeout: float = 600, **env: str
+) -> list[subprocess.Popen]:
     """Runs `command` as `world_size` gloo processes and waits for them; their output is in `.output`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -34,7 +36,11 @@ def run_processes(world_size: int, command: Sequence[str], timeout: float = 600,
         }
         processes.append(
             subprocess.Popen(
-                [sys.executable, *command], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [sys.executable, *command],
+                env=variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         )
     for process in processes:
@@ -44,7 +50,9 @@ def run_processes(world_size: int, command: Sequence[str], timeout: float = 600,
 
 def train(world_size: int, recipe: Path, *overrides: str, **env: str) -> list[subprocess.Popen]:
     """`launcher/train.py --recipe RECIPE OVERRIDES` in `world_size` processes, which must succeed."""
-    processes = run_processes(world_size, [str(ROOT / "launcher/train.py"), "--recipe", str(recipe), *overrides], **env)
+    processes = run_processes(
+        world_size, [str(ROOT / "launcher/train.py"), "--recipe", str(recipe), *overrides], **env
+    )
     for process in processes:
         assert process.returncode == 0, process.output[-4000:]  # type: ignore[attr-defined]
     return processes

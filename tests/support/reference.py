@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 BETA = 0.85
 
@@ -96,7 +96,13 @@ class Reference:
     """Trains on whole global batches, sample by sample."""
 
     def __init__(
-        self, model: nn.Module, targets: set[str], rank: int, scale: float, new_triples: NewTriples, settings: Settings
+        self,
+        model: nn.Module,
+        targets: set[str],
+        rank: int,
+        scale: float,
+        new_triples: NewTriples,
+        settings: Settings,
     ) -> None:
         model.requires_grad_(False)
         self.model, self.settings, self.new_triples = model, settings, new_triples
@@ -112,10 +118,17 @@ class Reference:
         self.plans: list[dict[str, tuple[list[int], int]]] = []
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for linear in self.linears.values() for t in linear.triples for p in t.parameters().values()]
+        return [
+            p for linear in self.linears.values() for t in linear.triples for p in t.parameters().values()
+        ]
 
-    def step(self, step: int, samples: list[tuple[list[int], int]], lr: float, max_norm: float, plan=None) -> float:
-        """One optimizer step on (token ids, prompt length) samples; `plan` {block: (pruned, added)} overrides its own."""
+    def step(
+        self, step: int, samples: list[tuple[list[int], int]], lr: float, max_norm: float, plan=None
+    ) -> float:
+        """One optimizer step on (token ids, prompt length) samples.
+
+        plan: {block: (pruned, added)} that takes the place of its own.
+        """
         self.optimizer.zero_grad()
         n_targets = sum(len(ids) - prompt for ids, prompt in samples)
         n_tokens = sum(len(ids) for ids, _ in samples)
@@ -165,7 +178,9 @@ class Reference:
             share = {key: norms[key] / total if total else 1 / 3 for key in "aeb"}
             gradient[name] = [sum(share[k] * t.score_of(k) for k in "aeb") for t in linear.triples]
             inputs[name] = [
-                abs(float(t.e)) * float((t.a.detach().abs() * linear.energy).double().sum()) * float(t.b.detach().double().norm())
+                abs(float(t.e))
+                * float((t.a.detach().abs() * linear.energy).double().sum())
+                * float(t.b.detach().double().norm())
                 for t in linear.triples
             ]
         means = []

@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 WORDS = [f"w{i}" for i in range(60)]
 
 
-def write_model(folder: Path, hidden: int = 36, intermediate: int = 52, layers: int = 2, seed: int = 0) -> Path:
+def write_model(
+    folder: Path, hidden: int = 36, intermediate: int = 52, layers: int = 2, seed: int = 0
+) -> Path:
     """A random LLaMA whose shapes no small world size divides: 2 heads of 18, 1 key/value head by default."""
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dynrank_ds.adapters.initial import block_generator, lora_factors, svd_factors
 from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.run import prepare_data
+from dynrank_ds.training.prepare import prepare_data
 from tests.support.launch import train
 from tests.support.reference import Reference, Settings, Triple
 from tests.support.tiny import write_data, write_model
@@ -48,7 +48,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def reference(recipe_file: Path, plans: list[dict] | None = None, method: str = "pe_dyra") -> tuple[list[float], Reference]:
+def reference(
+    recipe_file: Path, plans: list[dict] | None = None, method: str = "pe_dyra"
+) -> tuple[list[float], Reference]:
     """Losses of the plain run; `plans` from ranks.jsonl take the place of its own."""
     recipe = load_recipe(str(recipe_file))
     dataset, _ = prepare_data(recipe)
@@ -91,7 +93,8 @@ def lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def run(request: pytest.FixtureRequest, recipe_file: Path) -> Path:
     folder = recipe_file.parent / f"run{request.param}"
-    train(request.param, recipe_file, f"output.dir={folder}")
+    micro_batch = {1: 3, 2: 1, 3: 2}[request.param]  # 2, 3 and 1 micro-batches a step
+    train(request.param, recipe_file, f"output.dir={folder}", f"train.micro_batch_size={micro_batch}")
     return folder
 
 

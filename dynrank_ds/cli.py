@@ -1,0 +1,98 @@
+"""`dynrank`: everything around training that needs no process group."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynrank_ds.errors import DynrankError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 done, 2 the user's mistake in one sentence on stderr."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        arguments.command(arguments)
+    except DynrankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dynrank", description="Low-rank adapters whose ranks change, on DeepSpeed."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    validate = _command(
+        commands, "validate", _validate, "check a recipe, its model and its data, without a GPU"
+    )
+    validate.epilog = "example: dynrank validate --recipe quickstart train.steps=50"
+    validate.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
+    validate.add_argument("overrides", nargs="*", help="section.key=value")
+
+    export = _command(commands, "export", _export, "write a run's newest checkpoint as an adapter")
+    export.epilog = "example: dynrank export --run runs/quickstart --output adapter --format padded"
+    export.add_argument("--run", required=True, type=Path, help="run directory")
+    export.add_argument("--output", required=True, type=Path, help="folder to make")
+    export.add_argument(
+        "--format",
+        choices=("peft", "padded"),
+        default="peft",
+        help="peft: rank_pattern and alpha_pattern; padded: one rank for all, right on every engine",
+    )
+
+    merge = _command(commands, "merge", _merge, "add an adapter to its base model, tensor by tensor")
+    merge.epilog = "example: dynrank merge --adapter adapter --output merged"
+    merge.add_argument("--adapter", required=True, type=Path, help="PEFT adapter folder")
+    merge.add_argument("--base", help="model folder or hub id; by default what the adapter names")
+    merge.add_argument("--output", required=True, type=Path, help="folder to make")
+
+    report = _command(commands, "report", _report, "write a page and pictures of what the ranks did")
+    report.epilog = "example: dynrank report --run runs/quickstart"
+    report.add_argument("--run", required=True, type=Path, help="run directory")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, run: object, what: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.recipe import load_recipe
+    from dynrank_ds.training.prepare import validate
+
+    print(validate(load_recipe(arguments.recipe, arguments.overrides)))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.export import export_adapter
+
+    export_adapter(arguments.run, arguments.output, layout=arguments.format)
+    print(arguments.output)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.export import merge_adapter
+
+    merge_adapter(arguments.adapter, arguments.base, arguments.output)
+    print(arguments.output)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.report import write_report
+
+    print(write_report(arguments.run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What a run is built of, apart from processes: shared by training and by `dynrank validate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dynrank_ds.adapters.inject import inject
+from dynrank_ds.adapters.linear import AdaptedLinear
+from dynrank_ds.data.formats import FORMATS
+from dynrank_ds.data.sources import load_rows
+from dynrank_ds.data.tokenising import TokenisedDataset, tokenise
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods import build_method, method_class
+from dynrank_ds.recipe import Recipe
+from dynrank_ds.training.model import check_model_folder, load_tokenizer
+from dynrank_ds.zero.config import load_config
+
+
+def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
+    """The tokenised samples and the padding token's id.
+
+    Raises:
+        DataError, ModelError, RecipeError: what is missing or malformed.
+    """
+    if recipe.data.format not in FORMATS:
+        raise RecipeError(f"data.format is '{recipe.data.format}': known are {', '.join(sorted(FORMATS))}")
+    tokenizer = load_tokenizer(recipe.model.path)
+    data = recipe.data
+    rows = load_rows(data.source, data.split, data.limit)
+    dataset = tokenise(rows, tokenizer, FORMATS[data.format], data.max_length, data.max_dropped)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return dataset, pad_id
+
+
+def adapt(
+    model: PreTrainedModel, recipe: Recipe, restored: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> dict[str, AdaptedLinear]:
+    """Freezes the model and injects the recipe's adapters.
+
+    restored: {block: {factor: weights}} that take the place of initial values.
+    """
+    section = recipe.adapter
+    init = method_class(recipe.method).init
+    blocks = inject(model, section.targets, section.rank, section.alpha, init, recipe.train.seed)
+    for name, factors in (restored or {}).items():
+        block = blocks[name]
+        block.set_factors({k: v.to(block.base.weight) for k, v in factors.items()})
+    return blocks
+
+
+def validate(recipe: Recipe) -> str:
+    """Checks everything of a recipe that can be checked without processes, and says what a run would be.
+
+    Raises:
+        DynrankError: what cannot be run.
+    """
+    load_config(recipe.deepspeed.config)
+    recipe.accumulation(world_size=1)
+    dataset, _ = prepare_data(recipe)
+    check_model_folder(recipe.model.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.model.path))
+    blocks = adapt(model, recipe)
+    steps = recipe.total_steps(len(dataset))
+    method = build_method(recipe.method, blocks, steps, torch.device("meta"))
+    trainable = sum(p.numel() for b in blocks.values() for p in b.factors().values())
+    base = sum(p.numel() for p in model.parameters()) - trainable
+    return "\n".join(
+        [
+            f"model       {recipe.model.path}: {base:,} parameters",
+            f"data        {len(dataset):,} samples, {int(dataset.lengths.sum()):,} tokens, "
+            f"{int(dataset.target_counts.sum()):,} of them targets",
+            f"adapter     {len(blocks)} linears, total rank {recipe.adapter.rank * len(blocks)}, "
+            f"{trainable:,} trainable parameters ({trainable / base:.3%})",
+            f"method      {recipe.method.name}: {method.planned_adjustments()} adjustments in {steps} steps",
+        ]
+    )
