@@ -188,7 +188,7 @@ class TensorFileReader:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _layout(entries: Iterable[TensorEntry], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

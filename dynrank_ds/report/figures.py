@@ -68,10 +68,10 @@ def rank_heatmap(start: Mapping[str, int], end: Mapping[str, int]) -> Figure:
         where = place(block)
         cell = kinds.index(where.kind), layers.index(where.layer)
         ranks[cell], changes[cell] = rank, rank - start[block]
-    figure, axes = _canvas(width=2.6 + 0.36 * max(len(layers), 16), height=1.7 + 0.4 * len(kinds))
+    figure, [axes] = _canvas(width=2.6 + 0.36 * max(len(layers), 16), height=1.7 + 0.4 * len(kinds))
     image = _diverging(axes, changes)
     for row, column in np.argwhere(~np.isnan(ranks)):
-        dark = abs(changes[row, column]) > 0.6 * image.norm.vmax
+        dark = abs(changes[row, column]) > 0.6 * _reach(changes)
         colour = "white" if dark else _INK
         axes.text(
             column, row, f"{ranks[row, column]:.0f}", ha="center", va="center", fontsize=8, color=colour
@@ -95,7 +95,7 @@ def rank_history(adjustments: Sequence[tuple[int, Mapping[str, int]]], start: Ma
     changes = np.array(
         [[after[block] - start[block] for block in columns] for _, after in adjustments], float
     )
-    figure, axes = _canvas(width=11, height=1.9 + 0.24 * min(max(len(adjustments), 6), 30))
+    figure, [axes] = _canvas(width=11, height=1.9 + 0.24 * min(max(len(adjustments), 6), 30))
     image = _diverging(axes, changes)
     groups = [sum(place(block).kind == kind for block in columns) for kind in kinds]
     ends = np.cumsum(groups)
@@ -115,7 +115,7 @@ def rank_history(adjustments: Sequence[tuple[int, Mapping[str, int]]], start: Ma
 def course(metrics: Sequence[Mapping[str, float]], adjustment_steps: Sequence[int]) -> Figure:
     """Loss and total rank over the steps, with the adjustments marked."""
     steps = np.array([line["step"] for line in metrics])
-    figure, (top, bottom) = _canvas(width=11, height=5.0, rows=2)
+    figure, [top, bottom] = _canvas(width=11, height=5.0, rows=2)
     loss = np.array([line["loss"] for line in metrics], float)
     top.plot(steps, loss, color=_BLUE, alpha=0.3, linewidth=0.8, label="every step")
     top.plot(steps, _smoothed(loss), color=_BLUE, linewidth=1.8, label="smoothed")
@@ -142,10 +142,10 @@ def course(metrics: Sequence[Mapping[str, float]], adjustment_steps: Sequence[in
     return figure
 
 
-def _canvas(width: float, height: float, rows: int = 1) -> tuple[Figure, Axes | np.ndarray]:
+def _canvas(width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, 1, sharex=True, height_ratios=[2, 1][:rows])
-    for one in np.atleast_1d(axes):
+    axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=[2, 1][:rows])[:, 0])
+    for one in axes:
         one.tick_params(labelsize=9, colors=_MUTED, labelcolor=_INK)
         one.xaxis.label.set(color=_INK, size=10)
         one.yaxis.label.set(color=_INK, size=10)
@@ -164,9 +164,12 @@ def _start(start: Mapping[str, int]) -> str:
 
 def _diverging(axes: Axes, changes: np.ndarray) -> AxesImage:
     """An image whose white is no change, and whose red and blue reach equally far."""
-    reach = max(1.0, float(np.nanmax(np.abs(changes))))
-    norm = TwoSlopeNorm(vcenter=0, vmin=-reach, vmax=reach)
+    norm = TwoSlopeNorm(vcenter=0, vmin=-_reach(changes), vmax=_reach(changes))
     return axes.imshow(changes, cmap=_DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
+
+
+def _reach(changes: np.ndarray) -> float:
+    return max(1.0, float(np.nanmax(np.abs(changes))))
 
 
 def _change_bar(figure: Figure, axes: Axes, image: AxesImage) -> None:

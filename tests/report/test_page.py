@@ -73,10 +73,10 @@ def test_a_line_that_a_kill_cut_short_is_left_out_with_a_warning(run, caplog):
 
 
 def test_steps_that_a_resumed_run_did_again_count_once(run):
-    lines = [metric(step, 3.0) for step in range(1, 31)] + [metric(step, 1.0) for step in range(21, 41)]
+    lines = [metric(step, 3.0) for step in range(1, 31)] + [metric(step, 1.0) for step in range(21, 31)]
     write_lines(run / "metrics.jsonl", lines)
     told = summary(write_report(run).read_text())
-    assert told["Steps"] == "40" and told["Loss, first and last step"] == "3.0000 → 1.0000"
+    assert told["Steps"] == "30" and told["Loss, first and last step"] == "3.0000 → 1.0000"
 
 
 def test_what_is_no_run_is_told(run, tmp_path):
