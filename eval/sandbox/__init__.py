@@ -6,7 +6,8 @@ Covered:
   the program; an ordinary user's programs run as that user;
 - limits on wall time (from the moment the program starts), CPU time, address space, file size, open files,
   processes and core dumps;
-- an empty environment, /dev/null as stdin, stdout and stderr, no inherited descriptors but the result pipe;
+- an empty environment, stdin at its end, stdout and stderr to /dev/null, no other inherited descriptor but the
+  result pipe's;
 - a private temporary directory as working directory, removed afterwards;
 - at the end, or at the deadline, the whole process group is killed;
 - a program passes only if the harness writes a random nonce to the result pipe after the last test returned:

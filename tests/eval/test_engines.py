@@ -174,3 +174,16 @@ def test_incomplete_folders_are_named(tiny_model: Path, tmp_path: Path) -> None:
         check_length(str(tiny_model), 1025)
     check_length(str(tiny_model), 1024)
     check_model("meta-llama/Llama-2-7b-hf")
+
+
+def test_completions_keep_their_leading_space(data_dir: Path) -> None:
+    """SentencePiece's decoder drops it from tokens that stand alone; in code it is indentation."""
+    model = str(data_dir / "tiny-llama" / "stories260K-hf")
+    tokenizer = load_tokenizer(model)
+    texts = ["Once upon a", "Tom and", "One day,"]
+    ids = encode_prompts(tokenizer, texts)
+    completions = start_engine("hf", ModelSpec(model, None, "float32", 64)).generate(ids, 12, [])
+    for text, prompt, completion in zip(texts, ids, completions, strict=True):
+        whole = tokenizer.decode([*prompt, *completion.token_ids], skip_special_tokens=True)
+        assert text + completion.text == whole
+    assert any(completion.text.startswith(" ") for completion in completions)
