@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynrank_ds.errors import DataError, RecipeError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.protocols import Protocol, load_protocol
 from dynrank_eval.statistics import wilson_interval
 from dynrank_eval.tasks import Problem, Task, Verdict, fingerprint, get_task
-
-from dynrank_ds.errors import DataError, RecipeError
 
 
 @dataclass(frozen=True)

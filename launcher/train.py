@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="section.key=value, or resume=auto|never")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(levelname)s %(message)s")
     for noisy in ("DeepSpeed", "httpx", "torch.distributed"):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dynrank_ds.ranking.layout import BlockShape, ShardLayout
 
+_TOKENS_AT_ONCE = 2048
+
 
 class Sensitivity:
     """Smoothed sensitivity and its uncertainty, per element (AdaLoRA, eq. 8 to 10, and its code).
@@ -49,9 +51,11 @@ class InputEnergy:
 
     def add(self, block: int, x: Tensor, token_mask: Tensor) -> None:
         """Adds one micro-batch's input x (batch, tokens, in) of a block; token_mask (batch, tokens) drops padding."""
-        kept = x * token_mask.unsqueeze(-1).to(x.dtype)
-        norms = torch.linalg.vector_norm(kept.flatten(0, -2), dim=0, dtype=torch.float32)
-        self._views[block].add_(norms.square_())
+        weights, flat = token_mask.flatten().float(), x.flatten(0, -2)
+        # In pieces: the squares in fp32 are larger than the input itself.
+        for rows in range(0, flat.shape[0], _TOKENS_AT_ONCE):
+            squares = flat[rows : rows + _TOKENS_AT_ONCE].float().square_()
+            self._views[block].add_(weights[rows : rows + _TOKENS_AT_ONCE] @ squares)
 
     def update(self, tokens: int) -> None:
         """Closes an optimizer step; `tokens` counts the global batch's tokens without padding."""

@@ -127,12 +127,12 @@ class Trainer:
         self.method.micro_batch.share = 1 / len(micro_batches)
         for number, chosen in enumerate(micro_batches, start=1):
             batch = collate(self.dataset, chosen, self.pad_id)
-            first_target = int((batch.labels != IGNORED).any(0).nonzero()[0])
+            rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)
             self.method.micro_batch.token_mask = batch.attention_mask.to(self.device)
             summed = self.engine(
                 input_ids=batch.input_ids.to(self.device),
-                labels=batch.labels.to(self.device),
-                first_target=first_target,
+                positions=(rows * batch.labels.shape[1] + columns - 1).to(self.device),
+                targets=batch.labels[rows, columns].to(self.device),
             )
             # The engine takes the mean over processes: this makes it the mean over all target tokens.
             self.engine.backward(summed * (processes.world_size() / targets))

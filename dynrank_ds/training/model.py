@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dynrank_ds.data.batching import IGNORED
 from dynrank_ds.errors import ModelError
 from dynrank_ds.recipe import ModelSection
 
@@ -56,7 +55,14 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path {section.path} is no causal language model: {_first(error)}") from error
+    for key, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0)):
+        if getattr(model.config, key, neutral) != neutral:
+            raise ModelError(
+                f"model.path {section.path} has {key}: models that change their logits are not supported"
+            )
     model.config.use_cache = False
+    # The first layer's input must require a gradient: see ZeroEngine.
+    model.enable_input_require_grads()
     if activation_checkpointing:
         # The reentrant kind runs backward hooks unevenly under ZeRO-3.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -67,21 +73,18 @@ class SummedLoss(nn.Module):
     """Cross entropy summed over the targets of a micro-batch, fp32; whoever calls it knows what to divide by.
 
     Padding is on the right, so under causal attention no token ever sees it and no mask is needed.
-    Logits are made only from the first target on.
+    Logits are made only where there is a target: they are the largest tensors of a step.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor, first_target: int) -> Tensor:
-        """input_ids, labels: (samples, tokens) int64, not shifted; no label before column `first_target` >= 1."""
-        kept = input_ids.shape[1] - first_target + 1
-        logits = self.model(input_ids=input_ids, logits_to_keep=kept).logits[:, :-1]
-        targets = labels[:, first_target:]
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        """input_ids (samples, tokens); positions (n,), flat, of the tokens that predict; targets (n,); all int64."""
+        hidden = self.model.get_decoder()(input_ids=input_ids).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions])
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def _first(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
             eps=recipe.train.eps,
             weight_decay=recipe.train.weight_decay,
         ),
+        unit=type(model.get_decoder().layers[0]),
     )
     method.start(engine.layout)
     progress = Progress()
@@ -116,6 +118,11 @@ def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:
     last = save()
     if first:
         export_checkpoint(last, run.path / "adapter")
+        logger.info(
+            "adapter written to %s; score it with\n    %s",
+            run.path / "adapter",
+            _eval_command(recipe, run.path),
+        )
         if planned_adjustments and run.adjustments() and trainer.engine.layout.ranks == initial:
             logger.warning(
                 "ranks never changed although %s planned %d adjustments",
@@ -123,3 +130,11 @@ def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:
                 planned_adjustments,
             )
     processes.barrier()
+
+
+def _eval_command(recipe: Recipe, run: Path) -> str:
+    words = ["dynrank-eval", "run", "--model", recipe.model.path, "--adapter", str(run / "adapter")]
+    words += ["--task", ",".join(recipe.eval.tasks) or "gsm8k"]
+    if recipe.eval.data_dir:
+        words += ["--data-dir", recipe.eval.data_dir]
+    return shlex.join([*words, "--output", str(run / "eval")])

@@ -77,7 +77,7 @@ def check_output(path: Path, resume: bool) -> None:
 
 
 def _environment(world_size: int) -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

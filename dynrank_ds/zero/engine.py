@@ -13,7 +13,12 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    set_z3_leaf_modules,
+)
 from torch import Tensor, nn
 
 from dynrank_ds.adapters.linear import AdaptedLinear
@@ -30,6 +35,11 @@ OptimizerFactory = Callable[[list[nn.Parameter]], RowAgedAdamW]
 class ZeroEngine:
     """Training of the adapters in `blocks` inside `model`, everything partitioned.
 
+    `unit` is the module class (a decoder layer) whose parameters are gathered and released together: with
+    adapters a layer has dozens of small parameters, and fetching them module by module costs more than
+    the layer's arithmetic on a small model. Its input must require a gradient, or DeepSpeed would reduce the
+    unit's gradients before they exist.
+
     Flat vectors are fp32, of this process's elements, in the order of `layout`.
     """
 
@@ -40,6 +50,7 @@ class ZeroEngine:
         factors: Sequence[str],
         config: dict[str, Any],
         make_optimizer: OptimizerFactory,
+        unit: type[nn.Module],
     ) -> None:
         self.blocks = list(blocks.values())
         self.shapes = tuple(BlockShape(n, b.in_features, b.out_features) for n, b in blocks.items())
@@ -49,6 +60,7 @@ class ZeroEngine:
         self.updates = 0
         """Optimizer steps applied so far."""
         self._model, self._config, self._make_optimizer = model, config, make_optimizer
+        set_z3_leaf_modules(model, [unit])
         self._build(self._layout([_rank(b) for b in self.blocks]))
 
     # --- training
@@ -148,7 +160,8 @@ class ZeroEngine:
 
     def _build(self, layout: ShardLayout) -> None:
         self.layout = layout
-        self._params = [self.blocks[f.block].factors()[f.factor] for f in layout.fragments]
+        # DeepSpeed hangs its own attributes (ds_id, ds_tensor, ...) on parameters: no type knows them.
+        self._params: list[Any] = [self.blocks[f.block].factors()[f.factor] for f in layout.fragments]
         self._engine, *_ = deepspeed.initialize(
             model=self._model, optimizer=self._make_optimizer(self._params), config=self._config
         )

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from dynrank_eval.engines import Completion
-from dynrank_eval.engines.model import ModelSpec, end_token_ids, load_tokenizer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from dynrank_ds.errors import ModelError
+from dynrank_eval.engines import Completion
+from dynrank_eval.engines.model import ModelSpec, end_token_ids, load_tokenizer
 
 _BATCH = 16
 

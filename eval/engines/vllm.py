@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from dynrank_eval.engines import Completion
-from dynrank_eval.engines.model import ModelSpec, adapter_rank, end_token_ids, load_config, load_tokenizer
 
 from dynrank_ds.errors import RunError
+from dynrank_eval.engines import Completion
+from dynrank_eval.engines.model import ModelSpec, adapter_rank, end_token_ids, load_config, load_tokenizer
 
 # vLLM reads these when it is imported; what the user has set stays.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

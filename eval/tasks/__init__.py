@@ -1,11 +1,10 @@
 """The benchmarks by name."""
 
+from dynrank_ds.errors import RecipeError
 from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict, fingerprint
 from dynrank_eval.tasks.gsm8k import Gsm8k
 from dynrank_eval.tasks.gsm_symbolic import GsmSymbolic, GsmSymbolicUnseen
 from dynrank_eval.tasks.humaneval import HumanEval
-
-from dynrank_ds.errors import RecipeError
 
 __all__ = ["TASKS", "Judgement", "Problem", "Task", "Verdict", "fingerprint", "get_task"]
 

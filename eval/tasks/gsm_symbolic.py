@@ -6,11 +6,10 @@ The problems are made beside the training data, so they are always read from a f
 
 from pathlib import Path
 
+from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.numeric import NumericTask, numeric_problems
-
-from dynrank_ds.errors import DataError
 
 
 class GsmSymbolic(NumericTask):

@@ -7,13 +7,12 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from dynrank_ds.errors import DataError
 from dynrank_eval import sandbox
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.protocols import Protocol
 from dynrank_eval.sandbox import Outcome
 from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict
-
-from dynrank_ds.errors import DataError
 
 _VERDICTS = {
     Outcome.PASSED: Verdict.CORRECT,

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynrank_ds.errors import DataError
 from dynrank_eval.extraction import answer_number, parse_number
 from dynrank_eval.protocols import Protocol
 from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict
-
-from dynrank_ds.errors import DataError
 
 
 class NumericTask(Task):

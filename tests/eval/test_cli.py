@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dynrank_eval.cli import main
 from dynrank_eval.statistics import mcnemar_exact
 

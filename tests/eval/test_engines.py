@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from dynrank_ds.errors import ModelError, RunError
 from dynrank_eval.engines import start_engine
 from dynrank_eval.engines.model import (
     ModelSpec,
@@ -18,8 +20,6 @@ from dynrank_eval.engines.model import (
     encode_prompts,
     load_tokenizer,
 )
-
-from dynrank_ds.errors import ModelError, RunError
 
 LENGTH = 24
 

