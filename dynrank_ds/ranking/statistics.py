@@ -54,7 +54,7 @@ class InputEnergy:
         weights, flat = token_mask.flatten().float(), x.flatten(0, -2)
         # In pieces: the squares in fp32 are larger than the input itself.
         for rows in range(0, flat.shape[0], _TOKENS_AT_ONCE):
-            squares = flat[rows : rows + _TOKENS_AT_ONCE].float().square_()
+            squares = flat[rows : rows + _TOKENS_AT_ONCE].float().square()
             self._views[block].add_(weights[rows : rows + _TOKENS_AT_ONCE] @ squares)
 
     def update(self, tokens: int) -> None:

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dynrank_ds.adapters.initial import block_generator, svd_factors
+from dynrank_ds.adapters.inject import inject
+from dynrank_ds.adapters.linear import AdaptedLinear
+from dynrank_ds.errors import RecipeError
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.down_proj = nn.Linear(8, 8), nn.Linear(12, 5)
+        self.norm = nn.LayerNorm(8)
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"layers": nn.ModuleList([Layer(), Layer()]), "head": nn.Linear(8, 20)}).to(dtype)
+
+
+def test_only_the_targets_are_adapted_and_the_base_is_frozen() -> None:
+    net = model()
+    blocks = inject(net, ["q_proj"], rank=4, alpha=8.0, init=svd_factors, seed=0)
+    assert list(blocks) == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert [n for n, m in net.named_modules() if isinstance(m, AdaptedLinear)] == list(blocks)
+    assert all(net.get_submodule(name) is block and block.scale == 2.0 for name, block in blocks.items())
+    trainable = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trainable == {f"{b}.{f}" for b in blocks for f in ("lora_A", "lora_E", "lora_B")}
+
+
+def test_factors_follow_the_seed_and_the_block_name_in_the_dtype_of_the_base() -> None:
+    all_targets = inject(model(torch.bfloat16), ["q_proj", "down_proj"], 3, 3.0, svd_factors, seed=7)
+    alone = inject(model(torch.bfloat16), ["down_proj"], 3, 3.0, svd_factors, seed=7)
+    name = "layers.1.down_proj"
+    expected = svd_factors(3, 12, 5, block_generator(7, name, 0))
+    for factor, value in alone[name].factors().items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, expected[factor].bfloat16())
+        assert torch.equal(value, all_targets[name].factors()[factor])
+
+
+def test_an_unknown_target_is_told_with_the_names_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"adapter.targets names 'qproj'.*it has down_proj, head, q_proj"):
+        inject(model(), ["q_proj", "qproj"], 2, 2.0, svd_factors, 0)
+
+
+def test_a_rank_above_a_side_is_refused_with_the_module_and_its_shape() -> None:
+    with pytest.raises(RecipeError, match=r"adapter.rank is 6, but layers.0.down_proj is 5 x 12: at most 5"):
+        inject(model(), ["q_proj", "down_proj"], 6, 2.0, svd_factors, 0)

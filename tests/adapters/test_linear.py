@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dynrank_ds.adapters.linear import AdaptedLinear
+
+SCALE = 1.7
+
+
+class CountingWork:
+    """Records what backward shows it and asks for a given penalty gradient."""
+
+    def __init__(self, penalty: float | None = None) -> None:
+        self.inputs: list[Tensor] = []
+        self.penalty = penalty
+
+    def observe_input(self, x: Tensor) -> None:
+        self.inputs.append(x.clone())
+
+    def penalty_gradient(self, factor: Tensor) -> Tensor | None:
+        return None if self.penalty is None else factor * self.penalty
+
+
+def adapted(rank: int, with_e: bool = True, dtype: torch.dtype = torch.float64) -> AdaptedLinear:
+    torch.manual_seed(rank)
+    block = AdaptedLinear(nn.Linear(5, 7, dtype=dtype).requires_grad_(False), SCALE)
+    factors = {"lora_A": torch.randn(rank, 5, dtype=dtype), "lora_B": torch.randn(rank, 7, dtype=dtype)}
+    if with_e:
+        factors["lora_E"] = torch.randn(rank, dtype=dtype)
+    block.set_factors(factors if rank else {})
+    return block
+
+
+def plain(x: Tensor, block: AdaptedLinear, factors: dict[str, Tensor]) -> Tensor:
+    """W x + bias + s B^T diag(e) A x, left to autograd."""
+    e = factors.get("lora_E", torch.ones(len(factors["lora_A"]), dtype=x.dtype))
+    delta = SCALE * factors["lora_B"].T @ torch.diag(e) @ factors["lora_A"]
+    return x @ (block.base.weight + delta).T + block.base.bias
+
+
+@pytest.mark.parametrize("with_e", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 5)])
+def test_output_and_gradients_are_those_of_the_formula(with_e: bool, shape: tuple[int, ...]) -> None:
+    block = adapted(3, with_e)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    copies = {k: v.detach().clone().requires_grad_() for k, v in block.factors().items()}
+    other_x = x.detach().clone().requires_grad_()
+    ours, formula = block(x), plain(other_x, block, copies)
+    torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-12)
+
+    direction = torch.randn_like(ours)
+    ours.backward(direction)
+    formula.backward(direction)
+    torch.testing.assert_close(x.grad, other_x.grad, rtol=1e-12, atol=1e-12)
+    assert block.factors().keys() == copies.keys()
+    for name, factor in block.factors().items():
+        # The gradient of e is summed in fp32, so that it does not suffer in bf16.
+        tolerance = 1e-5 if name == "lora_E" else 1e-12
+        torch.testing.assert_close(factor.grad, copies[name].grad, rtol=tolerance, atol=tolerance)
+    assert block.base.weight.grad is None
+
+
+def test_an_input_without_gradient_gets_none() -> None:
+    block = adapted(2)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    block(x).sum().backward()
+    assert x.grad is None
+    assert all(factor.grad is not None for factor in block.factors().values())
+
+
+def test_rank_zero_is_the_base_and_owns_no_parameter() -> None:
+    block = adapted(0)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert torch.equal(block(x), block.base(x))
+    assert block.factors() == {}
+    assert {name for name, _ in block.named_parameters()} == {"base.weight", "base.bias"}
+
+
+def test_factors_can_be_taken_away_again() -> None:
+    block = adapted(3)
+    block.set_factors({})
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert torch.equal(block(x), block.base(x))
+    assert not [p for p in block.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("with_checkpointing", [False, True])
+def test_work_sees_the_input_once_per_backward(with_checkpointing: bool) -> None:
+    block = adapted(3)
+    block.work = work = CountingWork()
+    for times in (1, 2):
+        x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+        y = checkpoint(block, x, use_reentrant=False) if with_checkpointing else block(x)
+        y.sum().backward()
+        assert len(work.inputs) == times
+        assert torch.equal(work.inputs[-1], x)
+
+
+def test_work_sees_nothing_in_evaluation() -> None:
+    block = adapted(3)
+    block.work = work = CountingWork()
+    with torch.no_grad():
+        block(torch.randn(2, 5, dtype=torch.float64))
+    block(torch.randn(2, 5, dtype=torch.float64))  # no backward follows
+    assert work.inputs == []
+
+
+def test_the_penalty_gradient_is_added_to_a_and_b() -> None:
+    x = torch.randn(4, 5, dtype=torch.float64)
+    without, with_penalty = adapted(3), adapted(3)
+    with_penalty.work = CountingWork(penalty=0.5)
+    for block in (without, with_penalty):
+        block(x).square().sum().backward()
+    for name, factor in with_penalty.factors().items():
+        extra = 0 * factor if name == "lora_E" else 0.5 * factor
+        torch.testing.assert_close(factor.grad, without.factors()[name].grad + extra)
+
+
+def test_adding_triples_with_e_zero_changes_no_bit_of_the_output() -> None:
+    block = adapted(4, dtype=torch.float32)
+    x = torch.randn(3, 6, 5)
+    before = block(x)
+    grown = {
+        name: torch.cat([f.detach(), torch.zeros(3) if name == "lora_E" else torch.randn(3, f.shape[1])])
+        for name, f in block.factors().items()
+    }
+    block.set_factors(grown)
+    assert block.lora_A is not None and block.lora_A.shape == (7, 5)
+    assert torch.equal(block(x), before)

@@ -1,0 +1,92 @@
+"""Rows on the move between pretend processes; the real collectives are tested with the engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynrank_ds.ranking.layout import BlockShape, ShardLayout
+from dynrank_ds.ranking.plan import RankPlan
+from dynrank_ds.zero import migrate as moving
+from dynrank_ds.zero.migrate import migrate, zero3_fragment
+from tests.ranking.pretend import PretendProcess, run_pretend, shard
+
+FACTORS = ("lora_A", "lora_E", "lora_B")
+SHAPES = tuple(
+    BlockShape(str(i), n_in, n_out) for i, (n_in, n_out) in enumerate([(7, 5), (4, 9), (3, 3), (6, 2)])
+)
+BEFORE = (3, 2, 0, 4)
+PLAN = RankPlan(keep=((0, 2), (0, 1), (), (1,)), new=(2, 0, 1, 0))
+AFTER = (4, 2, 1, 1)
+STATES = 3  # weights and both moments
+
+
+def new_rows(block: int, count: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(block)
+    shape = SHAPES[block]
+    return {
+        "lora_A": torch.randn(count, shape.in_features, generator=generator),
+        "lora_E": torch.randn(count, generator=generator),
+        "lora_B": torch.randn(count, shape.out_features, generator=generator),
+    }
+
+
+def whole_states(ranks: tuple[int, ...]) -> dict[tuple[str, int], Tensor]:
+    """{(factor, block): (states, rank, row)}"""
+    torch.manual_seed(0)
+    return {
+        (factor, b): torch.randn(STATES, rank, SHAPES[b].row_length(factor))
+        for factor in FACTORS
+        for b, rank in enumerate(ranks)
+    }
+
+
+def indexed(full: dict[tuple[str, int], Tensor]) -> dict[tuple[str, int], Tensor]:
+    """The plan by plain indexing of whole tensors."""
+    out = {}
+    for (factor, b), states in full.items():
+        fresh = torch.zeros(STATES, PLAN.new[b], states.shape[2])
+        fresh[0] = new_rows(b, PLAN.new[b])[factor].reshape(fresh[0].shape)
+        out[factor, b] = torch.cat([states[:, list(PLAN.keep[b])], fresh], dim=1)
+    return out
+
+
+def held(full: dict[tuple[str, int], Tensor], rank: int, size: int) -> Tensor:
+    present = [value for value in full.values() if value.shape[1]]
+    return torch.stack([shard([value[n] for value in present], rank, size) for n in range(STATES)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("blocks_at_once", [1, 32])
+def test_migrating_shards_equals_indexing_whole_tensors(
+    size: int, blocks_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moving, "BLOCKS_AT_ONCE", blocks_at_once)
+    full = whole_states(BEFORE)
+    expected = indexed(full)
+    rules = [zero3_fragment(rank, size) for rank in range(size)]
+
+    def work(process: PretendProcess) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+        old = ShardLayout(SHAPES, BEFORE, FACTORS, rules[process.rank])
+        new = ShardLayout(SHAPES, AFTER, FACTORS, rules[process.rank])
+        mine = held(full, process.rank, size)
+        return migrate(mine, old, new, PLAN, new_rows, rules, process.gather)
+
+    for rank, (states, changed) in enumerate(run_pretend(size, work)):
+        assert torch.equal(states, held(expected, rank, size))
+        assert set(changed) == {0, 2, 3}
+        for block, factors in changed.items():
+            for factor, weights in factors.items():
+                assert torch.equal(weights.flatten(), expected[factor, block][0].flatten())
+
+
+def test_survivors_keep_their_rows_and_new_rows_have_zero_moments() -> None:
+    full = whole_states(BEFORE)
+    rules = [zero3_fragment(0, 1)]
+    old, new = (ShardLayout(SHAPES, ranks, FACTORS, rules[0]) for ranks in (BEFORE, AFTER))
+    states, _ = migrate(held(full, 0, 1), old, new, PLAN, new_rows, rules, lambda flat: flat)
+    a = states[:, : 4 * 7].view(STATES, 4, 7)  # lora_A of block 0, the first of the layout
+    assert torch.equal(a[:, :2], full["lora_A", 0][:, [0, 2]])
+    assert torch.equal(a[0, 2:], new_rows(0, 2)["lora_A"])
+    assert not a[1:, 2:].any()

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dynrank_ds.ranking.layout import BlockShape, ShardLayout
+from dynrank_ds.ranking.statistics import InputEnergy, Sensitivity
+from dynrank_ds.zero.migrate import zero3_fragment
+from tests.ranking.pretend import shard
+
+CPU = torch.device("cpu")
+# The state is fp32 (eps 6e-8) and forgets with a horizon of 1 / (1 - 0.85) = 7 steps, so that some ten rounding
+# errors live in it at a time. The uncertainty adds the cancellation in I - Ibar, of up to a few times I.
+TOLERANCE = 2e-6
+
+
+def test_sensitivity_on_two_processes_equals_the_recursion_on_whole_rows_in_float64() -> None:
+    torch.manual_seed(0)
+    shapes, ranks, factors = (BlockShape("a", 7, 5),), (3,), ("lora_A", "lora_E", "lora_B")
+    sizes = [(3, 7), (3, 1), (3, 5)]
+    layouts = [ShardLayout(shapes, ranks, factors, zero3_fragment(rank, 2)) for rank in range(2)]
+    ours = [Sensitivity(layout.numel, 0.85, 0.7, CPU) for layout in layouts]
+    smoothed = [torch.zeros(s, dtype=torch.float64) for s in sizes]
+    uncertainty = [torch.zeros(s, dtype=torch.float64) for s in sizes]
+    for _ in range(30):
+        weights = [torch.randn(s) for s in sizes]
+        gradients = [torch.randn(s) * 1e-3 for s in sizes]
+        for rank, statistic in enumerate(ours):
+            statistic.update(shard(weights, rank, 2), shard(gradients, rank, 2))
+        for i, (w, g) in enumerate(zip(weights, gradients, strict=True)):
+            now = (w.double() * g.double()).abs()
+            smoothed[i] = 0.85 * smoothed[i] + 0.15 * now
+            uncertainty[i] = 0.7 * uncertainty[i] + 0.3 * (now - smoothed[i]).abs()
+
+    for rank, statistic in enumerate(ours):
+        torch.testing.assert_close(
+            statistic.smoothed.double(), shard(smoothed, rank, 2), rtol=TOLERANCE, atol=0
+        )
+        torch.testing.assert_close(
+            statistic.uncertainty.double(), shard(uncertainty, rank, 2), rtol=TOLERANCE, atol=0
+        )
+    rows = sum(s.row_sums(layout) for s, layout in zip(ours, layouts, strict=True))
+    expected = torch.stack([(i * u).sum(1) for i, u in zip(smoothed, uncertainty, strict=True)])
+    torch.testing.assert_close(rows, expected, rtol=TOLERANCE, atol=0)
+
+
+def test_small_products_do_not_underflow_in_the_score() -> None:
+    layout = ShardLayout((BlockShape("a", 1, 1),), (1,), ("lora_A",), zero3_fragment(0, 1))
+    statistic = Sensitivity(1, 0.85, 0.85, CPU)
+    statistic.update(torch.tensor([1e-10]), torch.tensor([1e-15]))
+    # I = 1e-25: Ibar = 0.15 I, U = 0.15 (I - Ibar) = 0.1275 I; the product 1.9e-52 is nothing in fp32.
+    torch.testing.assert_close(statistic.row_sums(layout).item(), 0.15 * 0.1275 * 1e-50, rtol=1e-5, atol=0)
+
+
+def test_input_energy_of_two_processes_is_the_smoothed_mean_square_without_padding() -> None:
+    torch.manual_seed(1)
+    shapes = (BlockShape("a", 6, 2), BlockShape("b", 4, 2))
+    ours = [InputEnergy(shapes, 0.85, CPU) for _ in range(2)]
+    expected = torch.zeros(10, dtype=torch.float64)
+    for _ in range(30):
+        squares, tokens = torch.zeros(10, dtype=torch.float64), 0
+        for energy in ours:
+            for _micro_batch in range(2):
+                lengths = torch.randint(1, 6, (3,))
+                mask = (torch.arange(5) < lengths[:, None]).long()
+                tokens += int(lengths.sum())
+                inputs = [torch.randn(3, 5, shape.in_features) for shape in shapes]
+                for block, x in enumerate(inputs):
+                    energy.add(block, x, mask)
+                kept = torch.cat([x[mask.bool()].double() for x in inputs], dim=1)
+                squares += kept.square().sum(0)
+        for energy in ours:
+            energy.update(tokens)
+        expected = 0.85 * expected + 0.15 * squares / tokens
+    torch.testing.assert_close(
+        sum(energy.smoothed for energy in ours).double(), expected, rtol=TOLERANCE, atol=0
+    )
+
+
+def test_input_energy_of_a_long_batch_is_summed_in_full() -> None:
+    torch.manual_seed(2)
+    energy = InputEnergy((BlockShape("a", 3, 2),), 0.0, CPU)
+    x = torch.randn(2, 2500, 3)
+    energy.add(0, x, torch.ones(2, 2500))
+    energy.update(5000)
+    torch.testing.assert_close(energy.smoothed, x.double().square().mean((0, 1)).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_observing_leaves_the_input_as_it_is(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 4, dtype=dtype)
+    before = x.clone()
+    InputEnergy((BlockShape("a", 4, 2),), 0.85, CPU).add(0, x, torch.ones(2, 3))
+    assert torch.equal(x, before)
+
+
+def test_a_discarded_step_leaves_no_trace_in_the_input_energy() -> None:
+    energy = InputEnergy((BlockShape("a", 3, 2),), 0.85, CPU)
+    energy.add(0, torch.full((1, 2, 3), 7.0), torch.ones(1, 2))
+    energy.discard()
+    energy.add(0, torch.full((1, 2, 3), 2.0), torch.ones(1, 2))
+    energy.update(2)
+    torch.testing.assert_close(energy.smoothed, torch.full((3,), 0.15 * 4.0))
