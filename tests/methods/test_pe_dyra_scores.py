@@ -1,0 +1,159 @@
+"""PE-DyRA's scores against sections 3.2 and 3.3 of the paper, written out on whole tensors in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynrank_ds.methods.pe_dyra import PEDyRA
+from dynrank_ds.ranking.layout import ShardLayout
+from dynrank_ds.ranking.plan import RankState
+from dynrank_ds.zero.migrate import zero3_fragment
+from tests.methods.small import SIDES, pe_dyra
+from tests.ranking.pretend import PretendProcess, run_pretend, shard
+
+FACTORS = ("lora_A", "lora_E", "lora_B")
+RANKS = (3, 1, 4)
+Whole = dict[str, list[Tensor]]
+"""{factor: one (rank, row) tensor a block}"""
+
+
+def random_whole(seed: int, scale: float = 1.0) -> Whole:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        factor: [
+            torch.randn(
+                rank,
+                {"lora_A": n_in, "lora_E": 1, "lora_B": n_out}[factor],
+                generator=generator,
+                dtype=torch.float64,
+            )
+            * scale
+            for rank, (n_in, n_out) in zip(RANKS, SIDES.values(), strict=True)
+        ]
+        for factor in FACTORS
+    }
+
+
+def local(whole: Whole, process: PretendProcess) -> Tensor:
+    return shard([block for factor in FACTORS for block in whole[factor]], process.rank, process.size)
+
+
+def formula(
+    weights: Whole,
+    gradients: Whole,
+    smoothed: Whole,
+    uncertainty: Whole,
+    energy: Sequence[Tensor],
+    mix: float,
+    normalise: bool,
+) -> list[Tensor]:
+    by_gradient, by_input = [], []
+    for b, rank in enumerate(RANKS):
+        norms = {f: float(gradients[f][b].norm()) for f in FACTORS}
+        together = sum(norms.values())
+        for i in range(rank):
+            score = 0.0
+            for f in FACTORS:
+                weight = norms[f] / together if together else 1 / 3
+                score += weight * float((smoothed[f][b][i] * uncertainty[f][b][i]).mean())
+            by_gradient.append(score)
+            features = float((weights["lora_A"][b][i].abs() * energy[b]).sum())
+            by_input.append(
+                float(weights["lora_E"][b][i].abs()) * features * float(weights["lora_B"][b][i].norm())
+            )
+    g, x = torch.tensor(by_gradient, dtype=torch.float64), torch.tensor(by_input, dtype=torch.float64)
+    if normalise:
+        g, x = g / (g.mean() + 1e-12), x / (x.mean() + 1e-12)
+    return list((mix * g + (1 - mix) * x).split(RANKS))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("normalise", ["mean", "none"])
+def test_scores_from_shards_are_those_of_the_formula(size: int, normalise: str) -> None:
+    weights, gradients = random_whole(0), random_whole(1, scale=1e-2)
+    smoothed = {f: [v.abs() for v in blocks] for f, blocks in random_whole(2).items()}
+    uncertainty = {f: [v.abs() for v in blocks] for f, blocks in random_whole(3).items()}
+    parts = [[torch.rand(n_in) for n_in, _ in SIDES.values()] for _ in range(size)]
+    energy = [sum(part[b].double() for part in parts) for b in range(3)]
+
+    def work(process: PretendProcess) -> list[Tensor]:
+        method = pe_dyra(mix=0.3, normalise=normalise)
+        layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_fragment(process.rank, process.size))
+        method.start(layout)
+        method.set_row_statistics(
+            {"sensitivity": local(smoothed, process), "uncertainty": local(uncertainty, process)}
+        )
+        method.set_partial_statistics({"input_energy": torch.cat(parts[process.rank])})
+        scores = method.scores(local(weights, process), local(gradients, process), layout, process.total)
+        assert process.sums <= 2
+        return list(scores)
+
+    expected = formula(weights, gradients, smoothed, uncertainty, energy, 0.3, normalise == "mean")
+    for scores in run_pretend(size, work):
+        for ours, theirs in zip(scores, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+
+
+def test_scores_after_steps_on_three_processes_follow_the_recursions() -> None:
+    """All of it in fp32, from the gradients and inputs of ten steps on."""
+    torch.manual_seed(4)
+    steps = [(random_whole(10 + t), random_whole(30 + t, 1e-2)) for t in range(10)]
+    inputs = [[[torch.randn(1, 4, n_in) for n_in, _ in SIDES.values()] for _ in range(3)] for _ in steps]
+
+    def work(process: PretendProcess) -> list[Tensor]:
+        method = pe_dyra()
+        layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_fragment(process.rank, 3))
+        method.start(layout)
+        for number, (w, g) in enumerate(steps, start=1):
+            for block, x in enumerate(inputs[number - 1][process.rank]):
+                method.energy.add(block, x, torch.ones(1, 4))
+            w_here, g_here = local(w, process).float(), local(g, process).float()
+            method.observe(number, w_here, g_here, layout, tokens=12)
+        return list(method.scores(w_here, g_here, layout, process.total))
+
+    zero = {f: [torch.zeros_like(v) for v in blocks] for f, blocks in steps[0][0].items()}
+    smoothed, uncertainty = zero, zero
+    energy = [torch.zeros(n_in, dtype=torch.float64) for n_in, _ in SIDES.values()]
+    for (w, g), seen in zip(steps, inputs, strict=True):
+        now = {f: [(a * b).abs() for a, b in zip(w[f], g[f], strict=True)] for f in FACTORS}
+        smoothed = _ema(smoothed, now)
+        away = {f: [(a - b).abs() for a, b in zip(now[f], smoothed[f], strict=True)] for f in FACTORS}
+        uncertainty = _ema(uncertainty, away)
+        for b in range(3):
+            tokens = torch.cat([seen[p][b].flatten(0, 1) for p in range(3)]).double()
+            energy[b] = 0.85 * energy[b] + 0.15 * tokens.square().mean(0)
+    expected = formula(*steps[-1], smoothed, uncertainty, energy, 0.5, True)
+    for scores in run_pretend(3, work):
+        for ours, theirs in zip(scores, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+def _ema(old: Whole, now: Whole) -> Whole:
+    return {f: [0.85 * a + 0.15 * b for a, b in zip(old[f], now[f], strict=True)] for f in FACTORS}
+
+
+@pytest.mark.parametrize("normalise", ["mean", "none"])
+def test_scores_of_nothing_but_zeros_are_zero_and_can_be_planned(normalise: str) -> None:
+    method = pe_dyra(k=3, normalise=normalise)
+    layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_fragment(0, 1))
+    method.start(layout)
+    nothing = torch.zeros(layout.numel)
+    scores = method.scores(nothing, nothing, layout, lambda tensor: tensor)
+    assert [s.tolist() for s in scores] == [[0.0] * rank for rank in RANKS]
+    plan = method.plan(scores, RankState(RANKS, (9, 9, 9), 7, 20))
+    assert plan.pruned(RANKS) == [[0, 1], [], [0]]
+    assert plan.new == (1, 1, 1)
+
+
+def test_without_any_gradient_the_three_factors_weigh_alike() -> None:
+    method: PEDyRA = pe_dyra(mix=1.0, normalise="none")
+    layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_fragment(0, 1))
+    method.start(layout)
+    ones = torch.ones(layout.numel)
+    method.set_row_statistics({"sensitivity": ones, "uncertainty": 6 * ones})
+    scores = method.scores(ones, 0 * ones, layout, lambda tensor: tensor)
+    torch.testing.assert_close(torch.cat(list(scores)), torch.full((8,), 6.0, dtype=torch.float64))

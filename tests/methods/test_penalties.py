@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dynrank_ds.adapters.initial import block_generator, svd_factors
+from dynrank_ds.methods.pe_dyra import PEDyRA, PEDyRAConfig
+from dynrank_ds.methods.penalties import orthogonality_gradient
+from tests.methods.small import CPU, SIDES, blocks
+
+
+@pytest.mark.parametrize(("rank", "length"), [(1, 6), (4, 6), (5, 3)])
+@pytest.mark.parametrize("scale", [0.02, 1.0])
+def test_it_is_the_gradient_of_the_frobenius_norm(rank: int, length: int, scale: float) -> None:
+    torch.manual_seed(0)
+    factor = torch.randn(rank, length) * scale
+    f = factor.double().requires_grad_()
+    torch.linalg.matrix_norm(f @ f.T - torch.eye(rank, dtype=torch.float64)).backward()
+    assert f.grad is not None
+    torch.testing.assert_close(orthogonality_gradient(factor).double(), f.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_zero_where_rows_are_orthonormal() -> None:
+    factor = torch.eye(5)[[3, 0, 4]]
+    assert torch.equal(orthogonality_gradient(factor), torch.zeros(3, 5))
+
+
+def test_a_16_bit_factor_gives_an_fp32_gradient() -> None:
+    factor = torch.randn(3, 8).bfloat16()
+    gradient = orthogonality_gradient(factor)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, orthogonality_gradient(factor.float()))
+
+
+def test_two_micro_batches_add_the_mean_norm_over_all_factor_matrices_once() -> None:
+    modules = blocks()
+    coefficient = 0.3
+    config = PEDyRAConfig(t_i=4, interval=3, t_f=5, orthogonality=coefficient)
+    method = PEDyRA(config, modules, 20, CPU)
+    method.micro_batch.share = 1 / 2
+    for name, block in modules.items():
+        block.set_factors(svd_factors(3, *SIDES[name], block_generator(0, name, 0)))
+    for _ in range(2):
+        for name, block in modules.items():
+            method.micro_batch.token_mask = torch.ones(1, 2)
+            (0 * block(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient
+
+    copies = [f.detach().double().requires_grad_() for b in modules.values() for f in (b.lora_A, b.lora_B)]
+    norms = [torch.linalg.matrix_norm(f @ f.T - torch.eye(3, dtype=torch.float64)) for f in copies]
+    (coefficient * torch.stack(norms).mean()).backward()
+    ours = [f.grad for b in modules.values() for f in (b.lora_A, b.lora_B)]
+    for gradient, copy in zip(ours, copies, strict=True):
+        torch.testing.assert_close(gradient.double(), copy.grad, rtol=1e-5, atol=1e-7)
+    assert not any(block.lora_E.grad.any() for block in modules.values())
