@@ -13,19 +13,23 @@ import typing
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHOD_NAMES, AnyMethodConfig
+from dynrank_ds.methods.base import resolve_steps
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -68,7 +72,7 @@ class TrainSection(_Section):
     warmup: int | float = Field(default=0, ge=0)
     """Steps, or a fraction of training below 1, over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
     """0 does not clip."""
@@ -150,6 +154,8 @@ def check_recipe(values: dict[str, Any], name: str) -> Recipe:
     if (recipe.train.steps is None) == (recipe.train.epochs is None):
         given = "both" if recipe.train.steps else "neither"
         raise RecipeError(f"{name}: {given} of train.steps and train.epochs is given: give exactly one")
+    # Refused here: the schedule asks only once the run has begun.
+    resolve_steps(recipe.train.warmup, 1, f"{name}: train.warmup")
     if recipe.adapter.max_rank is not None and recipe.adapter.max_rank < recipe.adapter.rank:
         raise RecipeError(
             f"{name}: adapter.max_rank {recipe.adapter.max_rank} is below adapter.rank {recipe.adapter.rank}"
@@ -220,7 +226,8 @@ def _number(text: str) -> str | float:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    path = [str(p) for p in first["loc"] if p not in METHOD_NAMES]
+    # Members of a union stand in the location too: methods, and the numbers that steps may be.
+    path = [str(p) for p in first["loc"] if p not in (*METHOD_NAMES, "int", "float")]
     where = ".".join(path)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

@@ -28,7 +28,7 @@ Steps = Annotated[int | float, Field(ge=0, description="whole steps, or a fracti
 class MethodConfig(BaseModel):
     """Base of the methods' recipe sections; each stands beside its method."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def resolve_steps(value: int | float, total_steps: int, key: str) -> int:

@@ -36,14 +36,17 @@ def load_config(name: str) -> dict[str, Any]:
         raise RecipeError(f"deepspeed.config is '{name}': neither a file nor one of {', '.join(known)}")
     try:
         config = json.loads(shipped.read_text() if shipped.is_file() else path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"deepspeed.config {name} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"deepspeed.config {name} holds {type(config).__name__}, not a JSON object")
     for key, owner in _OWNED.items():
         if key in config:
             raise RecipeError(
                 f"deepspeed.config {name} sets '{key}': remove it, the recipe's {owner} decides it"
             )
-    stage = config.get("zero_optimization", {}).get("stage")
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         raise RecipeError(
             f"deepspeed.config {name} has zero_optimization.stage {stage}: this version runs stage 3"

@@ -1,0 +1,111 @@
+"""The training script's command line; training itself is tested with several processes elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dynrank_ds.errors import RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launcher" / "train.py"
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launcher_train", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--recipe", "r.yaml", "train.steps=3", "output.dir=x"],
+        ["train.steps=3", "output.dir=x", "--recipe", "r.yaml"],
+        ["--local_rank=0", "train.steps=3", "--recipe", "r.yaml", "output.dir=x"],
+        ["resume=auto", "train.steps=3", "--recipe", "r.yaml", "output.dir=x"],
+    ],
+)
+def test_overrides_stand_before_or_after_the_recipe(
+    arguments: list[str],
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load(name: str, overrides: Sequence[str]) -> None:
+        raise RecipeError(f"{name} {' '.join(overrides)}")
+
+    monkeypatch.setattr(script, "load_recipe", load)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    assert script.main() == 2
+    assert capsys.readouterr().err == "error: r.yaml train.steps=3 output.dir=x\n"
+
+
+def test_resume_is_auto_or_never(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "quickstart", "resume=yes"])
+    assert script.main() == 2
+    assert capsys.readouterr().err == "error: resume is 'yes': give auto or never\n"
+
+
+def test_only_the_first_process_tells_a_mistake(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "nowhere"])
+    assert script.main() == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_shows_an_example(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 0
+    assert "example: deepspeed" in capsys.readouterr().out
+
+
+def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    variables = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--recipe", "quickstart", "output.dir=run", *overrides],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_mistake_in_the_recipe_ends_the_command_before_anything_is_made(tmp_path: Path) -> None:
+    done = run(tmp_path, "train.stepz=3")
+    assert done.returncode == 2
+    assert done.stderr == "error: quickstart: unknown key 'train.stepz': did you mean 'steps'?\n"
+    assert done.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_a_mistake_found_after_the_processes_have_met_makes_nothing_either(tmp_path: Path) -> None:
+    done = run(tmp_path, f"model.path={tmp_path}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: model.path {tmp_path} has no config.json: give the folder of a Hugging Face model"
+    ]
+    assert not list(tmp_path.iterdir())

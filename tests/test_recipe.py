@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.recipe import Recipe, check_recipe, load_recipe, shipped_recipes
+from dynrank_ds.zero.config import load_config
+
+VALUES: dict[str, Any] = {
+    "model": {"path": "model"},
+    "data": {"source": "data.jsonl"},
+    "adapter": {"rank": 4},
+    "method": {"name": "pe_dyra", "t_i": 4, "interval": 3, "t_f": 5},
+    "train": {"steps": 20, "global_batch_size": 12, "learning_rate": 1e-3},
+    "output": {"dir": "run"},
+}
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    """VALUES with section.key set to a value, or a whole section."""
+    values = copy.deepcopy(VALUES)
+    section, _, field = key.partition(".")
+    if field:
+        values.setdefault(section, {})[field] = value
+    else:
+        values[section] = value
+    return values
+
+
+def write(path: Path, values: Any) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.dump())
+    assert load_recipe(str(resolved)) == recipe
+    load_config(recipe.deepspeed.config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("trian", {}, "unknown key 'trian': did you mean 'train'?"),
+        ("train.lerning_rate", 1, "unknown key 'train.lerning_rate': did you mean 'learning_rate'?"),
+        ("method.intervall", 3, "unknown key 'method.intervall': did you mean 'interval'?"),
+        ("data.xyzzy", 3, "unknown key 'data.xyzzy': known are format, limit, max_dropped, max_length,"),
+        ("train.steps", "many", "'train.steps' is 'many': input should be a valid integer"),
+        ("train.steps", 0, "'train.steps' is 0: input should be greater than or equal to 1"),
+        (
+            "train.learning_rate",
+            float("inf"),
+            "'train.learning_rate' is inf: input should be a finite number",
+        ),
+        ("train.betas", [0.9, 1.0], "'train.betas.1' is 1.0: input should be less than 1"),
+        ("train.warmup", 1.5, "train.warmup is 1.5: give whole steps, or a fraction of training below 1"),
+        ("train.schedule", "step", "'train.schedule' is 'step': input should be 'linear', 'cosine' or"),
+        ("train", 5, "'train' is 5: input should be a valid dictionary"),
+        ("adapter.targets", "q_proj", "'adapter.targets' is 'q_proj': input should be a valid tuple"),
+        ("adapter.max_rank", 3, "adapter.max_rank 3 is below adapter.rank 4"),
+        ("train.epochs", 1.0, "both of train.steps and train.epochs is given: give exactly one"),
+        ("train.steps", None, "neither of train.steps and train.epochs is given: give exactly one"),
+        ("method", {"name": "pedyra"}, "method.name is 'pedyra': known are lora, pe_dyra"),
+        ("method", "lora", "'method' is 'lora': input should be a valid dictionary"),
+        ("method.t_i", "soon", "'method.t_i' is 'soon': input should be a valid integer"),
+        ("method.mix", 1.5, "'method.mix' is 1.5: input should be less than or equal to 1"),
+        ("output", {}, "'output.dir' is missing"),
+    ],
+)
+def test_a_mistake_is_told_by_file_key_value_and_what_would_be_right(
+    key: str, value: Any, sentence: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "r.yaml", changed(key, value))
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(f"{path}: {sentence}")
+    assert "\n" not in str(error.value)
+
+
+def test_several_mistakes_are_counted() -> None:
+    with pytest.raises(RecipeError, match=r"'model' is missing \(and 4 more\)"):
+        check_recipe({}, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train: [1\nmodel: 2", "is not valid YAML: while parsing a flow sequence"),
+        ("? [1, 2]\n: 3", "is not valid YAML: while constructing a mapping"),
+        ("- model", "holds list, not sections such as model: and train:"),
+        ("", "holds NoneType, not sections"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(path))
+    assert sentence in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_neither_file_nor_recipe_is_told_with_the_recipes_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"recipe 'quickstrat' is neither a file nor one of .*quickstart"):
+        load_recipe("quickstrat")
+
+
+def test_a_base_gives_what_the_recipe_leaves_open(tmp_path: Path) -> None:
+    below = write(tmp_path / "below.yaml", VALUES)
+    above = write(tmp_path / "above.yaml", {"base": below, "train": {"steps": 7}, "adapter": {"alpha": 3.0}})
+    recipe = load_recipe(above)
+    assert (recipe.train.steps, recipe.train.learning_rate) == (7, 1e-3)
+    assert (recipe.adapter.rank, recipe.adapter.alpha) == (4, 3.0)
+    assert recipe.method.name == "pe_dyra"
+
+
+def test_another_method_takes_nothing_from_the_bases_method(tmp_path: Path) -> None:
+    below = write(tmp_path / "below.yaml", VALUES)
+    above = write(tmp_path / "above.yaml", {"base": below, "method": {"name": "lora"}})
+    assert load_recipe(above).method.model_dump() == {"name": "lora"}
+    assert load_recipe(below, ["method.name=lora"]).method.model_dump() == {"name": "lora"}
+    same = load_recipe(below, ["method.k=3"]).method
+    assert same.name == "pe_dyra" and (same.k, same.interval) == (3, 3)
+
+
+def test_bases_in_a_circle_are_told(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    write(one, {"base": str(two)})
+    write(two, {"base": str(one)})
+    with pytest.raises(RecipeError, match=r"its bases form a circle: .*one.yaml -> .*two.yaml -> .*one.yaml"):
+        load_recipe(str(one))
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", VALUES)
+    overrides = ["train.steps=5", "train.steps=6", "train.learning_rate=2e-3", "adapter.targets=[q_proj]"]
+    recipe = load_recipe(path, [*overrides, "method.t_i=0.25", "data.limit=null", "eval.tasks=[gsm8k]"])
+    assert (recipe.train.steps, recipe.train.learning_rate) == (6, 2e-3)
+    assert recipe.adapter.targets == ("q_proj",) and recipe.eval.tasks == ("gsm8k",)
+    assert recipe.method.model_dump()["t_i"] == 0.25 and recipe.data.limit is None
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("steps=5", "override 'steps=5' is not of the form section.key=value"),
+        ("train.steps", "override 'train.steps' is not of the form section.key=value"),
+        ("train.steps=[1", "override 'train.steps=[1': the value is not valid YAML"),
+        ("train.stepz=5", "unknown key 'train.stepz': did you mean 'steps'?"),
+        ("train.steps=few", "'train.steps' is 'few': input should be a valid integer"),
+    ],
+)
+def test_a_wrong_override_is_told(override: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path / "r.yaml", VALUES), [override])
+    assert sentence in str(error.value)
+
+
+def recipe(**train: Any) -> Recipe:
+    return check_recipe({**VALUES, "train": {**VALUES["train"], **train}}, "r.yaml")
+
+
+def test_accumulation_follows_from_micro_batch_and_processes() -> None:
+    assert [recipe(micro_batch_size=2).accumulation(n) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(RecipeError, match=r"global_batch_size 12 is no multiple of .* 2 x 4 processes = 8"):
+        recipe(micro_batch_size=2).accumulation(4)
+
+
+def test_epochs_become_steps_of_the_global_batch() -> None:
+    assert recipe().total_steps(1000) == 20
+    assert recipe(steps=None, epochs=1.5).total_steps(100) == 12  # 12.5 to the even side
+    assert recipe(steps=None, epochs=0.01).total_steps(100) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            '{"train_batch_size": 8}',
+            "sets 'train_batch_size': remove it, the recipe's train.global_batch_size",
+        ),
+        ('{"optimizer": {}}', "sets 'optimizer': remove it, the recipe's train decides it"),
+        ('{"zero_optimization": {"stage": 2}}', "has zero_optimization.stage 2: this version runs stage 3"),
+        ('{"zero_optimization": true}', "has zero_optimization.stage None: this version runs stage 3"),
+        ("[]", "holds list, not a JSON object"),
+        ("{", "is not JSON: "),
+    ],
+)
+def test_a_deepspeed_configuration_that_cannot_be_used_is_told(
+    text: str, sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_config(str(path))
+    assert str(error.value).startswith(f"deepspeed.config {path} {sentence}")
+
+
+def test_a_missing_deepspeed_configuration_is_told_with_those_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"deepspeed.config is 'zero9': neither a file nor one of .*zero3"):
+        load_config("zero9")
