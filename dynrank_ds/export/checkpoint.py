@@ -1,16 +1,14 @@
 """The trained triples of a checkpoint, read block by block."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from dynrank_ds.checkpoints import check_tensors, read_state
 from dynrank_ds.errors import RunError
-from dynrank_ds.tensorfile import TensorFileReader, file_sha256
-
-_FORMAT = 1
+from dynrank_ds.tensorfile import TensorFileReader
 
 
 @dataclass(frozen=True)
@@ -21,38 +19,6 @@ class BlockShape:
     scale: float
     in_features: int
     out_features: int
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The finished checkpoint of the run with the largest step.
-
-    Raises:
-        RunError: if there is none.
-    """
-    folder = run / "checkpoints"
-    steps = {}
-    for path in folder.glob("step-*"):
-        number = path.name.removeprefix("step-")
-        if number.isdigit() and path.is_dir():  # "step-7.tmp" is unfinished
-            steps[int(number)] = path
-    if not steps:
-        raise RunError(f"{folder} holds no finished checkpoint (step-N): name the folder of a training run")
-    return steps[max(steps)]
-
-
-def read_state(checkpoint: Path) -> dict:
-    """The content of the checkpoint's state.json.
-
-    Raises:
-        RunError: if it is missing or of another format.
-    """
-    path = checkpoint / "state.json"
-    if not path.is_file():
-        raise RunError(f"{path} does not exist: {checkpoint} is not a finished checkpoint")
-    state = json.loads(path.read_text())
-    if state.get("format") != _FORMAT:
-        raise RunError(f"{path} has format {state.get('format')!r}; this version reads format {_FORMAT}")
-    return state
 
 
 class TrainedAdapter:
@@ -72,13 +38,8 @@ class TrainedAdapter:
         self.step: int = state["step"]
         self.method: str = state["method"]
         self.blocks = {name: BlockShape(**_shape_fields(value)) for name, value in state["blocks"].items()}
-        path = checkpoint / "state.safetensors"
-        if not path.is_file():
-            raise RunError(f"{path} does not exist: {checkpoint} is not a finished checkpoint")
-        if file_sha256(path) != state["sha256"]:
-            raise RunError(f"{path} differs from its sha256 in state.json: the checkpoint is damaged")
-        self._path = path
-        self._file = TensorFileReader(path)
+        self._path = check_tensors(checkpoint, state)
+        self._file = TensorFileReader(self._path)
 
     def triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, in) and diag(e) B (r, out) of the block `name`, whose rank must be above 0, in fp32.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dynrank_ds.checkpoints import newest_checkpoint, read_state
 from dynrank_ds.errors import RunError
-from dynrank_ds.export.checkpoint import newest_checkpoint, read_state
 from dynrank_ds.report.figures import DPI, course, rank_heatmap, rank_history
 
 _log = logging.getLogger(__name__)

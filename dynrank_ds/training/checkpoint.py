@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynrank_ds.errors import RunError
+from dynrank_ds.checkpoints import FORMAT, STATE, TENSORS, check_tensors, read_state
 from dynrank_ds.methods.base import Method
 from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter, file_sha256
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.engine import MOMENTS, ZeroEngine
-
-FORMAT = 1
 
 
 @dataclass
@@ -35,14 +33,6 @@ class Progress:
     """Optimizer steps applied."""
     batch: int = 0
     """Global batches consumed: more than `step` by the discarded ones."""
-
-
-def newest(run: Path) -> Path | None:
-    """The complete checkpoint of the largest step, or None."""
-    found = [
-        p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".tmp" and (p / "state.json").is_file()
-    ]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
 def save(run: Path, progress: Progress, engine: ZeroEngine, method: Method, about: Mapping[str, Any]) -> Path:
@@ -89,7 +79,7 @@ class _Writer:
             TensorEntry(f"statistics/{name}", torch.float32, tuple(part.shape))
             for name, part in method.partial_statistics().items()
         ]
-        self.file = TensorFileWriter(folder / "state.safetensors", entries)
+        self.file = TensorFileWriter(folder / TENSORS, entries)
 
     def rows(self, states: tuple[str, ...], block: int, factor: str, rows: Tensor) -> None:
         shape = self.engine.layout.shapes[block]
@@ -114,9 +104,9 @@ class _Writer:
                     layout.shapes, layout.ranks, self.engine.blocks, self.engine.births, strict=True
                 )
             },
-            "sha256": file_sha256(self.folder / "state.safetensors"),
+            "sha256": file_sha256(self.folder / TENSORS),
         }
-        with (self.folder / "state.json").open("w") as file:
+        with (self.folder / STATE).open("w") as file:
             json.dump(about, file)
             file.flush()
             os.fsync(file.fileno())
@@ -141,18 +131,8 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.about: dict[str, Any] = json.loads((path / "state.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise RunError(f"checkpoint {path} has no readable state.json: {error}") from error
-        if self.about.get("format") != FORMAT:
-            raise RunError(
-                f"checkpoint {path} has format {self.about.get('format')}: this version reads {FORMAT}"
-            )
-        if file_sha256(path / "state.safetensors") != self.about["sha256"]:
-            raise RunError(
-                f"checkpoint {path} is damaged: state.safetensors does not have the checksum of state.json"
-            )
+        self.about = read_state(path)
+        self._tensors = check_tensors(path, self.about)
 
     @property
     def progress(self) -> Progress:
@@ -162,7 +142,7 @@ class Checkpoint:
     def factors(self) -> dict[str, dict[str, Tensor]]:
         """{block: {factor: fp32 weights}}, to build the adapters at the ranks they had."""
         out: dict[str, dict[str, Tensor]] = {name: {} for name in self.about["blocks"]}
-        with TensorFileReader(self.path / "state.safetensors") as file:
+        with TensorFileReader(self._tensors) as file:
             for name in file.entries:
                 state, _, parameter = name.partition("/")
                 if state == "master":
@@ -172,7 +152,7 @@ class Checkpoint:
 
     def restore(self, engine: ZeroEngine, method: Method) -> None:
         """Puts everything into an engine that was built at these ranks, and a method that was started."""
-        with TensorFileReader(self.path / "state.safetensors") as file:
+        with TensorFileReader(self._tensors) as file:
 
             def flat(state: str) -> Tensor:
                 layout = engine.layout

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dynrank_ds.checkpoints import find_newest
 from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_checkpoint
 from dynrank_ds.methods import build_method
@@ -40,7 +41,7 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
     config = load_config(recipe.deepspeed.config)
     dataset, pad_id = prepare_data(recipe)
     total_steps = recipe.total_steps(len(dataset))
-    found = checkpoint.newest(run.path) if resume else None
+    found = find_newest(run.path) if resume else None
     restored = Checkpoint(found) if found else None
 
     model = load_model(recipe.model, recipe.train.activation_checkpointing)

@@ -136,6 +136,8 @@ class ZeroEngine:
         self._build(new)
         carried = dict(zip(names, moved[1:], strict=True))
         self._write(moved[0], carried)
+        # The old engine is a web of references to itself, and lets go of its shards only when collected.
+        gc.collect()
         return {name: carried[name].clone() for name in statistics}
 
     def whole_rows(self, states: Tensor) -> Iterator[tuple[int, str, Tensor]]:
@@ -204,10 +206,7 @@ class ZeroEngine:
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
         self._masters, self._moments, self._params = [], {}, []
-        del self._engine, engine
-        # The engine and its optimizer refer to each other: without a collection each rebuild would keep
-        # the shards of the one before until Python happens to collect.
-        gc.collect()
+        del self._engine
 
 
 def _rank(block: AdaptedLinear) -> int:
