@@ -1,0 +1,49 @@
+"""Trouble in one of two processes is trouble, or none, for both alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.launch import outcomes
+from tests.support.recipes import STEPS, lines
+
+
+def test_processes_with_different_plans_all_fail_before_anything_changes(shards: Path) -> None:
+    run = shards / "disagreement"
+    for message in outcomes(run, "failure", 2):
+        assert message.startswith("processes disagree on the rank plan of step 4")
+    assert outcomes(run, "changed", 2) == [[], []]
+    assert not (run / "ranks.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def steps(shards: Path) -> list[list[dict[str, Any]]]:
+    """Each process's steps of the run in which two global batches met a NaN."""
+    return outcomes(shards / "nan", "steps", 2)
+
+
+def test_a_nan_on_one_process_discards_the_step_on_all(steps: Any) -> None:
+    for batch, holder in ((5, 0), (9, 1)):
+        finite = [process[batch]["finite_here"] for process in steps]
+        assert finite == [holder != 0, holder != 1]  # only its shard ever held the NaN
+        assert [process[batch]["applied"] for process in steps] == [False, False]
+
+
+def test_a_discarded_step_changes_no_bit_of_weights_moments_ages_and_statistics(steps: Any) -> None:
+    for process in steps:
+        assert [process[batch]["changed"] for batch in (5, 9)] == [[], []]
+
+
+def test_training_goes_on_after_a_discarded_step(steps: Any, shards: Path) -> None:
+    for process in steps:
+        assert len(process) == STEPS + 2 and process[-1]["step"] == STEPS
+        assert all(step["finite"] for step in process)
+        for batch in (6, 10):
+            assert process[batch]["applied"]
+            kinds = {name.split()[0] for name in process[batch]["changed"]}
+            assert {"master", "half", "exp_avg", "exp_avg_sq", "statistic", "optimizer"} <= kinds
+    discarded = [line["discarded"] for line in lines(shards / "nan" / "metrics.jsonl")]
+    assert [batch for batch, was in enumerate(discarded) if was] == [5, 9]

@@ -1,0 +1,80 @@
+"""A run that is stopped and resumed is the run that was not stopped."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import start_processes, train, train_command, wait
+from tests.support.recipes import STEPS, lines
+
+EVERY_TEN = "train.checkpoint_interval=10"
+
+
+@pytest.fixture(scope="module", params=[2, 1], ids=["same world size", "other world size"])
+def resumed(request: pytest.FixtureRequest, uninterrupted: Path) -> tuple[int, Path]:
+    """The world size, and the run as resumed from step 10 after having been logged further than that."""
+    run = uninterrupted / f"resumed{request.param}"
+    shutil.copytree(uninterrupted / "run", run)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS}")
+    shutil.rmtree(run / "adapter")
+    recipe = uninterrupted / "recipe.yaml"
+    train(request.param, recipe, EVERY_TEN, f"output.dir={run}", "resume=auto")
+    return request.param, run
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run / "metrics.jsonl")]
+
+
+def plans(run: Path) -> list[tuple[int, str]]:
+    return [(line["step"], line["plan_sha256"]) for line in lines(run / "ranks.jsonl")]
+
+
+def test_losses_are_those_of_the_uninterrupted_run(resumed: tuple[int, Path], uninterrupted: Path) -> None:
+    world_size, run = resumed
+    expected, actual = losses(uninterrupted / "run"), losses(run)
+    if world_size == 2:
+        assert actual == expected
+    else:
+        assert max(abs(a - b) for a, b in zip(actual, expected, strict=True)) <= 1e-6
+
+
+def test_plans_are_those_of_the_uninterrupted_run(resumed: tuple[int, Path], uninterrupted: Path) -> None:
+    assert plans(resumed[1]) == plans(uninterrupted / "run")
+    assert [step for step, _ in plans(resumed[1])] == [4, 7, 10, 13, 16]
+
+
+def test_each_step_is_logged_once(resumed: tuple[int, Path]) -> None:
+    logged = lines(resumed[1] / "metrics.jsonl")
+    assert [line["step"] for line in logged] == list(range(1, STEPS + 1))
+
+
+def test_a_signal_to_one_process_saves_and_ends_all_and_the_run_can_go_on(uninterrupted: Path) -> None:
+    run = uninterrupted / "stopped"
+    command = train_command(uninterrupted / "recipe.yaml", EVERY_TEN, f"output.dir={run}", "resume=auto")
+    processes = start_processes(2, command)
+    metrics = run / "metrics.jsonl"
+    while not (metrics.is_file() and len(lines(metrics)) >= 2):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    wait(processes)
+    outputs = [process.output for process in processes]  # type: ignore[attr-defined]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    told = [line for output in outputs for line in output.splitlines() if "resume=auto" in line]
+    assert len(told) == 1, outputs
+    stopped_at = int(re.search(r"stopped at step (\d+)", told[0])[1])  # type: ignore[index]
+    assert 2 <= stopped_at < STEPS
+    assert (run / "checkpoints" / f"step-{stopped_at}" / "state.json").is_file()
+    assert len(losses(run)) == stopped_at and not (run / "adapter").exists()
+
+    train(2, uninterrupted / "recipe.yaml", EVERY_TEN, f"output.dir={run}", "resume=auto")
+    assert losses(run) == losses(uninterrupted / "run")
+    assert plans(run) == plans(uninterrupted / "run")
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,70 @@
+"""A hundred adjustments in a row, and what each leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dynrank_ds.training.loop import Trainer
+from tests.support.watching import main, train_watched, write
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+SINGLE = ("DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeRoOffload", "RowAgedAdamW")
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+class Counted(Trainer):
+    """Counts hooks, engines, tensors and memory after adjustments."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.counts: list[dict[str, Any]] = []
+
+    def _adjust(self, scores: Sequence[Tensor]) -> None:
+        before = self.engine.layout.ranks
+        super()._adjust(scores)
+        modules = dict(self.engine._model.named_modules())
+        self.counts.append(
+            {
+                "ranks": [before, self.engine.layout.ranks],
+                "resident": resident(),
+                "hooks": {n: [len(getattr(m, kind)) for kind in HOOKS] for n, m in modules.items()},
+            }
+        )
+        if len(self.counts) in (20, 100):
+            gc.collect()
+            alive = [type(thing).__name__ for thing in gc.get_objects()]
+            self.counts[-1]["alive"] = {name: alive.count(name) for name in SINGLE}
+            self.counts[-1]["tensors"] = alive.count("Tensor") + alive.count("Parameter")
+            self.counts[-1]["objects"] = len(alive)
+
+    def train(self, after_step: Any) -> bool:
+        finished = super().train(after_step)
+        write(self.run.path, "counts", self.counts)
+        return finished
+
+
+def hundred_adjustments(folder: Path) -> None:
+    train_watched(
+        folder / "recipe.yaml",
+        Counted,
+        f"output.dir={folder / 'rebuilds'}",
+        "train.steps=104",
+        "method.interval=1",
+        "method.k=2",
+        "adapter.targets=[q_proj, down_proj]",
+        "train.micro_batch_size=3",
+    )
+
+
+if __name__ == "__main__":
+    main([hundred_adjustments])

@@ -1,0 +1,167 @@
+"""What processes hold after rank changes, when their plans differ, and when a gradient is NaN on one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.training.loop import StepResult, Trainer
+from dynrank_ds.zero import processes
+from tests.support.watching import (
+    adapter_parameters,
+    differing,
+    main,
+    snapshot,
+    train_watched,
+    whole_of,
+    write,
+)
+
+POISONED = {5: 0, 9: -1}
+"""{global batch: row of the gradient that is NaN}: of the first process's shard, and of the last one's."""
+
+
+class Sized(Trainer):
+    """Notes after every adjustment what this process holds of each adapter parameter."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.held: list[dict[str, Any]] = []
+
+    def _adjust(self, scores: Sequence[Tensor]) -> None:
+        super()._adjust(scores)
+        zero = self.engine._engine.optimizer
+        states = zero.optimizer.state.values()
+        parameters = adapter_parameters(self)
+        self.held.append(
+            {
+                "factors": {f"{b}.{f}": pieces(p) for (b, f), p in parameters.items()},
+                "all": {
+                    "master": sum(flat.numel() for flat in zero.fp32_partitioned_groups_flat),
+                    "exp_avg": sum(state["exp_avg"].numel() for state in states),
+                    "exp_avg_sq": sum(state["exp_avg_sq"].numel() for state in states),
+                },
+            }
+        )
+
+    def train(self, after_step: Any) -> bool:
+        finished = super().train(after_step)
+        write(self.run.path, "held", self.held)
+        whole = {
+            f"{block}.{factor}": whole_of(p, safe_get_local_fp32_param)
+            for (block, factor), p in adapter_parameters(self).items()
+        }
+        if self.is_first:
+            save_file(whole, self.run.path / "trained.safetensors")
+        return finished
+
+
+def pieces(parameter: Any) -> dict[str, Any]:
+    """Elements, padding and all, and whether the 16-bit copy is the rounded master."""
+    master = safe_get_local_fp32_param(parameter)
+    half = parameter.ds_tensor
+    return {
+        "numel": parameter.ds_numel,
+        "master": master.numel(),
+        "half": half.numel(),
+        "exp_avg": safe_get_local_optimizer_state(parameter, "exp_avg").numel(),
+        "exp_avg_sq": safe_get_local_optimizer_state(parameter, "exp_avg_sq").numel(),
+        "half_is_master": torch.equal(master.flatten().to(half.dtype), half.flatten()),
+    }
+
+
+class Disagreeing(Trainer):
+    """The second process takes the worst triples for the best."""
+
+    def _adjust(self, scores: Sequence[Tensor]) -> None:
+        honest = self.method.plan
+
+        def plan(values: Sequence[Tensor], state: RankState) -> RankPlan:
+            return honest([-v for v in values] if processes.rank() == 1 else values, state)
+
+        before = snapshot(self)
+        with patch.object(self.method, "plan", plan):
+            try:
+                super()._adjust(scores)
+            finally:
+                write(self.run.path, "changed", differing(before, snapshot(self)))
+
+
+class Poisoned(Trainer):
+    """On the second process alone, one element of one gradient becomes NaN in some global batches."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.seen: list[dict[str, Any]] = []
+
+    def _accumulate(self, indices: Any, targets: int) -> Tensor:
+        row = POISONED.get(self.progress.batch)
+        if row is None or processes.rank() != 1:
+            return super()._accumulate(indices, targets)
+        work = self.engine.blocks[3].work
+        assert work is not None
+        honest = work.penalty_gradient
+
+        def poisoned(factor: Tensor) -> Tensor | None:
+            gradient = honest(factor)
+            assert gradient is not None
+            gradient[row, -1 if row else 0] = torch.nan
+            return gradient
+
+        with patch.object(work, "penalty_gradient", poisoned):
+            return super()._accumulate(indices, targets)
+
+    def _reduce(self, loss: Tensor, gradients: Tensor) -> StepResult:
+        self.finite_here = bool(gradients.isfinite().all())
+        return super()._reduce(loss, gradients)
+
+    def _step(self, indices: Any) -> StepResult:
+        before = snapshot(self)
+        batch = self.progress.batch
+        result = super()._step(indices)
+        after = snapshot(self)
+        self.seen.append(
+            {
+                "batch": batch,
+                "step": self.progress.step,
+                "applied": result.applied,
+                "finite_here": self.finite_here,
+                "changed": differing(before, after),
+                "finite": all(bool(v.isfinite().all()) for v in after.values()),
+            }
+        )
+        return result
+
+    def train(self, after_step: Any) -> bool:
+        finished = super().train(after_step)
+        write(self.run.path, "steps", self.seen)
+        return finished
+
+
+def sizes(folder: Path) -> None:
+    for dtype in ("fp32", "bf16"):
+        train_watched(folder / "recipe.yaml", Sized, f"output.dir={folder / dtype}", f"model.dtype={dtype}")
+
+
+def disagreement(folder: Path) -> None:
+    run = folder / "disagreement"
+    try:
+        train_watched(folder / "recipe.yaml", Disagreeing, f"output.dir={run}", "model.dtype=bf16")
+    except RuntimeError as error:
+        write(run, "failure", str(error))
+
+
+def nan_on_one_process(folder: Path) -> None:
+    train_watched(folder / "recipe.yaml", Poisoned, f"output.dir={folder / 'nan'}", "model.dtype=bf16")
+
+
+if __name__ == "__main__":
+    main([sizes, disagreement, nan_on_one_process])
