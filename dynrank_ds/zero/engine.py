@@ -205,6 +205,11 @@ class ZeroEngine:
         # DeepSpeed's destroy leaves these two on the module at every rebuild.
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
+        # It makes these once a module and would use them for ever: the first engine would go on driving
+        # backward's fetches, unseen by the new one, whose trace would end with forward and prefetch nothing more.
+        for module in self._model.modules():
+            module.__dict__.pop("pre_bwd_fn", None)
+            module.__dict__.pop("post_bwd_fn", None)
         self._masters, self._moments, self._params = [], {}, []
         del self._engine
 

@@ -30,12 +30,13 @@ class Counted(Trainer):
         self.counts: list[dict[str, Any]] = []
 
     def _adjust(self, scores: Sequence[Tensor]) -> None:
-        before = self.engine.layout.ranks
+        before, old = self.engine.layout.ranks, self.engine._engine
         super()._adjust(scores)
         modules = dict(self.engine._model.named_modules())
         self.counts.append(
             {
                 "ranks": [before, self.engine.layout.ranks],
+                "rebuilt": self.engine._engine is not old,
                 "resident": resident(),
                 "hooks": {n: [len(getattr(m, kind)) for kind in HOOKS] for n, m in modules.items()},
             }

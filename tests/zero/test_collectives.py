@@ -1,0 +1,68 @@
+"""What rank changes cost in collectives: a few small ones at an adjustment, none between adjustments."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dynrank_ds.zero.migrate import BLOCKS_AT_ONCE
+from tests.support.launch import outcomes, run_worker
+from tests.support.recipes import lines, write_recipe
+from tests.support.tiny import write_model
+
+SCALARS = ["all_reduce", 24]
+PLAN_CHECK = ["all_gather_into_tensor", 8]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes' runs of PE-DyRA and LoRA on 14 linears, and of PE-DyRA on 35 that all change at once."""
+    folder = tmp_path_factory.mktemp("collectives")
+    for name in ("pe_dyra", "lora", "deep"):
+        (folder / name).mkdir()
+        write_recipe(folder / name)
+    write_model(folder / "deep" / "model", layers=5)
+    path = folder / "lora" / "recipe.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"method": {"name": "lora"}}))
+    run_worker(2, "collectives", str(folder))
+    return folder
+
+
+def steps(folder: Path, name: str) -> list[dict[str, Any]]:
+    first, second = outcomes(folder / name / "run", "collectives", 2)
+    assert first == second  # every process issues the same ones
+    return first
+
+
+@pytest.mark.parametrize("name", ["pe_dyra", "lora", "deep"])
+def test_a_step_without_adjustment_adds_one_reduction_of_scalars(folder: Path, name: str) -> None:
+    plain = [step for step in steps(folder, name) if not step["adjusts"]]
+    assert plain and all(step["ours"] == [SCALARS] for step in plain)
+
+
+@pytest.mark.parametrize("name", ["pe_dyra", "deep"])
+def test_an_adjustment_adds_two_reductions_a_plan_check_and_a_gather_per_32_changed_blocks(
+    folder: Path, name: str
+) -> None:
+    assert BLOCKS_AT_ONCE == 32
+    adjustments = [step for step in steps(folder, name) if step["adjusts"]]
+    logged = lines(folder / name / "run" / "ranks.jsonl")
+    for step, line in zip(adjustments, logged, strict=True):
+        changed = len(line["pruned"].keys() | line["added"].keys())
+        scalars, first, second, check, *gathers = step["ours"]
+        assert scalars == SCALARS and check == PLAN_CHECK
+        assert first[0] == second[0] == "all_reduce"
+        assert len(gathers) == math.ceil(changed / 32)
+        assert all(kind == "all_gather_into_tensor" for kind, _ in gathers)
+        assert (name, len(gathers)) in (("pe_dyra", 1), ("deep", 2))
+
+
+def test_between_adjustments_pe_dyra_issues_as_many_collectives_as_lora(folder: Path) -> None:
+    pe_dyra, lora = steps(folder, "pe_dyra"), steps(folder, "lora")
+    # DeepSpeed records its order of fetching in the first step of an engine.
+    settled = [step for step in range(1, 12) if step + 1 not in (7, 8)]
+    assert [pe_dyra[s]["all"] for s in settled] == [lora[s]["all"] for s in settled]
