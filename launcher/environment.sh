@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Makes or reuses .venv at the project's root, puts it first on PATH and sets the variables that every command needs.
 # Source it (launcher/quickstart.sh, tests/run.sh and .ci/run do) or run it: bash launcher/environment.sh
-# Nothing but python3 (3.10 or newer), its venv module, its headers and g++ is required of the machine.
+# Nothing but python3 (3.10 or newer), its venv module and g++ is required of the machine.
 # PYTHON=/path/to/python3 chooses another interpreter.
 #
 # After it: DYNRANK_ROOT (the project's folder), DYNRANK_DEVICE (cpu or gpu), DYNRANK_PROCESSES (training processes).
@@ -23,12 +23,10 @@ has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep
 check_machine() {
     local python=${PYTHON:-python3} missing=()
     command -v "$python" >/dev/null ||
-        stop "$python is not there; install it, e.g. apt-get install python3 python3-venv python3-dev g++"
+        stop "$python is not there; install it, e.g. apt-get install python3 python3-venv g++"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         stop "$python is $("$python" -V 2>&1), 3.10 or newer is needed; set PYTHON=/path/to/a/newer/python3"
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-    "$python" -c 'import os, sys, sysconfig
-sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || missing+=(python3-dev)
     command -v g++ >/dev/null || missing+=(g++)
     [ ${#missing[@]} -eq 0 ] || stop "this machine lacks ${missing[*]}; install them: apt-get install ${missing[*]}"
 }

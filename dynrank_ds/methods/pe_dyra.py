@@ -22,8 +22,6 @@ from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState, lowest_triples, spread_over_blocks
 from dynrank_ds.ranking.statistics import InputEnergy, Sensitivity
 
-_EPS = 1e-12
-
 
 class PEDyRAConfig(MethodConfig):
     """Recipe section `method: {name: pe_dyra, ...}`."""
@@ -127,8 +125,7 @@ class PEDyRA(Method):
         gradient_score = (share[:, layout.block_of_triple] * sensitivity).sum(0)
         input_score = magnitudes[0] * magnitudes[1] * magnitudes[2].sqrt()
         if self.config.normalise == "mean":
-            gradient_score = gradient_score / (gradient_score.mean() + _EPS)
-            input_score = input_score / (input_score.mean() + _EPS)
+            gradient_score, input_score = _by_mean(gradient_score), _by_mean(input_score)
         return self.config.mix * gradient_score + (1 - self.config.mix) * input_score
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
@@ -155,6 +152,11 @@ class PEDyRA(Method):
 
     def set_partial_statistics(self, values: Mapping[str, Tensor]) -> None:
         self.energy.smoothed.copy_(values["input_energy"])
+
+
+def _by_mean(scores: Tensor) -> Tensor:
+    """Non-negative scores with mean 1; zeros stay zeros. No epsilon: gradient scores can be below any fixed one."""
+    return scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 class _BlockWork:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import warnings
 from datetime import timedelta
 
@@ -16,13 +17,6 @@ from torch import Tensor
 from dynrank_ds.errors import MachineError
 
 _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-_ALONE = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500",
-}
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
@@ -33,26 +27,35 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
     Raises:
         MachineError: under srun, the address of the first node is not set.
     """
-    for name, slurm_name in _SLURM.items():
-        if name not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
-            os.environ[name] = os.environ[slurm_name]
-    if (
-        "SLURM_PROCID" in os.environ
-        and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-        and "RANK" not in os.environ
-    ):
-        raise MachineError(
-            "MASTER_ADDR is not set under srun with several tasks: set it to the first node's name"
-        )
-    for name, value in _ALONE.items():
-        os.environ.setdefault(name, value)
+    if "RANK" not in os.environ:
+        os.environ.update(_rank_without_launcher())
     # DeepSpeed calls collectives by names that torch has renamed: a warning per call, per process.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # An all-reduce for inference on CPU that training never calls: building it takes a minute of g++, and a run
+    # killed meanwhile leaves a lock on which every later run waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     return torch.device(accelerator.current_device_name())
+
+
+def _rank_without_launcher() -> dict[str, str]:
+    """What a launcher would have set: from srun's variables, or for a process alone."""
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        if "MASTER_ADDR" not in os.environ:
+            raise MachineError(
+                "MASTER_ADDR is not set under srun with several tasks: set it to the first node's name"
+            )
+        return {name: os.environ[slurm] for name, slurm in _SLURM.items()} | {
+            "MASTER_PORT": os.environ.get("MASTER_PORT", "29500")
+        }
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def stop() -> None:

@@ -67,7 +67,7 @@ def formula(
             )
     g, x = torch.tensor(by_gradient, dtype=torch.float64), torch.tensor(by_input, dtype=torch.float64)
     if normalise:
-        g, x = g / (g.mean() + 1e-12), x / (x.mean() + 1e-12)
+        g, x = (v / v.mean() if v.mean() > 0 else v for v in (g, x))
     return list((mix * g + (1 - mix) * x).split(RANKS))
 
 
