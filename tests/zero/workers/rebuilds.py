@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import resource
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,15 +32,18 @@ class Counted(Trainer):
         self.counts: list[dict[str, Any]] = []
 
     def _adjust(self, scores: Sequence[Tensor]) -> None:
-        before, old = self.engine.layout.ranks, self.engine._engine
+        before, old = self.engine.layout.ranks, weakref.ref(self.engine._engine)
         super()._adjust(scores)
         modules = dict(self.engine._model.named_modules())
         self.counts.append(
             {
                 "ranks": [before, self.engine.layout.ranks],
-                "rebuilt": self.engine._engine is not old,
+                "old_engine_is_gone": old() is None,
                 "resident": resident(),
-                "hooks": {n: [len(getattr(m, kind)) for kind in HOOKS] for n, m in modules.items()},
+                # As text, so that these notes are no objects that the collector counts.
+                "hooks": json.dumps(
+                    {n: [len(getattr(m, kind)) for kind in HOOKS] for n, m in modules.items()}
+                ),
             }
         )
         if len(self.counts) in (20, 100):

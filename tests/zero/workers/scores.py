@@ -65,7 +65,7 @@ class Scored(Trainer):
         return super()._reduce(loss, gradients)
 
     def _scores(self, weights: dict[Key, Tensor], grads: dict[Key, Tensor]) -> list[Tensor]:
-        """S_i = (S_grad_i / mean S_grad + S_inp_i / mean S_inp) / 2, means over all triples, each + 1e-12.
+        """S_i = (S_grad_i / mean S_grad + S_inp_i / mean S_inp) / 2, means over all triples of all blocks.
 
         S_grad_i = sum over X in (A, E, B) of ||g_X|| / (||g_A|| + ||g_E|| + ||g_B||) * mean_j (Ibar * U)_ij
         S_inp_i = |e_i| * (sum_k |A_ik| xe_k) * ||B_i||
@@ -80,8 +80,8 @@ class Scored(Trainer):
             by_gradient.append(sum(share * s for share, s in zip(shares, importance, strict=True)))
             a, e, b = (weights[key] for key in keys)
             by_input.append(e.abs() * (a.abs() @ self.energy[name]) * b.norm(dim=1))
-        mean_gradient = torch.cat(by_gradient).mean() + 1e-12
-        mean_input = torch.cat(by_input).mean() + 1e-12
+        mean_gradient = torch.cat(by_gradient).mean()
+        mean_input = torch.cat(by_input).mean()
         return [
             g / mean_gradient / 2 + i / mean_input / 2 for g, i in zip(by_gradient, by_input, strict=True)
         ]
