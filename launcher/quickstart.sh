@@ -3,7 +3,7 @@
 #   bash launcher/quickstart.sh [--output DIR]
 # A second run reuses what is there: the environment, the model, the data, a finished or interrupted training,
 # finished scores. --short trains a few steps on a few problems: it shows that everything works, not that it learns.
-# Nothing but python3 (3.10 or newer), its venv module and headers, and g++ is required.
+# Nothing but python3 (3.10 or newer), its venv module and g++ is required.
 set -euo pipefail
 
 output= short=
