@@ -44,15 +44,25 @@ def whole_of(parameter: nn.Parameter, piece: LocalPiece) -> Tensor:
     return torch.cat(everyone)[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
 
 
+def without_padding(parameter: nn.Parameter, piece: Tensor) -> Tensor:
+    """This process's piece; what DeepSpeed pads the last one with is memory that nobody ever wrote, even NaN."""
+    length = -(-parameter.ds_numel // dist.get_world_size())  # type: ignore[attr-defined]
+    return piece.flatten()[: max(0, parameter.ds_numel - dist.get_rank() * length)]  # type: ignore[attr-defined]
+
+
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of everything that training changes on this process."""
     engine, method = trainer.engine, trainer.method
     state: dict[str, Tensor] = {f"births {i}": births for i, births in enumerate(engine.births)}
     for (block, factor), parameter in adapter_parameters(trainer).items():
-        state[f"master {block}.{factor}"] = safe_get_local_fp32_param(parameter)
-        state[f"half {block}.{factor}"] = parameter.ds_tensor  # type: ignore[attr-defined]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"{moment} {block}.{factor}"] = safe_get_local_optimizer_state(parameter, moment)
+        pieces = {
+            "master": safe_get_local_fp32_param(parameter),
+            "half": parameter.ds_tensor,  # type: ignore[attr-defined]
+            "exp_avg": safe_get_local_optimizer_state(parameter, "exp_avg"),
+            "exp_avg_sq": safe_get_local_optimizer_state(parameter, "exp_avg_sq"),
+        }
+        for name, piece in pieces.items():
+            state[f"{name} {block}.{factor}"] = without_padding(parameter, piece)
     for name, value in {**method.row_statistics(), **method.partial_statistics()}.items():
         state[f"statistic {name}"] = value
     optimizer = engine._engine.optimizer.optimizer
