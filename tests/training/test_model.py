@@ -39,7 +39,7 @@ def test_the_summed_loss_is_transformers_mean_times_the_targets(
     ]
     positions, wanted = torch.tensor(targets).T
     ours = SummedLoss(model)(ids, positions, wanted)
-    torch.testing.assert_close(ours, theirs * len(targets), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, theirs.double() * len(targets), rtol=1e-6, atol=0)
 
 
 def test_activation_checkpointing_changes_neither_loss_nor_gradient(folder: Path) -> None:
