@@ -55,10 +55,16 @@ class DataSection(_Section):
 class AdapterSection(_Section):
     rank: int = Field(default=4, ge=1)
     alpha: float = Field(default=8.0, gt=0)
-    """The scale of every block is alpha / rank, fixed for the whole run."""
+    scaling: Literal["rank", "root_rank"] = "rank"
+    """The scale of every block, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
     targets: tuple[str, ...] = Field(default=LLAMA_LINEARS, min_length=1)
     max_rank: int | None = Field(default=None, ge=1)
     """Upper limit of a block's rank; by default min(in, out, 512)."""
+
+    @property
+    def scale(self) -> float:
+        """s in y = W x + s B^T diag(g) A x."""
+        return self.alpha / (self.rank if self.scaling == "rank" else self.rank**0.5)
 
 
 class TrainSection(_Section):
@@ -68,6 +74,8 @@ class TrainSection(_Section):
     global_batch_size: int = Field(ge=1)
     micro_batch_size: int = Field(default=1, ge=1)
     learning_rate: float = Field(gt=0)
+    lora_b_rate: float = Field(default=1.0, gt=0)
+    """What lora_B's learning rate is multiplied by: 1, or about 16 for LoRA+ (Hayou et al., 2024)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: int | float = Field(default=0, ge=0)
     """Steps, or a fraction of training below 1, over which the learning rate rises from 0."""
@@ -137,7 +145,8 @@ class Recipe(_Section):
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A shipped recipe by name or a file by path, with `section.key=value` overrides, checked.
 
-    Values of overrides are YAML. A recipe may start from another with `base: NAME_OR_PATH`; its own keys win.
+    Values of overrides are YAML. A recipe may start from another with `base: NAME_OR_PATH` (a path from its own
+    folder); its own keys win.
 
     Raises:
         RecipeError: whatever is wrong with it, in one sentence.
@@ -183,7 +192,10 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{name} holds {type(values).__name__}, not sections such as model: and train:")
     base = values.pop("base", None)
-    return values if base is None else _merged(_read(str(base), (*seen, name)), values)
+    if base is None:
+        return values
+    beside = path.parent / str(base)
+    return _merged(_read(str(beside if path.is_file() and beside.is_file() else base), (*seen, name)), values)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from dynrank_ds.adapters.heads import HeadedLinear, HeadSplit
 from dynrank_ds.adapters.initial import block_generator
-from dynrank_ds.adapters.linear import AdaptedLinear, FactorInit
+from dynrank_ds.adapters.linear import AdaptedLinear, Block, FactorInit
 from dynrank_ds.errors import RecipeError
 
 
 def inject(
-    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, init: FactorInit, seed: int
-) -> dict[str, AdaptedLinear]:
+    model: nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    scale: float,
+    init: FactorInit,
+    seed: int,
+    splits: Mapping[str, HeadSplit] | None = None,
+) -> dict[str, Block]:
     """Freezes `model` and replaces every `nn.Linear` whose last name is in `targets` by an adapted one.
 
-    Factors are created in the dtype of the base weight; s = alpha / rank. Returns the blocks by their
-    full module name, in the model's order.
+    Factors are created in the dtype of the base weight. `splits` names the linears, by their last names, that fall
+    into one block a head. Returns the blocks by their full module names, in the model's order.
 
     Raises:
         RecipeError: a target matches no linear of the model, or the rank exceeds a linear's sides.
@@ -37,17 +44,20 @@ def inject(
             raise RecipeError(
                 f"adapter.targets names '{target}', but the model has no linear of that name; it has {', '.join(known)}"
             )
-    blocks: dict[str, AdaptedLinear] = {}
+    blocks: dict[str, Block] = {}
     for name, linear in linears.items():
-        if rank > min(linear.in_features, linear.out_features):
-            raise RecipeError(
-                f"adapter.rank is {rank}, but {name} is {linear.out_features} x {linear.in_features}: "
-                f"at most {min(linear.in_features, linear.out_features)} is possible"
-            )
-        block = AdaptedLinear(linear, alpha / rank)
-        drawn = init(rank, block.in_features, block.out_features, block_generator(seed, name, 0))
-        block.set_factors({k: v.to(linear.weight) for k, v in drawn.items()})
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, block)
-        blocks[name] = block
+        split = (splits or {}).get(child)
+        adapted = AdaptedLinear(linear, scale) if split is None else HeadedLinear(linear, split, scale, name)
+        for block_name, block in adapted.named_blocks(name).items():
+            if rank > min(block.in_features, block.out_features):
+                raise RecipeError(
+                    f"adapter.rank is {rank}, but {block_name} is {block.out_features} x {block.in_features}: "
+                    f"at most {min(block.in_features, block.out_features)} is possible"
+                )
+            block.initial_rank = rank
+            drawn = init(rank, block.in_features, block.out_features, block_generator(seed, block_name, 0))
+            block.set_factors({k: v.to(linear.weight.device) for k, v in drawn.items()})
+            blocks[block_name] = block
+        setattr(model.get_submodule(parent), child, adapted)
     return blocks

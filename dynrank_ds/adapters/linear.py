@@ -2,17 +2,19 @@
 
 A triple i is row i of three factors: lora_A (r, in), lora_E (r) and lora_B (r, out), so that
 
-    y = W x + s * B^T diag(e) A x
+    y = W x + s * B^T diag(g) A x
 
-Storing B by rows makes every factor a stack of rows, one a triple: pruning, growing, sharding and
-scoring never ask which factor they hold. Where a method has no trainable e (LoRA), lora_E is absent
-and e = 1. At rank 0 the linear owns no adapter parameter at all.
+The gate g is lora_E where triples have a trainable scale of their own, a small replicated vector where a method
+moves gates itself (WeightLoRA's block weight, ARD-LoRA's soft rank), and 1 for LoRA. Storing B by rows makes
+every factor a stack of rows, one a triple: pruning, growing, sharding and scoring never ask which factor they
+hold. At rank 0 a block owns no adapter parameter at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +23,32 @@ from torch.nn import functional as F
 FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
-class BackwardWork(Protocol):
-    """What a method does inside backward, where the factors are gathered and the input is at hand."""
+@dataclass
+class BlockBackward:
+    """What one block's backward of one micro-batch holds; a method's work reads it and adds to the gradients.
 
-    def observe_input(self, x: Tensor) -> None:
-        """Sees the linear's input (..., in) once per micro-batch."""
-        ...
+    Factors are whole here under ZeRO-3 too, in the dtype of the forward.
+    """
 
-    def penalty_gradient(self, factor: Tensor) -> Tensor | None:
-        """Gradient (r, n) of the penalty by lora_A or lora_B, to be added to the task's."""
-        ...
+    x: Tensor
+    """(n, in), the input before anything is done to it."""
+    grad_y: Tensor
+    """(n, out), gradient of the loss by the block's output."""
+    scale: float
+    lora_a: Tensor
+    lora_b: Tensor
+    gate: Tensor | None
+    grad_a: Tensor
+    grad_b: Tensor
+    grad_gate: Tensor | None
+    """(r,) fp32; None where there is no gate."""
+
+
+BackwardWork = Callable[[BlockBackward], None]
 
 
 class TripleUpdate(torch.autograd.Function):
-    """s * B^T diag(e) A x, with the method's work done in backward.
+    """s * B^T diag(g) A x, with the method's work done in backward.
 
     Backward runs once per micro-batch, also under activation checkpointing (whose recomputed forward
     stops early), never in evaluation, and under ZeRO-3 the factors are gathered there. Only factors
@@ -46,44 +60,56 @@ class TripleUpdate(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         lora_a: Tensor,
-        lora_e: Tensor | None,
+        gate: Tensor | None,
         lora_b: Tensor,
         scale: float,
         work: BackwardWork | None,
     ) -> Tensor:
         hidden = F.linear(x, lora_a)
-        ctx.save_for_backward(x, hidden, lora_a, lora_e, lora_b)
+        ctx.save_for_backward(x, hidden, lora_a, gate, lora_b)
         ctx.scale, ctx.work = scale, work
-        gated = hidden * scale if lora_e is None else hidden * (lora_e * scale)
+        gated = hidden * scale if gate is None else hidden * (gate * scale).to(hidden.dtype)
         return gated @ lora_b
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, lora_a, lora_e, lora_b = ctx.saved_tensors
+        x, hidden, lora_a, gate, lora_b = ctx.saved_tensors
         grad_y = grad_outputs[0].flatten(0, -2)
         flat_x, flat_hidden = x.flatten(0, -2), hidden.flatten(0, -2)
-        gate = ctx.scale if lora_e is None else lora_e * ctx.scale
+        scaled_gate = ctx.scale if gate is None else (gate * ctx.scale).to(hidden.dtype)
         through_b = grad_y @ lora_b.T
-        grad_hidden = through_b * gate
+        grad_hidden = through_b * scaled_gate
         grad_a = grad_hidden.T @ flat_x
-        grad_b = (flat_hidden * gate).T @ grad_y
-        grad_e = None
-        if lora_e is not None:
-            grad_e = (through_b.float() * flat_hidden.float()).sum(0).mul_(ctx.scale).to(lora_e.dtype)
+        grad_b = (flat_hidden * scaled_gate).T @ grad_y
+        grad_gate = None
+        if gate is not None:
+            grad_gate = (through_b.float() * flat_hidden.float()).sum(0).mul_(ctx.scale)
         if ctx.work is not None:
-            ctx.work.observe_input(x)
-            grad_a = _added(grad_a, ctx.work.penalty_gradient(lora_a))
-            grad_b = _added(grad_b, ctx.work.penalty_gradient(lora_b))
+            ctx.work(
+                BlockBackward(flat_x, grad_y, ctx.scale, lora_a, lora_b, gate, grad_a, grad_b, grad_gate)
+            )
         grad_x = (grad_hidden @ lora_a).view_as(x) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_a, grad_e, grad_b, None, None
+        if grad_gate is not None:
+            grad_gate = grad_gate.to(gate.dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_a, grad_gate, grad_b, None, None
 
 
-def _added(gradient: Tensor, extra: Tensor | None) -> Tensor:
-    return gradient if extra is None else gradient.add_(extra.to(gradient.dtype))
+@dataclass(frozen=True)
+class Part:
+    """What a block is of its linear, where it is not the whole of it."""
+
+    linear: str
+    """Full module name."""
+    side: Literal["rows", "columns"]
+    start: int
+    stop: int
+    """Output rows or input columns [start, stop)."""
+    of: int
+    """Rows or columns of the linear."""
 
 
-class AdaptedLinear(nn.Module):
-    """A frozen `nn.Linear` (out, in) and its triples.
+class Block(nn.Module):
+    """The triples of one block, `out_features` x `in_features`, without a base.
 
     `scale` (s) is fixed for the whole run, so that a rank change never rescales what was learned.
     """
@@ -92,11 +118,14 @@ class AdaptedLinear(nn.Module):
     lora_E: nn.Parameter | None  # noqa: N815
     lora_B: nn.Parameter | None  # noqa: N815
 
-    def __init__(self, base: nn.Linear, scale: float) -> None:
+    def __init__(self, in_features: int, out_features: int, scale: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.base = base
-        self.scale = scale
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features, self.scale, self.dtype = in_features, out_features, scale, dtype
+        self.part: Part | None = None
+        self.initial_rank = 0
+        """Its rank when the run began, in a resumed run too; injection sets it."""
+        self.gate: Tensor | None = None
+        """(r,) or (1,) fp32, set by the method in place of a trained lora_E."""
         self.work: BackwardWork | None = None
         for factor in FACTORS:
             self.register_parameter(factor, None)
@@ -105,17 +134,34 @@ class AdaptedLinear(nn.Module):
         """Own exactly these factors, {"lora_A": (r, in), "lora_B": (r, out)[, "lora_E": (r,)]}; {} is rank 0."""
         for factor in FACTORS:
             value = factors.get(factor)
-            setattr(self, factor, None if value is None else nn.Parameter(value))
+            setattr(self, factor, None if value is None else nn.Parameter(value.to(self.dtype)))
 
     def factors(self) -> dict[str, nn.Parameter]:
         """The factors that exist, in the order of FACTORS."""
         return {name: self._parameters[name] for name in FACTORS if self._parameters[name] is not None}  # type: ignore[misc]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+    def update(self, x: Tensor) -> Tensor | None:
+        """s * B^T diag(g) A x for x (..., in); None at rank 0."""
         if self.lora_A is None or self.lora_B is None:
-            return y
-        return y + TripleUpdate.apply(x, self.lora_A, self.lora_E, self.lora_B, self.scale, self.work)
+            return None
+        gate = self.lora_E if self.lora_E is not None else self.gate
+        return TripleUpdate.apply(x, self.lora_A, gate, self.lora_B, self.scale, self.work)
+
+
+class AdaptedLinear(Block):
+    """A frozen `nn.Linear` (out, in) that is one block."""
+
+    def __init__(self, base: nn.Linear, scale: float) -> None:
+        super().__init__(base.in_features, base.out_features, scale, base.weight.dtype)
+        self.base = base
+
+    def named_blocks(self, name: str) -> Mapping[str, Block]:
+        """The blocks by the full names that they have where this linear is called `name`."""
+        return {name: self}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, update = self.base(x), self.update(x)
+        return y if update is None else y + update
 
 
 FactorInit = Callable[[int, int, int, torch.Generator], dict[str, Tensor]]

@@ -13,12 +13,14 @@ from dynrank_ds.tensorfile import TensorFileReader
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One adapted linear: y = W x + scale * B^T diag(e) A x with `rank` triples."""
+    """One adapted linear: y = W x + scale * B^T diag(e g) A x with `rank` triples, e = 1 or g = 1 where absent."""
 
     rank: int
     scale: float
     in_features: int
     out_features: int
+    gate: list[float] | None
+    """Per triple, the gate that the method keeps outside the triples."""
 
 
 class TrainedAdapter:
@@ -42,7 +44,7 @@ class TrainedAdapter:
         self._file = TensorFileReader(self._path)
 
     def triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, in) and diag(e) B (r, out) of the block `name`, whose rank must be above 0, in fp32.
+        """A (r, in) and diag(e g) B (r, out) of the block `name`, whose rank must be above 0, in fp32.
 
         Raises:
             RunError: for a tensor that is missing, misshapen or not finite.
@@ -52,6 +54,8 @@ class TrainedAdapter:
         b = self._tensor(f"master/{name}.lora_B", (block.rank, block.out_features))
         if f"master/{name}.lora_E" in self._file.entries:
             b *= self._tensor(f"master/{name}.lora_E", (block.rank,))[:, None]
+        if block.gate is not None:
+            b *= torch.tensor(block.gate)[:, None]
         return a, b
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -8,33 +8,57 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from dynrank_ds.adapters.linear import AdaptedLinear
-from dynrank_ds.methods.base import Method
+from dynrank_ds.adapters.linear import Block
+from dynrank_ds.methods.adalora import AdaLoRA, AdaLoRAConfig
+from dynrank_ds.methods.base import Method, MethodConfig
+from dynrank_ds.methods.dynamic_dora import DynamicDoRA, DynamicDoRAConfig
+from dynrank_ds.methods.elalora import ElaLoRA, ElaLoRAConfig
+from dynrank_ds.methods.increlora import IncreLoRA, IncreLoRAConfig
 from dynrank_ds.methods.lora import LoRA, LoRAConfig
 from dynrank_ds.methods.pe_dyra import PEDyRA, PEDyRAConfig
+from dynrank_ds.methods.weightlora import (
+    WeightLoRA,
+    WeightLoRAConfig,
+    WeightLoRAPlus,
+    WeightLoRAPlusConfig,
+)
 
-AnyMethodConfig = Annotated[LoRAConfig | PEDyRAConfig, Field(discriminator="name")]
+AnyMethodConfig = Annotated[
+    LoRAConfig
+    | PEDyRAConfig
+    | AdaLoRAConfig
+    | ElaLoRAConfig
+    | IncreLoRAConfig
+    | DynamicDoRAConfig
+    | WeightLoRAConfig
+    | WeightLoRAPlusConfig,
+    Field(discriminator="name"),
+]
 
-_CLASSES: dict[str, type[Method]] = {"lora": LoRA, "pe_dyra": PEDyRA}
-METHOD_NAMES = tuple(_CLASSES)
+_CLASSES: dict[type[MethodConfig], type[Method]] = {
+    LoRAConfig: LoRA,
+    PEDyRAConfig: PEDyRA,
+    AdaLoRAConfig: AdaLoRA,
+    ElaLoRAConfig: ElaLoRA,
+    IncreLoRAConfig: IncreLoRA,
+    DynamicDoRAConfig: DynamicDoRA,
+    WeightLoRAConfig: WeightLoRA,
+    WeightLoRAPlusConfig: WeightLoRAPlus,
+}
+METHOD_NAMES = tuple(config.model_fields["name"].default for config in _CLASSES)
 
 
-def method_class(config: LoRAConfig | PEDyRAConfig) -> type[Method]:
+def method_class(config: MethodConfig) -> type[Method]:
     """The class behind a recipe section: its `init` and `factors` are needed before blocks exist."""
-    return _CLASSES[config.name]
+    return _CLASSES[type(config)]
 
 
 def build_method(
-    config: LoRAConfig | PEDyRAConfig,
-    blocks: Mapping[str, AdaptedLinear],
-    total_steps: int,
-    device: torch.device,
+    config: MethodConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
 ) -> Method:
     """The method on these blocks.
 
     Raises:
         RecipeError: its times leave it nothing to do in `total_steps`.
     """
-    if isinstance(config, PEDyRAConfig):
-        return PEDyRA(config, blocks, total_steps, device)
-    return LoRA(blocks, device)
+    return method_class(config)(config, blocks, total_steps, device)

@@ -1,4 +1,4 @@
-"""What a method is: initial values, work inside backward, statistics of each step, and a policy.
+"""What a method is: initial values, gates, work inside backward, statistics of each step, and a policy.
 
 A method knows neither DeepSpeed nor processes. It sees flat vectors of the elements held here
 (dynrank_ds.ranking.layout) and is handed a sum over processes when it needs one.
@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import AdaptedLinear, FactorInit
+from dynrank_ds.adapters.linear import Block, FactorInit
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.ranking.layout import BlockShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -52,6 +52,30 @@ class MicroBatch:
     """(batch, tokens): 1 for tokens, 0 for padding."""
     share: float = 1.0
     """1 / accumulation steps: what one micro-batch adds of a term that belongs to the whole step."""
+    step: int = 0
+    """The optimizer step (from 1) that it belongs to."""
+    first: bool = True
+    """Whether it is the first of its step on this process."""
+
+
+@dataclass(frozen=True)
+class StepView:
+    """One optimizer step, complete and not yet applied, as a method sees it.
+
+    Weights and gradients are flat fp32 vectors of `layout`, of this process's elements; gradients are the
+    data-parallel mean over the global batch, unclipped.
+    """
+
+    step: int
+    """From 1."""
+    weights: Tensor
+    gradients: Tensor
+    layout: ShardLayout
+    tokens: int
+    """Tokens of the global batch without padding."""
+    schedule: float
+    """The learning rate of this step by the recipe's, which methods with rates of their own follow."""
+    total: SumOverProcesses
 
 
 class Method:
@@ -59,23 +83,24 @@ class Method:
 
     init: FactorInit
     factors: tuple[str, ...]
+    per_head = False
+    """Whether attention heads are blocks of their own, instead of their whole linear."""
+    observes_after_step = False
+    """Whether `observe` is shown the weights after the optimizer step and clipped gradients, as some authors' code
+    has it, instead of both as they were before."""
 
-    def __init__(self, blocks: Mapping[str, AdaptedLinear], device: torch.device) -> None:
+    def __init__(
+        self, config: MethodConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+    ) -> None:
         self.shapes = tuple(BlockShape(n, b.in_features, b.out_features) for n, b in blocks.items())
         self.device = device
         self.micro_batch = MicroBatch()
 
     def start(self, layout: ShardLayout) -> None:
-        """Creates the statistics for this process's elements, all zero."""
+        """Creates the statistics and gates for this layout; the run's first step, or a checkpoint, follows."""
 
-    def observe(
-        self, step: int, weights: Tensor, gradients: Tensor, layout: ShardLayout, tokens: int
-    ) -> None:
-        """Accumulates optimizer step `step` (from 1), before it is applied.
-
-        weights, gradients: flat fp32 vectors of `layout`; gradients are the data-parallel mean, unclipped.
-        tokens: tokens of the global batch without padding.
-        """
+    def observe(self, view: StepView) -> None:
+        """Accumulates an optimizer step before it is applied, and moves gates; at most one sum over processes."""
 
     def discard_step(self) -> None:
         """Forgets what backward gathered for a step that is skipped."""
@@ -88,15 +113,30 @@ class Method:
         """How many adjustments a whole run makes."""
         return 0
 
-    def scores(
-        self, weights: Tensor, gradients: Tensor, layout: ShardLayout, total: SumOverProcesses
-    ) -> Sequence[Tensor]:
-        """Per block, the scores (rank,) fp64 of its triples; at most two sums over processes."""
+    def scores(self, view: StepView) -> Sequence[Tensor]:
+        """Per block, the scores (rank,) fp64 on the CPU of its triples; at most two sums over processes."""
         raise TypeError(f"{type(self).__name__} never adjusts ranks")
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
-        """A pure function of CPU tensors."""
+        """A pure function of its arguments and the recipe: every adjustment can be recomputed from the log."""
         raise TypeError(f"{type(self).__name__} never adjusts ranks")
+
+    def new_rows(
+        self, block: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """fp32 rows of the new triples of a block, by factor; by default initial values.
+
+        old: fp32 rows of all its triples before the plan, (rank, row_length) by factor; {} at rank 0.
+        """
+        shape = self.shapes[block]
+        return self.init(plan.new[block], shape.in_features, shape.out_features, generator)
+
+    def applied(self, plan: RankPlan) -> None:
+        """Follows a plan that was just applied with what is neither row nor partial statistics: gates."""
+
+    def gates(self) -> list[Tensor | None]:
+        """Per block, what its exported triples must be scaled by beside lora_E: fp32 (r,) or (1,), or None."""
+        return [None] * len(self.shapes)
 
     def row_statistics(self) -> dict[str, Tensor]:
         """Statistics that belong to the elements, as flat vectors of the layout: they follow their triples."""
@@ -111,3 +151,10 @@ class Method:
 
     def set_partial_statistics(self, values: Mapping[str, Tensor]) -> None:
         """Takes this process's part back."""
+
+    def replicated_state(self) -> dict[str, Tensor]:
+        """What every process holds alike, such as gates: small fp32 or int64 tensors."""
+        return {}
+
+    def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:
+        """Takes it back from a checkpoint, after `start`."""

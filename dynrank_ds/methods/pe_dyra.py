@@ -7,19 +7,19 @@ silent points follow AdaLoRA's code, on which the paper's figures show it to be 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import svd_factors
-from dynrank_ds.adapters.linear import AdaptedLinear
+from dynrank_ds.adapters.linear import Block, BlockBackward
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, SumOverProcesses, resolve_steps
-from dynrank_ds.methods.penalties import orthogonality_gradient
+from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView, resolve_steps
+from dynrank_ds.methods.penalties import add_orthogonality
 from dynrank_ds.ranking.layout import ShardLayout
-from dynrank_ds.ranking.plan import RankPlan, RankState, lowest_triples, spread_over_blocks
+from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples, spread_over_blocks
 from dynrank_ds.ranking.statistics import InputEnergy, Sensitivity
 
 
@@ -33,13 +33,29 @@ class PEDyRAConfig(MethodConfig):
     """Steps between adjustments; the first is at t_i + interval."""
     t_f: Steps
     """Final steps without adjustment (a count, not a stop step: it fits the paper's LLaMA runs exactly)."""
-    k: int = Field(default=12, ge=1)
-    """Triples pruned and added at each adjustment."""
+    k: Annotated[int, Field(ge=1)] | Literal["auto"] = 12
+    """Triples pruned and added at each adjustment. `auto` (ours; the paper names it as future work) moves up to
+    `k_max` triples at a time toward the allocation of Theorem 3.1, and none once that gains nothing."""
+    k_max: int = Field(default=12, ge=1)
+    moves: Literal["both", "prune", "expand"] = "both"
+    """The paper's ablations: only prune, or only expand; the total rank is then not kept."""
+    conserve: Literal["ranks", "parameters"] = "ranks"
+    """What an adjustment conserves. A triple of down_proj has three times the parameters of one of k_proj:
+    `parameters` (ours) expands while the parameter count of the start is not exceeded."""
     mix: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the gradient score against the input score (the paper's alpha, whose value it does not give)."""
+    """Weight of the gradient score against the input score (the paper's alpha, whose value it does not give);
+    1 is the ablation without the input score."""
+    combination: Literal["gradient_aware", "linear"] = "gradient_aware"
+    """How the sensitivities of A, e and B are combined: weighted by gradient norms, or (ablation) alike."""
     normalise: Literal["mean", "none"] = "mean"
     """Divide each score by its mean over all triples before mixing; `none` is the formula as printed, in which
     the input score decides alone (it is 5 to 14 orders of magnitude larger)."""
+    input_energy: Literal["mean_square", "rms"] = "mean_square"
+    """An input feature's mean square, as the formula is printed, or its root, as the paper's norm sign has it."""
+    module_mean: Literal["after", "before"] = "after"
+    """Whether a module is judged by its triples after the pruning of the same adjustment (Algorithm 2) or before."""
+    importance: Literal["scores", "random"] = "scores"
+    """`random` draws every score anew at each adjustment: the ablation that shows what scores are worth."""
     beta1: float = Field(default=0.85, ge=0, lt=1)
     beta2: float = Field(default=0.85, ge=0, lt=1)
     orthogonality: float = Field(default=0.1, ge=0)
@@ -55,11 +71,11 @@ class PEDyRA(Method):
     def __init__(
         self,
         config: PEDyRAConfig,
-        blocks: Mapping[str, AdaptedLinear],
+        blocks: Mapping[str, Block],
         total_steps: int,
         device: torch.device,
     ) -> None:
-        super().__init__(blocks, device)
+        super().__init__(config, blocks, total_steps, device)
         self.config = config
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
         self.interval = resolve_steps(config.interval, total_steps, "method.interval")
@@ -73,6 +89,11 @@ class PEDyRA(Method):
                 f"method.t_i {self.t_i} + method.interval {self.interval} leaves no adjustment before step {self.end} "
                 f"(train steps {total_steps} less method.t_f): ranks would never change"
             )
+        if config.conserve == "parameters" and (config.moves != "both" or config.k == "auto"):
+            raise RecipeError(
+                f"method.conserve is parameters with method.moves {config.moves} and method.k {config.k}: it needs "
+                "moves: both and a number k"
+            )
         self.energy = InputEnergy(self.shapes, config.beta1, device)
         # Mean over all 2n factor matrices, as AdaLoRA's code has it.
         coefficient = config.orthogonality / (2 * len(self.shapes))
@@ -82,12 +103,10 @@ class PEDyRA(Method):
     def start(self, layout: ShardLayout) -> None:
         self.sensitivity = Sensitivity(layout.numel, self.config.beta1, self.config.beta2, self.device)
 
-    def observe(
-        self, step: int, weights: Tensor, gradients: Tensor, layout: ShardLayout, tokens: int
-    ) -> None:
-        if step < self.end:
-            self.sensitivity.update(weights, gradients)
-            self.energy.update(tokens)
+    def observe(self, view: StepView) -> None:
+        if view.step < self.end:
+            self.sensitivity.update(view.weights, view.gradients)
+            self.energy.update(view.tokens)
         else:
             self.energy.discard()
 
@@ -100,27 +119,33 @@ class PEDyRA(Method):
     def planned_adjustments(self) -> int:
         return max(0, (self.end - 1 - self.t_i) // self.interval)
 
-    def scores(
-        self, weights: Tensor, gradients: Tensor, layout: ShardLayout, total: SumOverProcesses
-    ) -> Sequence[Tensor]:
+    def scores(self, view: StepView) -> Sequence[Tensor]:
+        layout, weights = view.layout, view.weights
+        if self.config.importance == "random":
+            drawn = torch.Generator().manual_seed(view.step)
+            return [torch.rand(rank, generator=drawn, dtype=torch.float64) for rank in layout.ranks]
         # What enters nonlinearly is summed first: input energies, and squared gradient norms per factor and block.
-        squares = layout.block_sums(layout.row_sums(gradients.square()))
+        squares = layout.block_sums(layout.row_sums(view.gradients.square()))
         energy = self.energy.smoothed.double()
-        summed = total(torch.cat([squares.flatten(), energy]))
+        summed = view.total(torch.cat([squares.flatten(), energy]))
         norms, energy = summed[: squares.numel()].view_as(squares).sqrt(), summed[squares.numel() :]
+        if self.config.input_energy == "rms":
+            energy = energy.sqrt()
 
         weighted = torch.zeros_like(weights)
         a, b, e = (layout.factor(weights, name) for name in ("lora_A", "lora_B", "lora_E"))
         layout.factor(weighted, "lora_A").copy_(a.abs() * energy[layout.input_ids])
         layout.factor(weighted, "lora_B").copy_(b.square())
         layout.factor(weighted, "lora_E").copy_(e.abs())
-        sums = total(torch.stack([self.sensitivity.row_sums(layout), layout.row_sums(weighted)]))
+        sums = view.total(torch.stack([self.sensitivity.row_sums(layout), layout.row_sums(weighted)]))
         return layout.by_block(self._combine(sums[0] / layout.row_lengths(), sums[1], norms, layout))
 
     def _combine(self, sensitivity: Tensor, magnitudes: Tensor, norms: Tensor, layout: ShardLayout) -> Tensor:
         """(total_rank,) scores from global sums; rows of the (3, ...) arguments are A, E, B."""
         # Weights per module and from this step's gradients, as printed; 1/3 each where all norms are 0.
         share = norms / norms.sum(0).clamp_min(torch.finfo(norms.dtype).tiny)
+        if self.config.combination == "linear":
+            norms = torch.zeros_like(norms)
         share = torch.where(norms.sum(0) > 0, share, torch.full_like(share, 1 / 3))
         gradient_score = (share[:, layout.block_of_triple] * sensitivity).sum(0)
         input_score = magnitudes[0] * magnitudes[1] * magnitudes[2].sqrt()
@@ -129,15 +154,25 @@ class PEDyRA(Method):
         return self.config.mix * gradient_score + (1 - self.config.mix) * input_score
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
-        pruned = lowest_triples(scores, self.config.k, min_rank=1)
-        keep = tuple(
-            tuple(i for i in range(len(block)) if i not in gone)
-            for block, gone in zip(scores, pruned, strict=True)
-        )
-        # The module score is the mean over survivors: Algorithm 2 computes it after removal.
-        means = [float(block[list(kept)].mean()) for block, kept in zip(scores, keep, strict=True)]
-        room = [limit - len(kept) for limit, kept in zip(state.max_ranks, keep, strict=True)]
-        new = spread_over_blocks(means, sum(map(len, pruned)), room)
+        config = self.config
+        if config.k == "auto":
+            return _toward_theorem(scores, state, config.k_max)
+        ones = [1] * len(scores)
+        pruned = lowest_triples(scores, config.k if config.moves != "expand" else 0, ones)
+        keep = kept_triples(scores, pruned)
+        judged = keep if config.module_mean == "after" else kept_triples(scores, [set()] * len(scores))
+        means = [float(block[list(triples)].mean()) for block, triples in zip(scores, judged, strict=True)]
+        kept = [len(triples) for triples in keep]
+        room = [limit - rank for limit, rank in zip(state.max_ranks, kept, strict=True)]
+        if config.moves == "prune":
+            new = [0] * len(scores)
+        elif config.conserve == "ranks":
+            count = config.k if config.moves == "expand" else sum(map(len, pruned))
+            new = spread_over_blocks(means, count, ones, room)
+        else:
+            costs = [shape.triple_parameters(self.factors) for shape in self.shapes]
+            left = sum(c * (state.initial_rank - r) for c, r in zip(costs, kept, strict=True))
+            new = spread_over_blocks(means, left, costs, room)
         return RankPlan(keep, tuple(new))
 
     def row_statistics(self) -> dict[str, Tensor]:
@@ -154,6 +189,33 @@ class PEDyRA(Method):
         self.energy.smoothed.copy_(values["input_energy"])
 
 
+def _toward_theorem(scores: Sequence[Tensor], state: RankState, k_max: int) -> RankPlan:
+    """Up to `k_max` moves of a triple from block to block, each of which lowers sum_l (G_l / r_l)^2.
+
+    That sum is what r_l proportional to G_l^(2/3) (Theorem 3.1) minimises; it is convex in every r_l, so the best
+    single moves lead there. G_l, the paper's gradient of module l, is taken as the sum of its triples' scores.
+    """
+    squares = [float(block.sum()) ** 2 for block in scores]
+    ranks = list(state.ranks)
+    blocks = range(len(ranks))
+    for _ in range(k_max):
+        givers = [
+            (squares[b] * (1 / (ranks[b] - 1) ** 2 - 1 / ranks[b] ** 2), b) for b in blocks if ranks[b] > 1
+        ]
+        takers = [
+            (squares[b] * (1 / ranks[b] ** 2 - 1 / (ranks[b] + 1) ** 2), -b)
+            for b in blocks
+            if ranks[b] < state.max_ranks[b]
+        ]
+        if not givers or not takers or max(takers)[0] <= min(givers)[0]:
+            break
+        ranks[min(givers)[1]] -= 1
+        ranks[-max(takers)[1]] += 1
+    lowest = [min(now, wanted) for now, wanted in zip(state.ranks, ranks, strict=True)]
+    keep = kept_triples(scores, lowest_triples(scores, sum(state.ranks), lowest))
+    return RankPlan(keep, tuple(wanted - len(triples) for wanted, triples in zip(ranks, keep, strict=True)))
+
+
 def _by_mean(scores: Tensor) -> Tensor:
     """Non-negative scores with mean 1; zeros stay zeros. No epsilon: gradient scores can be below any fixed one."""
     return scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
@@ -165,11 +227,7 @@ class _BlockWork:
     def __init__(self, block: int, energy: InputEnergy, coefficient: float, micro_batch: MicroBatch) -> None:
         self.block, self.energy, self.coefficient, self.micro_batch = block, energy, coefficient, micro_batch
 
-    def observe_input(self, x: Tensor) -> None:
-        self.energy.add(self.block, x, self.micro_batch.token_mask)
-
-    def penalty_gradient(self, factor: Tensor) -> Tensor | None:
-        if self.coefficient == 0:
-            return None
+    def __call__(self, backward: BlockBackward) -> None:
+        self.energy.add(self.block, backward.x, self.micro_batch.token_mask)
         # The engine does not scale what is added here: each micro-batch gives its share.
-        return orthogonality_gradient(factor) * (self.coefficient * self.micro_batch.share)
+        add_orthogonality(backward, self.coefficient * self.micro_batch.share)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynrank_ds.adapters.linear import BackwardWork, BlockBackward
+from dynrank_ds.methods.base import MicroBatch
+
 
 def orthogonality_gradient(factor: Tensor) -> Tensor:
     """Gradient (r, n) fp32 of ||F F^T - I||_F by F (r, n), rows as triples.
@@ -16,3 +19,36 @@ def orthogonality_gradient(factor: Tensor) -> Tensor:
     residual = f @ f.T - torch.eye(f.shape[0], device=f.device)
     norm = torch.linalg.matrix_norm(residual)
     return (2 / norm.clamp_min(torch.finfo(torch.float32).tiny)) * (residual @ f)
+
+
+def add_orthogonality(backward: BlockBackward, coefficient: float) -> None:
+    """Adds coefficient * (||A A^T - I||_F + ||B B^T - I||_F)'s gradient to a block's."""
+    if coefficient:
+        for factor, gradient in ((backward.lora_a, backward.grad_a), (backward.lora_b, backward.grad_b)):
+            gradient.add_((orthogonality_gradient(factor) * coefficient).to(gradient.dtype))
+
+
+def orthogonality_work(coefficient: float, blocks: int, micro_batch: MicroBatch) -> BackwardWork:
+    """Backward work that adds the gradient of `coefficient` times the mean of ||F F^T - I||_F over all A and B.
+
+    The mean is over the 2 * `blocks` matrices of the model, as AdaLoRA's code has it.
+    """
+
+    def work(backward: BlockBackward) -> None:
+        # The engine does not scale what is added here: each micro-batch gives its share.
+        add_orthogonality(backward, coefficient / (2 * blocks) * micro_batch.share)
+
+    return work
+
+
+def variance_gradient(factor: Tensor) -> Tensor:
+    """Gradient (r, n) fp32 of sum_i Var(F[i, :]), the sample variance, by F (r, n); 0 for rows of one element."""
+    f = factor.float()
+    return (f - f.mean(1, keepdim=True)) * (2 / max(1, f.shape[1] - 1))
+
+
+def add_variance(backward: BlockBackward, coefficient: float) -> None:
+    """Adds coefficient * sum_i (Var(a_i) + Var(b_i))'s gradient to a block's (dynamic DoRA, eq. 10)."""
+    if coefficient:
+        for factor, gradient in ((backward.lora_a, backward.grad_a), (backward.lora_b, backward.grad_b)):
+            gradient.add_((variance_gradient(factor) * coefficient).to(gradient.dtype))

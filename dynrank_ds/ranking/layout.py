@@ -28,6 +28,10 @@ class BlockShape:
         """Elements of one triple in `factor`."""
         return {"lora_A": self.in_features, "lora_E": 1, "lora_B": self.out_features}[factor]
 
+    def triple_parameters(self, factors: Sequence[str]) -> int:
+        """Parameters of one triple."""
+        return sum(map(self.row_length, factors))
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -76,8 +80,7 @@ class ShardLayout:
     def trainable_parameters(self) -> int:
         """Elements over all processes."""
         return sum(
-            rank * shape.row_length(factor)
-            for factor in self.factors
+            rank * shape.triple_parameters(self.factors)
             for shape, rank in zip(self.shapes, self.ranks, strict=True)
         )
 

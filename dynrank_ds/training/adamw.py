@@ -1,4 +1,4 @@
-"""AdamW whose bias correction knows the age of every row.
+"""AdamW whose bias correction knows the age of every row, and whose learning rate may differ by row.
 
 A new row has zero moments. Under the old rows' step count it would get no bias correction and move by 3 to
 6 learning rates at once; here it moves as a fresh AdamW would move it, and its neighbours as before.
@@ -16,7 +16,7 @@ from torch import Tensor
 class RowAgedAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW (decoupled decay, no amsgrad) with one step count per element.
 
-    Works on flat fp32 tensors. Ages are kept as runs of equal birth, so they cost nothing per element.
+    Works on flat fp32 tensors. Ages and rates are kept as runs of equal values, not per element.
     """
 
     def __init__(
@@ -31,18 +31,23 @@ class RowAgedAdamW(torch.optim.Optimizer):
         self.discard = False
         """Whether the next step leaves everything as it is, bit for bit."""
 
-    def set_state(self, param: Tensor, step: int, births: Tensor) -> None:
+    def set_state(self, param: Tensor, step: int, births: Tensor, rates: Tensor | None = None) -> None:
         """Gives `param` zero moments, `step` updates so far, and for each element the step it was born after.
 
         births: (param.numel(),) int64; 0 for what exists from the start.
+        rates: (param.numel(),) fp64, what each element's learning rate is multiplied by; 1 where None.
         """
-        values, lengths = torch.unique_consecutive(births, return_counts=True)
+        rates = torch.ones_like(births, dtype=torch.float64) if rates is None else rates
+        runs, lengths = torch.unique_consecutive(
+            torch.stack([births.double(), rates]), return_counts=True, dim=1
+        )
         self.state[param] = {
             "step": step,
             "exp_avg": torch.zeros_like(param),
             "exp_avg_sq": torch.zeros_like(param),
-            "birth_values": values,
-            "birth_lengths": lengths,
+            "births": runs[0],
+            "rates": runs[1],
+            "run_lengths": lengths,
         }
 
     @torch.no_grad()
@@ -64,16 +69,25 @@ def _update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str,
     beta1, beta2 = group["betas"]
     state["step"] += 1
     exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-    param.mul_(1 - group["lr"] * group["weight_decay"])
+    rates = group["lr"] * state["rates"]
+    ages = state["step"] - state["births"]
+    decay, step_size, root2 = (
+        _per_element(per_run.to(param.dtype), state["run_lengths"], param)
+        for per_run in (
+            1 - rates * group["weight_decay"],
+            rates / (1 - beta1**ages),
+            (1 - beta2**ages).sqrt(),
+        )
+    )
+    param.mul_(decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    ages = (state["step"] - state["birth_values"]).double()
-    step_size = (group["lr"] / (1 - beta1**ages)).to(param.dtype)
-    root2 = (1 - beta2**ages).sqrt().to(param.dtype)
-    if len(ages) > 1:
-        step_size, root2 = (
-            torch.repeat_interleave(per_run, state["birth_lengths"], output_size=param.numel()).view_as(param)
-            for per_run in (step_size, root2)
-        )
     denominator = exp_avg_sq.sqrt().div_(root2).add_(group["eps"])
     param.sub_((exp_avg / denominator).mul_(step_size))
+
+
+def _per_element(per_run: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
+    """Broadcast where there is but one run, so that equal ages cost nothing per element."""
+    if len(per_run) == 1:
+        return per_run
+    return torch.repeat_interleave(per_run, lengths, output_size=like.numel()).view_as(like)

@@ -22,7 +22,8 @@ from dynrank_ds.checkpoints import FORMAT, STATE, TENSORS, check_tensors, read_s
 from dynrank_ds.methods.base import Method
 from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter, file_sha256
 from dynrank_ds.zero import processes
-from dynrank_ds.zero.engine import MOMENTS, ZeroEngine
+from dynrank_ds.zero.engine import ZeroEngine
+from dynrank_ds.zero.shards import MOMENTS
 
 
 @dataclass
@@ -55,6 +56,8 @@ def save(run: Path, progress: Progress, engine: ZeroEngine, method: Method, abou
         if writer:
             writer.file.write(f"statistics/{name}", whole)
     if writer:
+        for name, value in method.replicated_state().items():
+            writer.file.write(f"replicated/{name}", value)
         writer.finish(final, {**asdict(progress), **about})
     processes.barrier()
     return final
@@ -79,6 +82,10 @@ class _Writer:
             TensorEntry(f"statistics/{name}", torch.float32, tuple(part.shape))
             for name, part in method.partial_statistics().items()
         ]
+        entries += [
+            TensorEntry(f"replicated/{name}", value.dtype, tuple(value.shape))
+            for name, value in method.replicated_state().items()
+        ]
         self.file = TensorFileWriter(folder / TENSORS, entries)
 
     def rows(self, states: tuple[str, ...], block: int, factor: str, rows: Tensor) -> None:
@@ -99,9 +106,15 @@ class _Writer:
                     "in_features": shape.in_features,
                     "out_features": shape.out_features,
                     "births": births.tolist(),
+                    "gate": None if gate is None else gate.expand(rank).tolist(),
                 }
-                for shape, rank, block, births in zip(
-                    layout.shapes, layout.ranks, self.engine.blocks, self.engine.births, strict=True
+                for shape, rank, block, births, gate in zip(
+                    layout.shapes,
+                    layout.ranks,
+                    self.engine.blocks,
+                    self.engine.births,
+                    self.method.gates(),
+                    strict=True,
                 )
             },
             "sha256": file_sha256(self.folder / TENSORS),
@@ -169,4 +182,7 @@ class Checkpoint:
             mine = float(processes.rank() == 0)
             method.set_partial_statistics(
                 {name: file.read(f"statistics/{name}") * mine for name in method.partial_statistics()}
+            )
+            method.set_replicated_state(
+                {name: file.read(f"replicated/{name}") for name in method.replicated_state()}
             )

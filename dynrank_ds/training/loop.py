@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from dynrank_ds.adapters.initial import block_generator
 from dynrank_ds.data.batching import IGNORED, GlobalBatches, collate, local_micro_batches
 from dynrank_ds.data.tokenising import TokenisedDataset
-from dynrank_ds.methods.base import Method
+from dynrank_ds.methods.base import Method, StepView
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.checkpoint import Progress
@@ -73,6 +74,8 @@ class Trainer:
         self.batches = GlobalBatches(len(dataset), recipe.train.global_batch_size, recipe.train.seed)
         self.is_first = processes.rank() == 0
         self.stop_request = StopRequest()
+        self.masked_triples = 0
+        """Triples whose gate the last adjustment set to zero."""
         self._discarded_in_a_row = 0
 
     def train(self, after_step: Callable[[StepResult], Any]) -> bool:
@@ -103,16 +106,30 @@ class Trainer:
             self._discard(indices)
             return result
         self._discarded_in_a_row = 0
-        weights = self.engine.weights()
-        self.method.observe(step, weights, gradients, self.engine.layout, tokens)
-        scores = None
-        if self.method.adjusts_at(step):
-            scores = self.method.scores(weights, gradients, self.engine.layout, processes.total)
-        self.engine.step(learning_rate(self.recipe.train, step, self.total_steps))
+        rate = learning_rate(self.recipe.train, step, self.total_steps)
+        schedule = rate / self.recipe.train.learning_rate
+        layout = self.engine.layout
+        view = StepView(step, self.engine.weights(), gradients, layout, tokens, schedule, processes.total)
+        if self.method.observes_after_step:
+            self.engine.step(rate)
+            scores = self._observe(
+                replace(view, weights=self.engine.weights(), gradients=self._clipped(view, result))
+            )
+        else:
+            scores = self._observe(view)
+            self.engine.step(rate)
         self.progress.step = step
         if scores is not None:
             self._adjust(scores)
         return result
+
+    def _observe(self, view: StepView) -> Sequence[Tensor] | None:
+        self.method.observe(view)
+        return self.method.scores(view) if self.method.adjusts_at(view.step) else None
+
+    def _clipped(self, view: StepView, result: StepResult) -> Tensor:
+        limit = self.recipe.train.max_grad_norm
+        return view.gradients * min(1.0, limit / (result.gradient_norm + 1e-6)) if limit else view.gradients
 
     def _accumulate(self, indices: NDArray[Any], targets: int) -> Tensor:
         """Forward and backward over this process's micro-batches; its part of the batch's mean loss, fp64."""
@@ -124,11 +141,12 @@ class Trainer:
             self.recipe.train.micro_batch_size,
         )
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.method.micro_batch.share = 1 / len(micro_batches)
+        under_way = self.method.micro_batch
+        under_way.share, under_way.step = 1 / len(micro_batches), self.progress.step + 1
         for number, chosen in enumerate(micro_batches, start=1):
             batch = collate(self.dataset, chosen, self.pad_id)
             rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)
-            self.method.micro_batch.token_mask = batch.attention_mask.to(self.device)
+            under_way.token_mask, under_way.first = batch.attention_mask.to(self.device), number == 1
             summed = self.engine(
                 input_ids=batch.input_ids.to(self.device),
                 positions=(rows * batch.labels.shape[1] + columns - 1).to(self.device),
@@ -166,22 +184,26 @@ class Trainer:
         before = self.engine.layout.ranks
         shapes = self.engine.shapes
         limits = tuple(self._max_rank(s.in_features, s.out_features) for s in shapes)
-        state = RankState(before, limits, self.progress.step, self.total_steps)
+        state = RankState(before, limits, self.recipe.adapter.rank, self.progress.step, self.total_steps)
         plan = self.method.plan(scores, state)
         processes.agree(plan.sha256(), f"the rank plan of step {self.progress.step}", self.device)
         if plan.changed(before):
-            carried = self.engine.resize(plan, self._new_rows, self.method.row_statistics())
-            self.method.set_row_statistics(carried)
+            new_rows = partial(self._new_rows, plan)
+            self.method.set_row_statistics(self.engine.resize(plan, new_rows, self.method.row_statistics()))
+        if plan.masked:
+            self.engine.mask(plan.masked)
+        self.masked_triples = sum(map(len, plan.masked))
+        self.method.applied(plan)
         if self.is_first:
             self._log_adjustment(plan, before, scores)
 
     def _max_rank(self, in_features: int, out_features: int) -> int:
         return min(in_features, out_features, self.recipe.adapter.max_rank or 512)
 
-    def _new_rows(self, block: int, count: int) -> dict[str, Tensor]:
-        shape = self.engine.shapes[block]
-        generator = block_generator(self.recipe.train.seed, shape.name, self.progress.step)
-        return self.method.init(count, shape.in_features, shape.out_features, generator)
+    def _new_rows(self, plan: RankPlan, block: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        name = self.engine.shapes[block].name
+        generator = block_generator(self.recipe.train.seed, name, self.progress.step)
+        return self.method.new_rows(block, old, plan, generator)
 
     def _log(self, result: StepResult, seconds: float) -> None:
         if not self.is_first:
@@ -194,7 +216,7 @@ class Trainer:
             grad_norm=result.gradient_norm if result.applied else None,
             discarded=not result.applied,
             tokens_per_second=result.tokens_per_second,
-            total_rank_live=layout.total_rank,
+            total_rank_live=layout.total_rank - self.masked_triples,
             total_rank_stored=layout.total_rank,
             trainable_parameters=layout.trainable_parameters,
             memory_gib=processes.peak_memory_gib(),
@@ -211,6 +233,7 @@ class Trainer:
             after=dict(zip(names, plan.ranks, strict=True)),
             pruned={n: p for n, p in zip(names, pruned, strict=True) if p},
             added={n: c for n, c in zip(names, plan.new, strict=True) if c},
+            masked={n: list(m) for n, m in zip(names, plan.masked, strict=False) if m},
             scores={n: s.tolist() for n, s in zip(names, scores, strict=True)},
             plan_sha256=plan.sha256(),
         )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.inject import inject
-from dynrank_ds.adapters.linear import AdaptedLinear
+from dynrank_ds.adapters.linear import Block
 from dynrank_ds.data.formats import FORMATS
 from dynrank_ds.data.sources import load_rows
 from dynrank_ds.data.tokenising import TokenisedDataset, tokenise
@@ -38,17 +39,19 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
 
 def adapt(
     model: PreTrainedModel, recipe: Recipe, restored: Mapping[str, Mapping[str, Tensor]] | None = None
-) -> dict[str, AdaptedLinear]:
+) -> dict[str, Block]:
     """Freezes the model and injects the recipe's adapters.
 
     restored: {block: {factor: weights}} that take the place of initial values.
     """
     section = recipe.adapter
-    init = method_class(recipe.method).init
-    blocks = inject(model, section.targets, section.rank, section.alpha, init, recipe.train.seed)
+    method = method_class(recipe.method)
+    splits = head_splits(model.config) if method.per_head else {}
+    blocks = inject(
+        model, section.targets, section.rank, section.scale, method.init, recipe.train.seed, splits
+    )
     for name, factors in (restored or {}).items():
-        block = blocks[name]
-        block.set_factors({k: v.to(block.base.weight) for k, v in factors.items()})
+        blocks[name].set_factors(factors)
     return blocks
 
 
@@ -69,12 +72,13 @@ def validate(recipe: Recipe) -> str:
     method = build_method(recipe.method, blocks, steps, torch.device("meta"))
     trainable = sum(p.numel() for b in blocks.values() for p in b.factors().values())
     base = sum(p.numel() for p in model.parameters()) - trainable
+    linears = len({block.part.linear if block.part else name for name, block in blocks.items()})
     return "\n".join(
         [
             f"model       {recipe.model.path}: {base:,} parameters",
             f"data        {len(dataset):,} samples, {int(dataset.lengths.sum()):,} tokens, "
             f"{int(dataset.target_counts.sum()):,} of them targets",
-            f"adapter     {len(blocks)} linears, total rank {recipe.adapter.rank * len(blocks)}, "
+            f"adapter     {linears} linears, total rank {recipe.adapter.rank * len(blocks)}, "
             f"{trainable:,} trainable parameters ({trainable / base:.3%})",
             f"method      {recipe.method.name}: {method.planned_adjustments()} adjustments in {steps} steps",
         ]

@@ -69,6 +69,7 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
             eps=recipe.train.eps,
             weight_decay=recipe.train.weight_decay,
         ),
+        rates=dict.fromkeys(method.factors, 1.0) | {"lora_B": recipe.train.lora_b_rate},
         unit=type(model.get_decoder().layers[0]),
     )
     method.start(engine.layout)

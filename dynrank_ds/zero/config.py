@@ -25,7 +25,7 @@ def load_config(name: str) -> dict[str, Any]:
     """A DeepSpeed configuration by the name of a shipped file (`zero3`) or by path.
 
     Raises:
-        RecipeError: no such file, not JSON, a key that the recipe owns, or a ZeRO stage other than 3.
+        RecipeError: no such file, not JSON, a key that the recipe owns, or no ZeRO stage from 1 to 3.
     """
     shipped = resources.files("dynrank_ds.ds_configs").joinpath(f"{name}.json")
     path = Path(name)
@@ -47,10 +47,8 @@ def load_config(name: str) -> dict[str, Any]:
             )
     zero = config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage != 3:
-        raise RecipeError(
-            f"deepspeed.config {name} has zero_optimization.stage {stage}: this version runs stage 3"
-        )
+    if stage not in (1, 2, 3):
+        raise RecipeError(f"deepspeed.config {name} has zero_optimization.stage {stage}: give 1, 2 or 3")
     return config
 
 
@@ -60,6 +58,9 @@ def complete_config(
     """The configuration handed to DeepSpeed. Gradients accumulate and travel in fp32."""
     return {
         **config,
+        # The order in which stages 1 and 2 lay parameters behind one another is known only without these.
+        "zero_optimization": config["zero_optimization"]
+        | {"round_robin_gradients": False, "parameter_alignment": False},
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,

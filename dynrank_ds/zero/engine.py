@@ -1,4 +1,4 @@
-"""A DeepSpeed ZeRO-3 engine whose adapters can change rank.
+"""A DeepSpeed ZeRO engine whose adapters can change rank.
 
 A rank change rebuilds the engine around new adapter parameters: the base stays partitioned and is not
 copied, the adapters' fp32 weights and moments are carried over by their rows. DeepSpeed offers no smaller
@@ -13,43 +13,40 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_grad,
-    safe_get_local_optimizer_state,
-    set_z3_leaf_modules,
-)
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from dynrank_ds.adapters.linear import AdaptedLinear
+from dynrank_ds.adapters.linear import Block
 from dynrank_ds.ranking.layout import BlockShape, FragmentOf, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
-from dynrank_ds.training.adamw import RowAgedAdamW
 from dynrank_ds.zero import processes
-from dynrank_ds.zero.migrate import BLOCKS_AT_ONCE, NewRows, gather_blocks, migrate, pieces, zero3_fragment
+from dynrank_ds.zero.migrate import BLOCKS_AT_ONCE, NewRows, gather_blocks, migrate, pieces
+from dynrank_ds.zero.shards import MOMENTS, Shards, Zero2Shards, Zero3Shards
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-OptimizerFactory = Callable[[list[nn.Parameter]], RowAgedAdamW]
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+"""Makes an optimizer with RowAgedAdamW's `set_state` and `discard`."""
 
 
 class ZeroEngine:
-    """Training of the adapters in `blocks` inside `model`, everything partitioned.
+    """Training of the adapters in `blocks` inside `model`, partitioned as the configuration's ZeRO stage has it.
 
-    `unit` is the module class (a decoder layer) whose parameters are gathered and released together: with
+    Under ZeRO-3 `unit` is the module class (a decoder layer) whose parameters are gathered and released together: with
     adapters a layer has dozens of small parameters, and fetching them module by module costs more than
     the layer's arithmetic on a small model. Its input must require a gradient, or DeepSpeed would reduce the
     unit's gradients before they exist.
 
-    Flat vectors are fp32, of this process's elements, in the order of `layout`.
+    `rates` multiplies the learning rate of each factor. Flat vectors are fp32, of this process's elements, in
+    the order of `layout`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        blocks: Mapping[str, AdaptedLinear],
+        blocks: Mapping[str, Block],
         factors: Sequence[str],
         config: dict[str, Any],
         make_optimizer: OptimizerFactory,
+        rates: Mapping[str, float],
         unit: type[nn.Module],
     ) -> None:
         self.blocks = list(blocks.values())
@@ -59,8 +56,12 @@ class ZeroEngine:
         """Per block, the optimizer step after which each triple was born, (rank,)."""
         self.updates = 0
         """Optimizer steps applied so far."""
-        self._model, self._config, self._make_optimizer = model, config, make_optimizer
-        set_z3_leaf_modules(model, [unit])
+        self._model, self._config = model, config
+        self._make_optimizer, self._rates = make_optimizer, dict(rates)
+        stage = config["zero_optimization"]["stage"]
+        self._shards_of: type[Shards] = Zero3Shards if stage == 3 else Zero2Shards
+        if stage == 3:
+            set_z3_leaf_modules(model, [unit])
         self._build(self._layout([_rank(b) for b in self.blocks]))
 
     # --- training
@@ -89,27 +90,22 @@ class ZeroEngine:
 
     def weights(self) -> Tensor:
         """The fp32 master weights."""
-        return torch.cat(self._masters) if self._masters else torch.empty(0)
+        return torch.cat(self._shards.masters)
 
     def gradients(self) -> Tensor:
         """The gradients of the whole step, between the last backward and `step`."""
-        return torch.cat(
-            [
-                safe_get_local_grad(p)[: f.stop - f.start]
-                for p, f in zip(self._params, self.layout.fragments, strict=True)
-            ]
-        )
+        return self._shards.gradients()
 
     def moments(self, name: str) -> Tensor:
         """`exp_avg` or `exp_avg_sq`."""
-        return torch.cat(self._moments[name])
+        return torch.cat(self._shards.moments[name])
 
     def load(
         self, weights: Tensor, moments: Mapping[str, Tensor], births: Sequence[Tensor], updates: int
     ) -> None:
-        """Sets weights, their 16-bit copies, moments and ages, as from a checkpoint of the same ranks."""
+        """Sets master weights, moments and ages, as from a checkpoint whose weights the blocks already have."""
         self.births, self.updates = list(births), updates
-        self._seed_optimizer()
+        self._shards.seed(self.births, self._rates, updates)
         self._write(weights, moments)
 
     # --- ranks
@@ -125,12 +121,12 @@ class ZeroEngine:
         names = [*MOMENTS, *statistics]
         states = torch.stack([self.weights(), *(self.moments(m) for m in MOMENTS), *statistics.values()])
         old, new = self.layout, self._layout(plan.ranks)
-        moved, whole = migrate(states, old, new, plan, new_rows, self._rules(), processes.gather_flat)
+        rules = self._rules(old.ranks), self._rules(plan.ranks)
+        moved, whole = migrate(states, old, new, plan, new_rows, rules, processes.gather_flat)
         self._close()
         for index, factors in whole.items():
             block = self.blocks[index]
-            dtype = block.base.weight.dtype
-            block.set_factors({k: v.to(dtype) for k, v in factors.items()} if plan.ranks[index] else {})
+            block.set_factors(factors if plan.ranks[index] else {})
             kept = self.births[index][list(plan.keep[index])]
             self.births[index] = torch.cat([kept, kept.new_full((plan.new[index],), self.updates)])
         self._build(new)
@@ -140,64 +136,48 @@ class ZeroEngine:
         gc.collect()
         return {name: carried[name].clone() for name in statistics}
 
+    def mask(self, masked: Sequence[Sequence[int]]) -> None:
+        """Sets lora_E of these triples of every block to 0; moments stay, and the next step may move them."""
+        with torch.no_grad():
+            self._shards.zero_gates(masked)
+
     def whole_rows(self, states: Tensor) -> Iterator[tuple[int, str, Tensor]]:
         """(block, factor, (n, rank, row_length)) of `states` (n, numel), gathered a few blocks at a time."""
-        local = pieces(states, self.layout)
+        local, rules = pieces(states, self.layout), self._rules(self.layout.ranks)
         for start in range(0, len(self.blocks), BLOCKS_AT_ONCE):
             some = range(start, min(start + BLOCKS_AT_ONCE, len(self.blocks)))
-            whole = gather_blocks(local, self.layout, some, self._rules(), processes.gather_flat)
+            whole = gather_blocks(local, self.layout, some, rules, processes.gather_flat)
             for (factor, block), rows in whole.items():
                 yield block, factor, rows
 
     # --- building
 
-    def _rules(self) -> list[FragmentOf]:
-        world = processes.world_size()
-        return [zero3_fragment(process, world) for process in range(world)]
+    def _rules(self, ranks: Sequence[int]) -> list[FragmentOf]:
+        return self._shards_of.rules(self.shapes, ranks, self.factors, processes.world_size())
 
     def _layout(self, ranks: Sequence[int]) -> ShardLayout:
-        rule = zero3_fragment(processes.rank(), processes.world_size())
+        rule = self._rules(ranks)[processes.rank()]
         device = deepspeed.get_accelerator().current_device_name()
         return ShardLayout(self.shapes, ranks, self.factors, rule, device)
 
     def _build(self, layout: ShardLayout) -> None:
         self.layout = layout
         # DeepSpeed hangs its own attributes (ds_id, ds_tensor, ...) on parameters: no type knows them.
-        self._params: list[Any] = [self.blocks[f.block].factors()[f.factor] for f in layout.fragments]
+        params: list[Any] = [self.blocks[f.block].factors()[f.factor] for f in layout.fragments]
         self._engine, *_ = deepspeed.initialize(
-            model=self._model, optimizer=self._make_optimizer(self._params), config=self._config
+            model=self._model, optimizer=self._make_optimizer(params), config=self._config
         )
-        self._seed_optimizer()
-
-    def _seed_optimizer(self) -> None:
-        """Creates the optimizer's state, zero moments and every element's age, and takes views of it all."""
-        birth_of = {}
-        for param, fragment in zip(self._params, self.layout.fragments, strict=True):
-            length = self.shapes[fragment.block].row_length(fragment.factor)
-            rows = torch.arange(fragment.start, fragment.stop) // length
-            padded = torch.zeros(param.partition_numel(), dtype=torch.int64)
-            padded[: fragment.stop - fragment.start] = self.births[fragment.block][rows]
-            birth_of[param.ds_id] = padded
-        optimizer = self._engine.optimizer
-        for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
-            births = torch.cat([birth_of[param.ds_id] for param in group])
-            optimizer.optimizer.set_state(flat, self.updates, births.to(flat.device))
-        pairs = list(zip(self._params, self.layout.fragments, strict=True))
-        self._masters = [safe_get_local_fp32_param(p).detach()[: f.stop - f.start] for p, f in pairs]
-        self._moments = {
-            name: [safe_get_local_optimizer_state(p, name)[: f.stop - f.start] for p, f in pairs]
-            for name in MOMENTS
-        }
+        self._shards = self._shards_of(self._engine.optimizer, params, layout)
+        self._shards.seed(self.births, self._rates, self.updates)
 
     @torch.no_grad()
     def _write(self, weights: Tensor, moments: Mapping[str, Tensor]) -> None:
-        for view, value in zip(self._masters, self.layout.split(weights), strict=True):
+        for view, value in zip(self._shards.masters, self.layout.split(weights), strict=True):
             view.copy_(value)
         for name in MOMENTS:
-            for view, value in zip(self._moments[name], self.layout.split(moments[name]), strict=True):
+            views = self._shards.moments[name]
+            for view, value in zip(views, self.layout.split(moments[name]), strict=True):
                 view.copy_(value)
-        for param, master in zip(self._params, self._masters, strict=True):
-            param.ds_tensor.view(-1)[: master.numel()].copy_(master)
 
     def _close(self) -> None:
         engine = self._engine
@@ -210,11 +190,10 @@ class ZeroEngine:
         for module in self._model.modules():
             module.__dict__.pop("pre_bwd_fn", None)
             module.__dict__.pop("post_bwd_fn", None)
-        self._masters, self._moments, self._params = [], {}, []
-        del self._engine
+        del self._engine, self._shards
 
 
-def _rank(block: AdaptedLinear) -> int:
+def _rank(block: Block) -> int:
     """Rank of a block, partitioned or not."""
     lora_a = block.lora_A
     if lora_a is None:

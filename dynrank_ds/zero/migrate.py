@@ -1,13 +1,14 @@
 """Moving the rows of adapters from one rank allocation to the next, on shards.
 
-Blocks that keep their rank keep their local fragments. Blocks that change are gathered, a few at a time,
-cut and extended by rows, and each process keeps its new fragment. Weights, moments and the statistics
-that belong to elements take the same way, stacked.
+Blocks that change are gathered, a few at a time, cut and extended by rows, and each process keeps its new
+fragment. So are, under ZeRO-1 and 2, blocks that keep their triples but lie elsewhere in the flat buffer; all
+others stay where they are. Weights, moments and the statistics that belong to elements take the same way,
+stacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,21 +17,11 @@ from dynrank_ds.ranking.layout import FragmentOf, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
 
 GatherFlat = Callable[[Tensor], Tensor]
-NewRows = Callable[[int, int], dict[str, Tensor]]
-"""(block, count) -> fp32 rows of that many new triples, by factor."""
+NewRows = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
+"""(block, fp32 rows (rank, row_length) of all its triples by factor) -> fp32 rows of its new triples."""
 
 BLOCKS_AT_ONCE = 32
 """Changed blocks gathered together: bounds what a process holds beyond its shards."""
-
-
-def zero3_fragment(rank: int, world_size: int) -> FragmentOf:
-    """DeepSpeed's ZeRO-3 rule: equal pieces of ceil(numel / world_size) elements, the last ones short or empty."""
-
-    def fragment(factor: str, block: int, numel: int) -> tuple[int, int]:
-        piece = -(-numel // world_size)
-        return min(rank * piece, numel), min((rank + 1) * piece, numel)
-
-    return fragment
 
 
 def migrate(
@@ -39,40 +30,71 @@ def migrate(
     new: ShardLayout,
     plan: RankPlan,
     new_rows: NewRows,
-    fragments: Sequence[FragmentOf],
+    rules: tuple[Sequence[FragmentOf], Sequence[FragmentOf]],
     gather: GatherFlat,
 ) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
     """Carries `states` (n, old.numel) over to (n, new.numel); state 0 is the weights.
 
-    New triples take `new_rows` as weights and 0 in every other state. `fragments` holds the fragment rule
-    of every process. Also returns the whole new weights, fp32, of each changed block: {block: {factor: ...}}.
+    New triples take `new_rows` as weights and 0 in every other state. `rules` holds every process's fragment
+    rule of the old layout and of the new one. Also returns the whole new weights, fp32, of each changed block:
+    {block: {factor: ...}}.
     """
     old_pieces = pieces(states, old)
     whole: dict[int, dict[str, Tensor]] = {}
-    changed_pieces: dict[tuple[str, int], Tensor] = {}
-    changed = plan.changed(old.ranks)
-    for start in range(0, len(changed), BLOCKS_AT_ONCE):
-        blocks = changed[start : start + BLOCKS_AT_ONCE]
-        full = gather_blocks(old_pieces, old, blocks, fragments, gather)
+    moved_pieces: dict[tuple[str, int], Tensor] = {}
+    changed = set(plan.changed(old.ranks))
+    moving = sorted(changed | _moved(old, rules))
+    for start in range(0, len(moving), BLOCKS_AT_ONCE):
+        blocks = moving[start : start + BLOCKS_AT_ONCE]
+        full = gather_blocks(old_pieces, old, blocks, rules[0], gather)
         for block in blocks:
-            fresh = new_rows(block, plan.new[block])
-            keep = torch.tensor(plan.keep[block], dtype=torch.int64, device=states.device)
-            whole[block] = {}
-            for factor in old.factors:
-                length = old.shapes[block].row_length(factor)
-                added = states.new_zeros(states.shape[0], plan.new[block], length)
-                added[0] = fresh[factor].view(plan.new[block], length)
-                kept = [full[factor, block][:, keep]] if len(keep) else []
-                rows = torch.cat([*kept, added], dim=1)
-                changed_pieces[factor, block] = rows.flatten(1)
-                whole[block][factor] = rows[0].flatten() if factor == "lora_E" else rows[0]
+            rows = {f: full[f, block] for f in old.factors if old.ranks[block]}
+            if block in changed:
+                rows = _changed_rows(rows, block, old, plan, new_rows, states)
+                whole[block] = {f: r[0].flatten() if f == "lora_E" else r[0] for f, r in rows.items()}
+            moved_pieces |= {(f, block): r.flatten(1) for f, r in rows.items()}
     out = [
-        changed_pieces[f.factor, f.block][:, f.start : f.stop]
-        if (f.factor, f.block) in changed_pieces
+        moved_pieces[f.factor, f.block][:, f.start : f.stop]
+        if (f.factor, f.block) in moved_pieces
         else old_pieces[f.factor, f.block]
         for f in new.fragments
     ]
     return torch.cat(out, dim=1), whole
+
+
+def _moved(old: ShardLayout, rules: tuple[Sequence[FragmentOf], Sequence[FragmentOf]]) -> set[int]:
+    """Blocks of which some process holds other elements by the new rules than by the old."""
+    return {
+        block
+        for block, (shape, rank) in enumerate(zip(old.shapes, old.ranks, strict=True))
+        for factor in old.factors
+        for before, after in zip(*rules, strict=True)
+        if rank
+        and before(factor, block, rank * shape.row_length(factor))
+        != after(factor, block, rank * shape.row_length(factor))
+    }
+
+
+def _changed_rows(
+    rows: Mapping[str, Tensor],
+    block: int,
+    old: ShardLayout,
+    plan: RankPlan,
+    new_rows: NewRows,
+    states: Tensor,
+) -> dict[str, Tensor]:
+    """{factor: (n, new rank, row_length)} of a changed block from its old rows."""
+    fresh = new_rows(block, {f: r[0] for f, r in rows.items()}) if plan.new[block] else {}
+    keep = torch.tensor(plan.keep[block], dtype=torch.int64, device=states.device)
+    out = {}
+    for factor in old.factors:
+        length = old.shapes[block].row_length(factor)
+        added = states.new_zeros(states.shape[0], plan.new[block], length)
+        if fresh:
+            added[0] = fresh[factor].view(plan.new[block], length)
+        kept = [rows[factor][:, keep]] if len(keep) else []
+        out[factor] = torch.cat([*kept, added], dim=1)
+    return out
 
 
 def pieces(states: Tensor, layout: ShardLayout) -> dict[tuple[str, int], Tensor]:

@@ -24,7 +24,7 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def test_only_the_targets_are_adapted_and_the_base_is_frozen() -> None:
     net = model()
-    blocks = inject(net, ["q_proj"], rank=4, alpha=8.0, init=svd_factors, seed=0)
+    blocks = inject(net, ["q_proj"], rank=4, scale=2.0, init=svd_factors, seed=0)
     assert list(blocks) == ["layers.0.q_proj", "layers.1.q_proj"]
     assert [n for n, m in net.named_modules() if isinstance(m, AdaptedLinear)] == list(blocks)
     assert all(net.get_submodule(name) is block and block.scale == 2.0 for name, block in blocks.items())
@@ -33,8 +33,8 @@ def test_only_the_targets_are_adapted_and_the_base_is_frozen() -> None:
 
 
 def test_factors_follow_the_seed_and_the_block_name_in_the_dtype_of_the_base() -> None:
-    all_targets = inject(model(torch.bfloat16), ["q_proj", "down_proj"], 3, 3.0, svd_factors, seed=7)
-    alone = inject(model(torch.bfloat16), ["down_proj"], 3, 3.0, svd_factors, seed=7)
+    all_targets = inject(model(torch.bfloat16), ["q_proj", "down_proj"], 3, 1.0, svd_factors, seed=7)
+    alone = inject(model(torch.bfloat16), ["down_proj"], 3, 1.0, svd_factors, seed=7)
     name = "layers.1.down_proj"
     expected = svd_factors(3, 12, 5, block_generator(7, name, 0))
     for factor, value in alone[name].factors().items():

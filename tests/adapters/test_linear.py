@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynrank_ds.adapters.linear import AdaptedLinear
+from dynrank_ds.adapters.linear import AdaptedLinear, BlockBackward
 
 SCALE = 1.7
 
@@ -17,11 +17,11 @@ class CountingWork:
         self.inputs: list[Tensor] = []
         self.penalty = penalty
 
-    def observe_input(self, x: Tensor) -> None:
-        self.inputs.append(x.clone())
-
-    def penalty_gradient(self, factor: Tensor) -> Tensor | None:
-        return None if self.penalty is None else factor * self.penalty
+    def __call__(self, backward: BlockBackward) -> None:
+        self.inputs.append(backward.x.clone())
+        if self.penalty is not None:
+            backward.grad_a += self.penalty * backward.lora_a
+            backward.grad_b += self.penalty * backward.lora_b
 
 
 def adapted(rank: int, with_e: bool = True, dtype: torch.dtype = torch.float64) -> AdaptedLinear:
@@ -63,6 +63,24 @@ def test_output_and_gradients_are_those_of_the_formula(with_e: bool, shape: tupl
     assert block.base.weight.grad is None
 
 
+@pytest.mark.parametrize("entries", [1, 3])
+def test_a_gate_of_the_methods_scales_triples_and_its_gradient_reaches_the_work(entries: int) -> None:
+    block, seen = adapted(3, with_e=False), []
+    block.gate = torch.rand(entries) + 0.5
+    block.work = lambda backward: seen.append(backward.grad_gate)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    gate = block.gate.double().expand(3).clone().requires_grad_()
+    formula = plain(x, block, {**{k: v.detach() for k, v in block.factors().items()}, "lora_E": gate})
+    ours = block(x)
+    torch.testing.assert_close(ours, formula, rtol=1e-6, atol=1e-6)
+
+    direction = torch.randn_like(ours)
+    ours.backward(direction)
+    formula.backward(direction)
+    assert block.gate.grad is None
+    torch.testing.assert_close(seen[0].double(), gate.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_an_input_without_gradient_gets_none() -> None:
     block = adapted(2)
     x = torch.randn(3, 5, dtype=torch.float64)
@@ -96,7 +114,7 @@ def test_work_sees_the_input_once_per_backward(with_checkpointing: bool) -> None
         y = checkpoint(block, x, use_reentrant=False) if with_checkpointing else block(x)
         y.sum().backward()
         assert len(work.inputs) == times
-        assert torch.equal(work.inputs[-1], x)
+        assert torch.equal(work.inputs[-1], x.flatten(0, -2))
 
 
 def test_work_sees_nothing_in_evaluation() -> None:

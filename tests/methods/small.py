@@ -1,21 +1,39 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynrank_ds.adapters.linear import AdaptedLinear
+from dynrank_ds.methods.base import StepView, SumOverProcesses
 from dynrank_ds.methods.pe_dyra import PEDyRA, PEDyRAConfig
+from dynrank_ds.ranking.layout import ShardLayout
 
 CPU = torch.device("cpu")
 SIDES = {"a": (7, 5), "b": (4, 9), "c": (6, 6)}
 
 
-def blocks() -> dict[str, AdaptedLinear]:
-    return {name: AdaptedLinear(nn.Linear(*sides), 1.0) for name, sides in SIDES.items()}
+def blocks(sides: Mapping[str, tuple[int, int]] = SIDES, rank: int = 0) -> dict[str, AdaptedLinear]:
+    made = {name: AdaptedLinear(nn.Linear(*pair), 1.0) for name, pair in sides.items()}
+    for block in made.values():
+        block.initial_rank = rank
+    return made
 
 
-def pe_dyra(total_steps: int = 20, **config: Any) -> PEDyRA:
+def pe_dyra(sides: Mapping[str, tuple[int, int]] = SIDES, total_steps: int = 20, **config: Any) -> PEDyRA:
     times = {"t_i": 4, "interval": 3, "t_f": 5, **config}
-    return PEDyRA(PEDyRAConfig(**times), blocks(), total_steps, CPU)
+    return PEDyRA(PEDyRAConfig(**times), blocks(sides), total_steps, CPU)
+
+
+def step_view(
+    weights: Tensor,
+    gradients: Tensor,
+    layout: ShardLayout,
+    total: SumOverProcesses = lambda tensor: tensor,
+    step: int = 1,
+    tokens: int = 1,
+    schedule: float = 1.0,
+) -> StepView:
+    return StepView(step, weights, gradients, layout, tokens, schedule, total)

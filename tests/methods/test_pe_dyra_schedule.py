@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.lora import LoRA
+from dynrank_ds.methods.lora import LoRA, LoRAConfig
 from dynrank_ds.ranking.layout import BlockShape, ShardLayout, whole
-from tests.methods.small import CPU, SIDES, blocks, pe_dyra
+from tests.methods.small import CPU, SIDES, blocks, pe_dyra, step_view
 
 
 def adjustments(total_steps: int = 20, **config: Any) -> list[int]:
-    method = pe_dyra(total_steps, **config)
+    method = pe_dyra(total_steps=total_steps, **config)
     steps = [step for step in range(1, total_steps + 1) if method.adjusts_at(step)]
     assert method.planned_adjustments() == len(steps)
     return steps
@@ -61,7 +61,9 @@ def test_statistics_stand_still_in_the_last_t_f_steps() -> None:
         before = {name: value.clone() for name, value in before.items()}
         for block, (n_in, _) in enumerate(SIDES.values()):
             method.energy.add(block, torch.randn(1, 3, n_in), torch.ones(1, 3))
-        method.observe(step, torch.randn(layout.numel), torch.randn(layout.numel), layout, tokens=3)
+        method.observe(
+            step_view(torch.randn(layout.numel), torch.randn(layout.numel), layout, step=step, tokens=3)
+        )
         after = {**method.row_statistics(), **method.partial_statistics()}
         assert all(torch.equal(before[n], after[n]) == (step >= 15) for n in before), step
 
@@ -75,12 +77,12 @@ def test_a_discarded_step_leaves_no_trace() -> None:
     twice.discard_step()
     for method in (twice, once):
         method.energy.add(0, torch.ones(1, 3, 7), torch.ones(1, 3))
-        method.observe(1, torch.ones(layout.numel), torch.ones(layout.numel), layout, tokens=3)
+        method.observe(step_view(torch.ones(layout.numel), torch.ones(layout.numel), layout, tokens=3))
     assert torch.equal(twice.energy.smoothed, once.energy.smoothed)
 
 
 def test_lora_never_adjusts() -> None:
-    method = LoRA(blocks(), CPU)
+    method = LoRA(LoRAConfig(), blocks(), 20, CPU)
     assert not any(method.adjusts_at(step) for step in range(1, 100))
     assert method.planned_adjustments() == 0
     assert method.factors == ("lora_A", "lora_B")

@@ -11,8 +11,8 @@ from torch import Tensor
 from dynrank_ds.methods.pe_dyra import PEDyRA
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankState
-from dynrank_ds.zero.migrate import zero3_fragment
-from tests.methods.small import SIDES, pe_dyra
+from dynrank_ds.zero.shards import zero3_rules
+from tests.methods.small import SIDES, pe_dyra, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
@@ -82,13 +82,16 @@ def test_scores_from_shards_are_those_of_the_formula(size: int, normalise: str) 
 
     def work(process: PretendProcess) -> list[Tensor]:
         method = pe_dyra(mix=0.3, normalise=normalise)
-        layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_fragment(process.rank, process.size))
+        layout = ShardLayout(
+            method.shapes, RANKS, FACTORS, zero3_rules((), (), (), process.size)[process.rank]
+        )
         method.start(layout)
         method.set_row_statistics(
             {"sensitivity": local(smoothed, process), "uncertainty": local(uncertainty, process)}
         )
         method.set_partial_statistics({"input_energy": torch.cat(parts[process.rank])})
-        scores = method.scores(local(weights, process), local(gradients, process), layout, process.total)
+        view = step_view(local(weights, process), local(gradients, process), layout, process.total)
+        scores = method.scores(view)
         assert process.sums <= 2
         return list(scores)
 
@@ -106,14 +109,15 @@ def test_scores_after_steps_on_three_processes_follow_the_recursions() -> None:
 
     def work(process: PretendProcess) -> list[Tensor]:
         method = pe_dyra()
-        layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_fragment(process.rank, 3))
+        layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_rules((), (), (), 3)[process.rank])
         method.start(layout)
         for number, (w, g) in enumerate(steps, start=1):
             for block, x in enumerate(inputs[number - 1][process.rank]):
                 method.energy.add(block, x, torch.ones(1, 4))
             w_here, g_here = local(w, process).float(), local(g, process).float()
-            method.observe(number, w_here, g_here, layout, tokens=12)
-        return list(method.scores(w_here, g_here, layout, process.total))
+            view = step_view(w_here, g_here, layout, process.total, step=number, tokens=12)
+            method.observe(view)
+        return list(method.scores(view))
 
     zero = {f: [torch.zeros_like(v) for v in blocks] for f, blocks in steps[0][0].items()}
     smoothed, uncertainty = zero, zero
@@ -139,21 +143,21 @@ def _ema(old: Whole, now: Whole) -> Whole:
 @pytest.mark.parametrize("normalise", ["mean", "none"])
 def test_scores_of_nothing_but_zeros_are_zero_and_can_be_planned(normalise: str) -> None:
     method = pe_dyra(k=3, normalise=normalise)
-    layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_fragment(0, 1))
+    layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_rules((), (), (), 1)[0])
     method.start(layout)
     nothing = torch.zeros(layout.numel)
-    scores = method.scores(nothing, nothing, layout, lambda tensor: tensor)
+    scores = method.scores(step_view(nothing, nothing, layout))
     assert [s.tolist() for s in scores] == [[0.0] * rank for rank in RANKS]
-    plan = method.plan(scores, RankState(RANKS, (9, 9, 9), 7, 20))
+    plan = method.plan(scores, RankState(RANKS, (9, 9, 9), 4, 7, 20))
     assert plan.pruned(RANKS) == [[0, 1], [], [0]]
     assert plan.new == (1, 1, 1)
 
 
 def test_without_any_gradient_the_three_factors_weigh_alike() -> None:
     method: PEDyRA = pe_dyra(mix=1.0, normalise="none")
-    layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_fragment(0, 1))
+    layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_rules((), (), (), 1)[0])
     method.start(layout)
     ones = torch.ones(layout.numel)
     method.set_row_statistics({"sensitivity": ones, "uncertainty": 6 * ones})
-    scores = method.scores(ones, 0 * ones, layout, lambda tensor: tensor)
+    scores = method.scores(step_view(ones, 0 * ones, layout))
     torch.testing.assert_close(torch.cat(list(scores)), torch.full((8,), 6.0, dtype=torch.float64))

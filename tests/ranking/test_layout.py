@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynrank_ds.ranking.layout import BlockShape, ShardLayout, whole
-from dynrank_ds.zero.migrate import zero3_fragment
+from dynrank_ds.zero.shards import zero3_rules
 from tests.ranking.pretend import shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
@@ -30,7 +30,7 @@ def test_the_processes_row_sums_add_up_to_whole_rows(size: int) -> None:
     expected = torch.stack([torch.cat([block.sum(1) for block in full[f]]) for f in FACTORS])
     summed = torch.zeros_like(expected)
     for rank in range(size):
-        layout = ShardLayout(SHAPES, RANKS, FACTORS, zero3_fragment(rank, size))
+        layout = ShardLayout(SHAPES, RANKS, FACTORS, zero3_rules((), (), (), size)[rank])
         flat = shard([block for f in FACTORS for block in full[f]], rank, size)
         assert layout.numel == flat.numel()
         summed += layout.row_sums(flat)
@@ -42,7 +42,7 @@ def test_each_element_of_lora_a_knows_its_input_feature(size: int) -> None:
     features = torch.arange(20)  # 7 + 4 + 3 + 6
     rows = [features[:7].repeat(3), features[7:11], features[14:].repeat(4)]
     for rank in range(size):
-        layout = ShardLayout(SHAPES, RANKS, FACTORS, zero3_fragment(rank, size))
+        layout = ShardLayout(SHAPES, RANKS, FACTORS, zero3_rules((), (), (), size)[rank])
         assert torch.equal(layout.input_ids, shard(rows, rank, size))
 
 
@@ -81,7 +81,7 @@ def test_fragments_cover_every_element_exactly_once(blocks: list[tuple[int, int,
     ranks = [rank for _, _, rank in blocks]
     seen: dict[tuple[str, int], list[int]] = {}
     for rank in range(size):
-        for f in ShardLayout(shapes, ranks, FACTORS, zero3_fragment(rank, size)).fragments:
+        for f in ShardLayout(shapes, ranks, FACTORS, zero3_rules((), (), (), size)[rank]).fragments:
             seen.setdefault((f.factor, f.block), []).extend(range(f.start, f.stop))
     expected = {
         (factor, b): list(range(rank * {"lora_A": n_in, "lora_E": 1, "lora_B": n_out}[factor]))

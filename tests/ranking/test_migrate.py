@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,8 @@ from torch import Tensor
 from dynrank_ds.ranking.layout import BlockShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import migrate as moving
-from dynrank_ds.zero.migrate import migrate, zero3_fragment
+from dynrank_ds.zero.migrate import migrate
+from dynrank_ds.zero.shards import zero2_rules, zero3_rules
 from tests.ranking.pretend import PretendProcess, run_pretend, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
@@ -57,21 +60,40 @@ def held(full: dict[tuple[str, int], Tensor], rank: int, size: int) -> Tensor:
     return torch.stack([shard([value[n] for value in present], rank, size) for n in range(STATES)])
 
 
+def held_flat(full: dict[tuple[str, int], Tensor], rank: int, size: int) -> Tensor:
+    """ZeRO-2: all tensors behind one another, padded to a multiple of 2 * size, in equal pieces."""
+    whole = torch.cat([value.flatten(1) for value in full.values()], dim=1)
+    piece = -(-whole.shape[1] // (2 * size)) * 2
+    return whole[:, rank * piece : (rank + 1) * piece]
+
+
+STAGES = {2: (zero2_rules, held_flat), 3: (zero3_rules, held)}
+
+
+def rows_of_plan(block: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    assert {f: rows.shape[0] for f, rows in old.items()} == {
+        f: BEFORE[block] for f in FACTORS if BEFORE[block]
+    }
+    return new_rows(block, PLAN.new[block])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("blocks_at_once", [1, 32])
 def test_migrating_shards_equals_indexing_whole_tensors(
-    size: int, blocks_at_once: int, monkeypatch: pytest.MonkeyPatch
+    stage: int, size: int, blocks_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moving, "BLOCKS_AT_ONCE", blocks_at_once)
     full = whole_states(BEFORE)
     expected = indexed(full)
-    rules = [zero3_fragment(rank, size) for rank in range(size)]
+    rules_of, held = STAGES[stage]
+    before, after = (rules_of(SHAPES, ranks, FACTORS, size) for ranks in (BEFORE, AFTER))
 
     def work(process: PretendProcess) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
-        old = ShardLayout(SHAPES, BEFORE, FACTORS, rules[process.rank])
-        new = ShardLayout(SHAPES, AFTER, FACTORS, rules[process.rank])
+        old = ShardLayout(SHAPES, BEFORE, FACTORS, before[process.rank])
+        new = ShardLayout(SHAPES, AFTER, FACTORS, after[process.rank])
         mine = held(full, process.rank, size)
-        return migrate(mine, old, new, PLAN, new_rows, rules, process.gather)
+        return migrate(mine, old, new, PLAN, rows_of_plan, (before, after), process.gather)
 
     for rank, (states, changed) in enumerate(run_pretend(size, work)):
         assert torch.equal(states, held(expected, rank, size))
@@ -83,9 +105,9 @@ def test_migrating_shards_equals_indexing_whole_tensors(
 
 def test_survivors_keep_their_rows_and_new_rows_have_zero_moments() -> None:
     full = whole_states(BEFORE)
-    rules = [zero3_fragment(0, 1)]
+    rules = zero3_rules(SHAPES, BEFORE, FACTORS, 1)
     old, new = (ShardLayout(SHAPES, ranks, FACTORS, rules[0]) for ranks in (BEFORE, AFTER))
-    states, _ = migrate(held(full, 0, 1), old, new, PLAN, new_rows, rules, lambda flat: flat)
+    states, _ = migrate(held(full, 0, 1), old, new, PLAN, rows_of_plan, (rules, rules), lambda flat: flat)
     a = states[:, : 4 * 7].view(STATES, 4, 7)  # lora_A of block 0, the first of the layout
     assert torch.equal(a[:, :2], full["lora_A", 0][:, [0, 2]])
     assert torch.equal(a[0, 2:], new_rows(0, 2)["lora_A"])

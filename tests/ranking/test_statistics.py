@@ -5,7 +5,7 @@ import torch
 
 from dynrank_ds.ranking.layout import BlockShape, ShardLayout
 from dynrank_ds.ranking.statistics import InputEnergy, Sensitivity
-from dynrank_ds.zero.migrate import zero3_fragment
+from dynrank_ds.zero.shards import zero3_rules
 from tests.ranking.pretend import shard
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ def test_sensitivity_on_two_processes_equals_the_recursion_on_whole_rows_in_floa
     torch.manual_seed(0)
     shapes, ranks, factors = (BlockShape("a", 7, 5),), (3,), ("lora_A", "lora_E", "lora_B")
     sizes = [(3, 7), (3, 1), (3, 5)]
-    layouts = [ShardLayout(shapes, ranks, factors, zero3_fragment(rank, 2)) for rank in range(2)]
+    layouts = [ShardLayout(shapes, ranks, factors, zero3_rules((), (), (), 2)[rank]) for rank in range(2)]
     ours = [Sensitivity(layout.numel, 0.85, 0.7, CPU) for layout in layouts]
     smoothed = [torch.zeros(s, dtype=torch.float64) for s in sizes]
     uncertainty = [torch.zeros(s, dtype=torch.float64) for s in sizes]
@@ -45,7 +45,7 @@ def test_sensitivity_on_two_processes_equals_the_recursion_on_whole_rows_in_floa
 
 
 def test_small_products_do_not_underflow_in_the_score() -> None:
-    layout = ShardLayout((BlockShape("a", 1, 1),), (1,), ("lora_A",), zero3_fragment(0, 1))
+    layout = ShardLayout((BlockShape("a", 1, 1),), (1,), ("lora_A",), zero3_rules((), (), (), 1)[0])
     statistic = Sensitivity(1, 0.85, 0.85, CPU)
     statistic.update(torch.tensor([1e-10]), torch.tensor([1e-15]))
     # I = 1e-25: Ibar = 0.15 I, U = 0.15 (I - Ibar) = 0.1275 I; the product 1.9e-52 is nothing in fp32.

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,22 +35,23 @@ def start_processes(world_size: int, command: Sequence[str], **env: str) -> list
             "PYTHONPATH": str(ROOT),
             **env,
         }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                env=variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+        # Into files: a pipe that nobody reads fills up, and its process would stop while the others wait for it.
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+        process = subprocess.Popen(
+            [sys.executable, *command], env=variables, stdout=log, stderr=subprocess.STDOUT
         )
+        process.log = log  # type: ignore[attr-defined]
+        processes.append(process)
     return processes
 
 
 def wait(processes: Sequence[subprocess.Popen], timeout: float = 600) -> None:
     """Waits for them; their output is in `.output`."""
     for process in processes:
-        process.output = process.communicate(timeout=timeout)[0]  # type: ignore[attr-defined]
+        process.wait(timeout)
+        process.log.seek(0)  # type: ignore[attr-defined]
+        process.output = process.log.read()  # type: ignore[attr-defined]
+        process.log.close()  # type: ignore[attr-defined]
 
 
 def run_processes(

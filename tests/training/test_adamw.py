@@ -112,3 +112,19 @@ def test_a_parameter_without_gradient_stays() -> None:
     optimizer = RowAgedAdamW([param], lr=LR, weight_decay=0.1)
     optimizer.step()
     assert torch.equal(param, torch.ones(3))
+
+
+def test_rates_by_element_are_learning_rates_by_parameter_group() -> None:
+    torch.manual_seed(3)
+    gradients = [torch.randn(10) for _ in range(20)]
+    ours = torch.linspace(-1, 1, 10).requires_grad_()
+    optimizer = RowAgedAdamW([ours], lr=LR, weight_decay=0.1)
+    rates = torch.tensor([1.0] * 4 + [16.0] * 6, dtype=torch.float64)
+    optimizer.set_state(ours, 0, zeros(10), rates)
+    slow, fast = (part.clone().requires_grad_() for part in ours.detach().split([4, 6]))
+    groups = [{"params": [slow]}, {"params": [fast], "lr": 16 * LR}]
+    theirs = torch.optim.AdamW(groups, lr=LR, weight_decay=0.1)
+    for gradient, now in zip(gradients, steps(optimizer, ours, gradients), strict=True):
+        slow.grad, fast.grad = gradient.split([4, 6])
+        theirs.step()
+        torch.testing.assert_close(now, torch.cat([slow, fast]).detach(), rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""ZeRO-3 with rank changes is plain single-process training: losses within 1e-6 at every world size."""
+"""ZeRO with rank changes is plain single-process training: losses within 1e-6 at every world size and stage."""
 
 from __future__ import annotations
 
@@ -90,11 +90,16 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+# world size, configuration, micro-batch: 2, 3, 1, 3 and 1 micro-batches a step
+SETUPS = [(1, "zero3", 3), (2, "zero3", 1), (3, "zero3", 2), (2, "zero2", 1), (2, "zero3_offload", 3)]
+
+
+@pytest.fixture(scope="module", params=SETUPS, ids=lambda setup: f"{setup[0]}-{setup[1]}")
 def run(request: pytest.FixtureRequest, recipe_file: Path) -> Path:
-    folder = recipe_file.parent / f"run{request.param}"
-    micro_batch = {1: 3, 2: 1, 3: 2}[request.param]  # 2, 3 and 1 micro-batches a step
-    train(request.param, recipe_file, f"output.dir={folder}", f"train.micro_batch_size={micro_batch}")
+    world_size, config, micro_batch = request.param
+    folder = recipe_file.parent / f"run{world_size}-{config}"
+    overrides = [f"deepspeed.config={config}", f"train.micro_batch_size={micro_batch}"]
+    train(world_size, recipe_file, f"output.dir={folder}", *overrides)
     return folder
 
 

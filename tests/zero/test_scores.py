@@ -53,7 +53,7 @@ def test_logged_scores_give_the_logged_plan_without_any_process_group(
     limits = tuple(min(block.in_features, block.out_features) for block in blocks.values())
     for line in lines(scored[0] / "ranks.jsonl"):
         scores = [torch.tensor(line["scores"][name], dtype=torch.float64) for name in blocks]
-        state = RankState(tuple(line["before"].values()), limits, line["step"], STEPS)
+        state = RankState(tuple(line["before"].values()), limits, 4, line["step"], STEPS)
         assert method.plan(scores, state).sha256() == line["plan_sha256"]
 
 

@@ -12,6 +12,7 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dynrank_ds.adapters.linear import BlockBackward
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.zero import processes
@@ -111,15 +112,13 @@ class Poisoned(Trainer):
             return super()._accumulate(indices, targets)
         work = self.engine.blocks[3].work
         assert work is not None
-        honest = work.penalty_gradient
 
-        def poisoned(factor: Tensor) -> Tensor | None:
-            gradient = honest(factor)
-            assert gradient is not None
-            gradient[row, -1 if row else 0] = torch.nan
-            return gradient
+        def poisoned(backward: BlockBackward) -> None:
+            work(backward)
+            for gradient in (backward.grad_a, backward.grad_b):
+                gradient[row, -1 if row else 0] = torch.nan
 
-        with patch.object(work, "penalty_gradient", poisoned):
+        with patch.object(self.engine.blocks[3], "work", poisoned):
             return super()._accumulate(indices, targets)
 
     def _reduce(self, loss: Tensor, gradients: Tensor) -> StepResult:

@@ -1,0 +1,198 @@
+"""A frozen linear whose attention heads are blocks of their own.
+
+q, k and v compute a head's part of the output, so that a head's block is `head_dim` x in and sees the whole input;
+o takes a head's part of the input, so that its block is out x `head_dim` and adds to the whole output. What all heads
+of a linear share is multiplied once for all of them: with H separate updates, x and its gradient would be read and
+written H times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+
+from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward, Part
+from dynrank_ds.errors import ModelError
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """How a kind of linear falls into heads: output rows or input columns, and how many."""
+
+    side: Literal["rows", "columns"]
+    heads: int
+
+
+def head_splits(config: PretrainedConfig) -> dict[str, HeadSplit]:
+    """The splits of a decoder's attention linears by their last names; others have no heads.
+
+    Under grouped-query attention k and v have fewer heads than q and o.
+
+    Raises:
+        ModelError: the configuration names no attention heads.
+    """
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        raise ModelError("the model's config.json has no num_attention_heads, which a method per head needs")
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    return {
+        "q_proj": HeadSplit("rows", queries),
+        "k_proj": HeadSplit("rows", keys),
+        "v_proj": HeadSplit("rows", keys),
+        "o_proj": HeadSplit("columns", queries),
+    }
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """The heads of one linear that have triples; slices are None on the side that they share."""
+
+    columns: Sequence[slice] | None
+    rows: Sequence[slice] | None
+    in_features: int
+    out_features: int
+    scale: float
+    works: Sequence[BackwardWork | None]
+
+
+class HeadUpdate(torch.autograd.Function):
+    """What TripleUpdate is for one block, for all heads of a linear at once; x is (n, in).
+
+    `tensors` are the heads' lora_A, then their gates (all None or none), then their lora_B.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: _Heads, *tensors: Any) -> Tensor:
+        n = len(heads.works)
+        lora_a, gates, lora_b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        hidden = _onto(x, lora_a, heads.columns)
+        ctx.save_for_backward(x, hidden, *tensors)
+        ctx.heads = heads
+        return _back(
+            hidden * _scaled(gates, lora_a, heads, hidden.dtype), lora_b, heads.rows, heads.out_features
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        heads: _Heads = ctx.heads
+        n = len(heads.works)
+        x, hidden, *tensors = ctx.saved_tensors
+        lora_a, gates, lora_b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        grad_y = grad_outputs[0]
+        scaled = _scaled(gates, lora_a, heads, hidden.dtype)
+        through_b = _onto(grad_y, lora_b, heads.rows)
+        grad_hidden = through_b * scaled
+        ranks = [len(a) for a in lora_a]
+        grad_a = _factor_gradients(grad_hidden, x, heads.columns, ranks)
+        grad_b = _factor_gradients(hidden * scaled, grad_y, heads.rows, ranks)
+        grad_gates: Sequence[Tensor | None] = [None] * n
+        if gates[0] is not None:
+            grad_gates = (through_b.float() * hidden.float()).sum(0).mul_(heads.scale).split(ranks)
+        for i, work in enumerate(heads.works):
+            if work is not None:
+                shown_x = x if heads.columns is None else x[:, heads.columns[i]]
+                shown_y = grad_y if heads.rows is None else grad_y[:, heads.rows[i]]
+                factors = (lora_a[i], lora_b[i], gates[i], grad_a[i], grad_b[i], grad_gates[i])
+                work(BlockBackward(shown_x, shown_y, heads.scale, *factors))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _back(grad_hidden, lora_a, heads.columns, heads.in_features)
+        wanted = ctx.needs_input_grad[2 + n : 2 + 2 * n]
+        gate_gradients = [
+            g.to(gate.dtype) if g is not None and wants else None
+            for g, gate, wants in zip(grad_gates, gates, wanted, strict=True)
+        ]
+        return grad_x, None, *grad_a, *gate_gradients, *grad_b
+
+
+def _onto(z: Tensor, factors: Sequence[Tensor], slices: Sequence[slice] | None) -> Tensor:
+    """(n, d) -> (n, all heads' triples): z F^T of every head, on its slice of z where it has one."""
+    if slices is None:
+        return F.linear(z, torch.cat(list(factors)))
+    return torch.cat([F.linear(z[:, s], f) for s, f in zip(slices, factors, strict=True)], dim=1)
+
+
+def _back(hidden: Tensor, factors: Sequence[Tensor], slices: Sequence[slice] | None, width: int) -> Tensor:
+    """(n, all heads' triples) -> (n, width): h F of every head, summed, or each into its slice."""
+    if slices is None:
+        return hidden @ torch.cat(list(factors))
+    out = hidden.new_zeros(hidden.shape[0], width)
+    for part, factor, s in zip(hidden.split([len(f) for f in factors], dim=1), factors, slices, strict=True):
+        out[:, s] = part @ factor
+    return out
+
+
+def _factor_gradients(
+    hidden: Tensor, z: Tensor, slices: Sequence[slice] | None, ranks: list[int]
+) -> Sequence[Tensor]:
+    """Per head (r, d): h^T z, on its slice of z where it has one."""
+    if slices is None:
+        return (hidden.T @ z).split(ranks)
+    return [part.T @ z[:, s] for part, s in zip(hidden.split(ranks, dim=1), slices, strict=True)]
+
+
+def _scaled(
+    gates: Sequence[Tensor | None], lora_a: Sequence[Tensor], heads: _Heads, dtype: torch.dtype
+) -> Tensor | float:
+    """s * g of all heads' triples; s where there are no gates."""
+    present = [gate.expand(len(a)) for gate, a in zip(gates, lora_a, strict=True) if gate is not None]
+    assert len(present) in (0, len(gates))
+    return (torch.cat(present) * heads.scale).to(dtype) if present else heads.scale
+
+
+class HeadedLinear(nn.Module):
+    """A frozen `nn.Linear` (out, in) with one block a head.
+
+    Raises:
+        ModelError: its side is no multiple of the heads.
+    """
+
+    def __init__(self, base: nn.Linear, split: HeadSplit, scale: float, name: str) -> None:
+        super().__init__()
+        self.base, self.side, self.scale = base, split.side, scale
+        whole = base.out_features if split.side == "rows" else base.in_features
+        if whole % split.heads:
+            raise ModelError(f"{name} has {whole} {split.side}, no multiple of its {split.heads} heads")
+        size = whole // split.heads
+        sides = (base.in_features, size) if split.side == "rows" else (size, base.out_features)
+        self.blocks = nn.ModuleList()
+        for head in range(split.heads):
+            block = Block(*sides, scale, base.weight.dtype)
+            block.part = Part(name, split.side, head * size, (head + 1) * size, whole)
+            self.blocks.append(block)
+
+    def named_blocks(self, name: str) -> Mapping[str, Block]:
+        """The blocks by the full names that they have where this linear is called `name`."""
+        return {f"{name}.blocks.{head}": block for head, block in enumerate(self._heads())}
+
+    def _heads(self) -> Iterator[Block]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        present = [block for block in self._heads() if block.lora_A is not None]
+        if not present:
+            return y
+        slices = [slice(block.part.start, block.part.stop) for block in present if block.part is not None]
+        heads = _Heads(
+            columns=slices if self.side == "columns" else None,
+            rows=slices if self.side == "rows" else None,
+            in_features=self.base.in_features,
+            out_features=self.base.out_features,
+            scale=self.scale,
+            works=[block.work for block in present],
+        )
+        tensors = [
+            *(block.lora_A for block in present),
+            *(block.lora_E if block.lora_E is not None else block.gate for block in present),
+            *(block.lora_B for block in present),
+        ]
+        return y + HeadUpdate.apply(x.flatten(0, -2), heads, *tensors).view_as(y)

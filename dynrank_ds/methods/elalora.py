@@ -1,0 +1,135 @@
+"""ElaLoRA: move triples from the modules that lose least by it to those whose weakest triples score highest.
+
+The score, the penalty and the smoothing are AdaLoRA's (methods/sensitivity.py). The authors' code differs from their
+paper in places and has some slips; what is decided here is said in README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dynrank_ds.adapters.linear import Block
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods.base import Steps, resolve_steps
+from dynrank_ds.methods.sensitivity import SensitivityConfig, SensitivityMethod
+from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples
+
+
+class ElaLoRAConfig(SensitivityConfig):
+    """Recipe section `method: {name: elalora, ...}`; the total rank stays len(modules) * adapter.rank."""
+
+    name: Literal["elalora"] = "elalora"
+    t_i: Steps
+    """Initial steps without adjustment (the paper's warm-up)."""
+    interval: Steps
+    """Steps between adjustments; the first is at t_i + interval."""
+    t_f: Steps
+    """Final steps without adjustment (the paper's stabilisation)."""
+    b: int = Field(default=4, ge=1)
+    """Triples moved at an adjustment; the paper's Table 7 has 1 to 8, growing with the rank."""
+    k: int = Field(default=2, ge=1)
+    """Triples that a module loses or gains at most at an adjustment; 1 to 4 in Table 7."""
+    schedule: Literal["cubic", "constant"] = "cubic"
+    """How many triples move at step t: round(b (1 - p^3)) with p the share of the adjusting phase that is over, as
+    the paper recommends; or always b, the default of the authors' code."""
+
+
+class ElaLoRA(SensitivityMethod):
+    """ElaLoRA (paper section 3, Algorithm 1)."""
+
+    def __init__(
+        self, config: ElaLoRAConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+    ) -> None:
+        super().__init__(config, blocks, total_steps, device)
+        self.config = config
+        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
+        self.interval = resolve_steps(config.interval, total_steps, "method.interval")
+        self.end = total_steps - resolve_steps(config.t_f, total_steps, "method.t_f")
+        self.last_observed = self.end - 1
+        if self.interval < 1:
+            raise RecipeError(
+                f"method.interval is {config.interval}, less than one of the {total_steps} steps: give at least 1"
+            )
+        if not self.planned_adjustments():
+            raise RecipeError(
+                f"method.t_i {self.t_i} + method.interval {self.interval} leaves no adjustment before step {self.end} "
+                f"(train steps {total_steps} less method.t_f): ranks would never change"
+            )
+        if next(iter(blocks.values())).initial_rank == 1:
+            raise RecipeError(
+                "adapter.rank is 1: elalora leaves every module one triple, so none could move; give at least 2"
+            )
+
+    def adjusts_at(self, step: int) -> bool:
+        due = self.t_i < step < self.end and (step - self.t_i) % self.interval == 0
+        return due and self.moves(step) > 0
+
+    def planned_adjustments(self) -> int:
+        return sum(map(self.adjusts_at, range(self.t_i + self.interval, self.end, self.interval)))
+
+    def moves(self, step: int) -> int:
+        """b(t): how many triples an adjustment at `step` is to move. Halves go to the even number, as in the code."""
+        if self.config.schedule == "constant":
+            return self.config.b
+        over = (step - self.t_i) / (self.end - self.t_i)
+        return round(self.config.b * (1 - over**3))
+
+    def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
+        """Prunes b' triples and adds b': the largest b' <= b(t) for which the two sides do not overlap.
+
+        Candidates for pruning are the min(k, r - 1) lowest triples of every module, and the b' lowest of them all
+        go. Candidates for expansion are the min(k, r) lowest of every module that do not go, and the module of each
+        of the b' highest gets a new triple.
+        """
+        lowest = sorted(_lowest_of_each(scores, self.config.k, spared=1))
+        highest = sorted(_lowest_of_each(scores, self.config.k, spared=0), key=lambda c: (-c[0], *c[1:]))
+        for count in range(min(self.moves(state.step), len(lowest)), -1, -1):
+            pruned: list[set[int]] = [set() for _ in scores]
+            for _, block, triple in lowest[:count]:
+                pruned[block].add(triple)
+            keep = kept_triples(scores, pruned)
+            new = [0] * len(scores)
+            for _, block, triple in highest:
+                full = len(keep[block]) + new[block] >= state.max_ranks[block]
+                if sum(new) < count and triple not in pruned[block] and not full:
+                    new[block] += 1
+            if sum(new) == count:
+                break
+        return RankPlan(keep, tuple(new))
+
+    def new_rows(
+        self, block: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Orthonormal rows of A and B, orthogonal to those of the triples that stay; e = 0."""
+        kept, count = list(plan.keep[block]), plan.new[block]
+        rows = {f: orthogonal_rows(old[f][kept].cpu(), count, generator) for f in ("lora_A", "lora_B")}
+        return {**rows, "lora_E": torch.zeros(count)}
+
+
+def _lowest_of_each(scores: Sequence[Tensor], k: int, spared: int) -> list[tuple[float, int, int]]:
+    """(score, block, triple) of the min(k, rank - spared) lowest triples of every block."""
+    return [
+        (score, b, i)
+        for b, block in enumerate(scores)
+        for score, i in sorted(zip(block.tolist(), range(len(block)), strict=True))[
+            : min(k, len(block) - spared)
+        ]
+    ]
+
+
+def orthogonal_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(count, n) fp32 orthonormal rows orthogonal to the span of `rows` (r, n); r + count <= n.
+
+    Normal vectors less their projection on all rows before them, by QR: `v - A^T A v`, which the authors call
+    Gram-Schmidt, projects only where the rows of A are orthonormal already.
+    """
+    drawn = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(torch.cat([rows.double(), drawn]).T)
+    # QR leaves signs open; with a positive diagonal, the last columns are what Gram-Schmidt gives.
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return (q * signs)[:, -count:].T.float().contiguous()

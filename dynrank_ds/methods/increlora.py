@@ -1,0 +1,176 @@
+"""IncreLoRA (Zhang et al., 2023): start small and give the highest modules more triples until the budget is spent.
+
+A module's score is |dW * dL/dW| summed over the full-size product, so every step forms the dense gradient of
+every adapted linear. What the authors' code does otherwise is said in README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dynrank_ds.adapters.initial import svd_factors
+from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
+from dynrank_ds.methods.penalties import orthogonality_work
+from dynrank_ds.ranking.layout import ShardLayout
+from dynrank_ds.ranking.plan import RankPlan, RankState
+
+LARGEST_BASE = 1_000_000_000
+"""Parameters of adapted linears up to which dense gradients are formed."""
+
+
+class IncreLoRAConfig(MethodConfig):
+    """Recipe section `method: {name: increlora, ...}`; adapter.rank is the initial rank, 1 in the paper."""
+
+    name: Literal["increlora"] = "increlora"
+    target_rank: int = Field(ge=2)
+    """Mean rank per module when growth ends."""
+    t_i: Steps
+    """Initial steps without growth."""
+    interval: Steps
+    """Ranks grow at every step that is a multiple of it (of the step itself, not of the steps since t_i)."""
+    top_h: int = Field(ge=1)
+    """Modules that grow at a time."""
+    add_rank: int | None = Field(default=None, ge=1)
+    """Triples that each of them gets; by default half the target rank, as in the authors' code."""
+    beta1: float = Field(default=0.85, ge=0, lt=1)
+    """Smoothing of the sensitivity."""
+    beta2: float = Field(default=0.85, ge=0, lt=1)
+    """Smoothing of its uncertainty."""
+    orthogonality: float = Field(default=0.1, ge=0)
+    """Coefficient of the mean of ||F F^T - I||_F over all A and B, as in AdaLoRA's code."""
+
+
+class IncreLoRA(Method):
+    """IncreLoRA with physical growth to exactly target_rank * modules triples."""
+
+    init = staticmethod(svd_factors)
+    factors = ("lora_A", "lora_E", "lora_B")
+
+    def __init__(
+        self, config: IncreLoRAConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+    ) -> None:
+        super().__init__(config, blocks, total_steps, device)
+        self.config, self.total_steps = config, total_steps
+        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
+        self.interval = resolve_steps(config.interval, total_steps, "method.interval")
+        self.add_rank = config.add_rank or config.target_rank // 2
+        self.target_total = config.target_rank * len(blocks)
+        self.total_rank = self.initial_total = sum(block.initial_rank for block in blocks.values())
+        self._refuse(next(iter(blocks.values())).initial_rank)
+
+        sizes = [s.in_features * s.out_features for s in self.shapes]
+        self._sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
+        self._sums, self.smoothed, self.uncertainty = torch.zeros(
+            3, len(blocks), dtype=torch.float64, device=device
+        )
+        penalise = orthogonality_work(config.orthogonality, len(blocks), self.micro_batch)
+        for index, block in enumerate(blocks.values()):
+            block.work = self._block_work(index, penalise)
+
+    def _refuse(self, initial: int) -> None:
+        """Raises RecipeError for what would do nothing, fall short of the target, or not fit."""
+        config, base = self.config, sum(s.in_features * s.out_features for s in self.shapes)
+        if base > LARGEST_BASE:
+            raise RecipeError(
+                f"increlora forms the dense gradient of every adapted linear at each step: {base:,} parameters, "
+                f"{4 * base:,} bytes a step; it takes at most {LARGEST_BASE:,} parameters: adapt fewer linears "
+                "(adapter.targets) or choose another method"
+            )
+        if config.target_rank <= initial:
+            raise RecipeError(
+                f"method.target_rank {config.target_rank} is not above adapter.rank {initial}: nothing would grow"
+            )
+        if self.interval < 1:
+            raise RecipeError(
+                f"method.interval is {config.interval}, less than one of the {self.total_steps} steps: give at least 1"
+            )
+        chances = max(0, (self.total_steps - 1) // self.interval - self.t_i // self.interval)
+        if chances < self.planned_adjustments():
+            raise RecipeError(
+                f"method.top_h {config.top_h} modules by {self.add_rank} triples reach the target of "
+                f"{self.target_total} triples after {self.planned_adjustments()} adjustments, but method.t_i "
+                f"{self.t_i} and method.interval {self.interval} leave {chances} before the last of "
+                f"{self.total_steps} steps"
+            )
+
+    def _block_work(self, index: int, penalise: BackwardWork) -> BackwardWork:
+        def work(backward: BlockBackward) -> None:
+            if self.growing:
+                self._sums[index] += product_sensitivity(backward, self.micro_batch.token_mask.shape[0])
+            penalise(backward)
+
+        return work
+
+    @property
+    def growing(self) -> bool:
+        """Whether triples are still to be added: what follows costs nothing more."""
+        return self.total_rank < self.target_total
+
+    def start(self, layout: ShardLayout) -> None:
+        self.total_rank = layout.total_rank
+
+    def observe(self, view: StepView) -> None:
+        if self.growing:
+            # Each process saw its samples' gradients times the number of processes: the engine takes means.
+            summed = view.total(torch.cat([self._sums, self._sums.new_ones(1)]))
+            sensitivity = summed[:-1] / summed[-1] / self._sizes.sqrt()
+            self.smoothed.lerp_(sensitivity, 1 - self.config.beta1)
+            self.uncertainty.lerp_((sensitivity - self.smoothed).abs(), 1 - self.config.beta2)
+        self.discard_step()
+
+    def discard_step(self) -> None:
+        self._sums.zero_()
+
+    def adjusts_at(self, step: int) -> bool:
+        return self.growing and self.t_i < step < self.total_steps and step % self.interval == 0
+
+    def planned_adjustments(self) -> int:
+        """As long as no module reaches its largest rank; later ones then take its share."""
+        each = min(self.config.top_h, len(self.shapes)) * self.add_rank
+        return -((self.initial_total - self.target_total) // each)
+
+    def scores(self, view: StepView) -> Sequence[Tensor]:
+        """Scores of modules, repeated for each triple."""
+        scores = self.smoothed * self.uncertainty
+        return view.layout.by_block(scores[view.layout.block_of_triple])
+
+    def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
+        left, chosen = self.target_total - sum(state.ranks), 0
+        new = [0] * len(scores)
+        for block in sorted(range(len(scores)), key=lambda b: (-float(scores[b][0]), b)):
+            count = min(self.add_rank, left, state.max_ranks[block] - state.ranks[block])
+            if count > 0 and chosen < self.config.top_h:
+                new[block], left, chosen = count, left - count, chosen + 1
+        return RankPlan(tuple(tuple(range(rank)) for rank in state.ranks), tuple(new))
+
+    def applied(self, plan: RankPlan) -> None:
+        self.total_rank = sum(plan.ranks)
+
+    def replicated_state(self) -> dict[str, Tensor]:
+        return {"sensitivity": self.smoothed, "uncertainty": self.uncertainty}
+
+    def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:
+        self.smoothed.copy_(values["sensitivity"])
+        self.uncertainty.copy_(values["uncertainty"])
+
+
+def product_sensitivity(backward: BlockBackward, samples: int) -> Tensor:
+    """() fp64: sum over a micro-batch's samples of sum |dW * dL/dW|, with dW = s B^T diag(e) A and dL/dW of one sample.
+
+    By samples, so that it does not matter how a batch is cut into micro-batches and dealt to processes.
+    """
+    dtype = torch.promote_types(backward.x.dtype, torch.float32)
+    assert backward.gate is not None
+    gated = backward.lora_b.to(dtype) * (backward.gate.to(dtype) * backward.scale)[:, None]
+    product = gated.T @ backward.lora_a.to(dtype)
+    total = product.new_zeros((), dtype=torch.float64)
+    for grad_y, x in zip(backward.grad_y.chunk(samples), backward.x.chunk(samples), strict=True):
+        total += (grad_y.to(dtype).T @ x.to(dtype)).mul_(product).abs_().sum(dtype=torch.float64)
+    return total

@@ -1,0 +1,224 @@
+"""WeightLoRA and WeightLoRA+: a trained weight per adapter, and only the K adapters of largest weight stay.
+
+dW_b = w_b s B_b^T A_b. Until step T every adapter lives and w follows plain SGD, projected after each step onto
+vectors of at most K positive entries (StoIHT); at T the others leave model and optimizer, and w stands still.
+The paper's memory claim therefore holds from T on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dynrank_ds.adapters.initial import lora_factors
+from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
+from dynrank_ds.ranking.plan import RankPlan, RankState
+
+_NO_GRADIENT = 1e-10
+"""At or below this norm of the gradient of w nothing is projected (the authors' guard): at step 1 B = 0, w has no
+gradient and all weights tie."""
+
+
+class WeightsConfig(MethodConfig):
+    """Fields of both methods."""
+
+    k: int = Field(ge=1)
+    """Adapters that stay."""
+    disconnect_at: Steps
+    """The paper's T: after this step the other adapters leave and w is fixed; at most one epoch in the paper."""
+    weight_lr: float = Field(default=5.0, gt=0)
+    """Learning rate of w, under the recipe's schedule (5 in the authors' scripts, not in the paper)."""
+    selection: Literal["weights", "random"] = "weights"
+    """`random` is the ablation: w stays 1, and K adapters drawn by `seed` stay."""
+    seed: int = Field(default=0, ge=0)
+    """Of the random selection."""
+
+
+class WeightLoRAConfig(WeightsConfig):
+    """Recipe section `method: {name: weightlora, ...}`."""
+
+    name: Literal["weightlora"] = "weightlora"
+
+
+class WeightLoRAPlusConfig(WeightsConfig):
+    """Recipe section `method: {name: weightlora_plus, ...}`."""
+
+    name: Literal["weightlora_plus"] = "weightlora_plus"
+    extension: Literal["qr", "plain"] = "qr"
+    """How the survivors' new triples begin: `qr` (the authors' "smart") makes all rows of A orthonormal or orthogonal
+    to the old ones, `plain` ("dummy") appends random rows. Neither changes the function."""
+
+
+def project(weights: Tensor, k: int) -> Tensor:
+    """The nearest vector to max(w, 0) with at most k entries that are not 0; ties go to the lower index."""
+    positive = weights.clamp_min(0)
+    chosen = torch.argsort(positive, descending=True, stable=True)[:k]
+    return torch.zeros_like(weights).index_copy(0, chosen, positive[chosen])
+
+
+class WeightLoRA(Method):
+    """WeightLoRA (its Algorithm 1, StoIHT for the first T steps)."""
+
+    init = staticmethod(lora_factors)
+    factors = ("lora_A", "lora_B")
+
+    def __init__(
+        self, config: WeightsConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+    ) -> None:
+        super().__init__(config, blocks, total_steps, device)
+        self.k, self.weight_lr, self.seed = config.k, config.weight_lr, config.seed
+        self.last = resolve_steps(config.disconnect_at, total_steps, "method.disconnect_at")
+        self.learned = config.selection == "weights"
+        if self.k >= len(blocks):
+            raise RecipeError(
+                f"method.k is {self.k}, and the model has {len(blocks)} adapted linears: none would be dropped"
+            )
+        if not 1 + self.learned <= self.last < total_steps:
+            raise RecipeError(
+                f"method.disconnect_at is step {self.last}: give {1 + self.learned} to {total_steps - 1} "
+                f"(w has its first gradient at step 2, and training has {total_steps} steps)"
+            )
+        self.w = torch.ones(len(blocks), device=device)
+        # fp64: the sum then hardly depends on how the batch is split over processes.
+        self._gradient = torch.zeros(len(blocks), dtype=torch.float64, device=device)
+        if self.learned:
+            for index, block in enumerate(blocks.values()):
+                block.gate = self.w[index : index + 1]
+                block.work = self._work(index)
+
+    def _work(self, block: int) -> BackwardWork:
+        def work(backward: BlockBackward) -> None:
+            if self.micro_batch.step <= self.last:
+                assert backward.grad_gate is not None
+                self._gradient[block] += backward.grad_gate.double().sum()
+
+        return work
+
+    def observe(self, view: StepView) -> None:
+        if not self.learned or view.step > self.last:
+            return
+        # Gradients are means over processes; the last entry counts them.
+        summed = view.total(torch.cat([self._gradient, self._gradient.new_ones(1)]))
+        self._gradient.zero_()
+        gradient = (summed[:-1] / summed[-1]).float()
+        self.w.sub_(gradient, alpha=self.weight_lr * view.schedule)
+        # Chosen by torch.where, so that nothing waits for the device.
+        moved = torch.linalg.vector_norm(gradient) > _NO_GRADIENT
+        self.w.copy_(torch.where(moved, project(self.w, self.k), self.w))
+
+    def discard_step(self) -> None:
+        self._gradient.zero_()
+
+    def adjusts_at(self, step: int) -> bool:
+        return step == self.last
+
+    def planned_adjustments(self) -> int:
+        return 1
+
+    def scores(self, view: StepView) -> Sequence[Tensor]:
+        """Per block its weight, or a random number, repeated over its triples."""
+        scores = self.w.double()
+        if not self.learned:
+            generator = torch.Generator().manual_seed(self.seed)
+            scores = torch.rand(len(scores), generator=generator, dtype=torch.float64).to(scores.device)
+        return view.layout.by_block(scores[view.layout.block_of_triple])
+
+    def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
+        chosen = self._chosen(scores)
+        keep = tuple(tuple(range(rank)) if b in chosen else () for b, rank in enumerate(state.ranks))
+        return RankPlan(keep, (0,) * len(keep))
+
+    def _chosen(self, scores: Sequence[Tensor]) -> set[int]:
+        """The k blocks of largest weight above 0; ties go to the lower index."""
+        positive = [b for b, block in enumerate(scores) if float(block[0]) > 0]
+        if not positive:
+            raise RecipeError(
+                f"no adapter has a weight above 0 at step {self.last}, so that none would stay: "
+                f"lower method.weight_lr, now {self.weight_lr}"
+            )
+        return set(sorted(positive, key=lambda b: (-float(scores[b][0]), b))[: self.k])
+
+    def gates(self) -> list[Tensor | None]:
+        return list(self.w.split(1)) if self.learned else super().gates()
+
+    def replicated_state(self) -> dict[str, Tensor]:
+        return {"w": self.w} if self.learned else {}
+
+    def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:
+        if self.learned:
+            self.w.copy_(values["w"])
+
+
+class WeightLoRAPlus(WeightLoRA):
+    """WeightLoRA+: the memory of the dropped adapters goes to the survivors' ranks, once, at T.
+
+    The paper's form; the authors' code doubles ranks and halves K every 10 steps instead.
+    """
+
+    def __init__(
+        self,
+        config: WeightLoRAPlusConfig,
+        blocks: Mapping[str, Block],
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, blocks, total_steps, device)
+        self.extension = config.extension
+
+    def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
+        chosen = self._chosen(scores)
+        targets = self._grown(chosen, state)
+        keep = super().plan(scores, state).keep
+        if self.extension == "qr":
+            # Every row of a growing block is written anew, and its optimizer state begins anew with it.
+            keep = tuple(
+                () if target > rank else k for k, target, rank in zip(keep, targets, state.ranks, strict=True)
+            )
+        return RankPlan(keep, tuple(t - len(k) for k, t in zip(keep, targets, strict=True)))
+
+    def _grown(self, chosen: set[int], state: RankState) -> list[int]:
+        """Ranks after T: the largest common rank with which the chosen blocks hold no more parameters than all held.
+
+        Without limits that is floor(sum_all r (in + out) / sum_chosen (in + out)); a block whose maximum is below it
+        takes its maximum.
+        """
+        costs = [shape.in_features + shape.out_features for shape in self.shapes]
+        budget = sum(rank * cost for rank, cost in zip(state.ranks, costs, strict=True))
+
+        def at(rank: int) -> list[int]:
+            return [min(rank, m) if b in chosen else 0 for b, m in enumerate(state.max_ranks)]
+
+        def fits(ranks: list[int]) -> bool:
+            return sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) <= budget
+
+        highest = max(state.max_ranks[b] for b in chosen)
+        return at(max(rank for rank in range(1, highest + 1) if fits(at(rank))))
+
+    def new_rows(
+        self, block: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """`qr`: A^T = Q R becomes [Q, (I - Q Q^T) V], B becomes [R B; 0]; `plain`: V^T and zeros are appended.
+
+        A is the input side here, as in the authors' code (the paper's A is the output side). V ~ N(0, 1 / in), so
+        that its columns are about as long as those of Q (ours: U[0, 1) in the code, no variance in the paper).
+        """
+        a, b = old["lora_A"].double(), old["lora_B"].double()
+        extra, n_in = plan.ranks[block] - len(a), a.shape[1]
+        v = (
+            torch.randn(extra, n_in, generator=generator, dtype=torch.float64)
+            .div_(math.sqrt(n_in))
+            .to(a.device)
+        )
+        zeros = b.new_zeros(extra, b.shape[1])
+        if self.extension == "plain":
+            return {"lora_A": v.float(), "lora_B": zeros.float()}
+        q, r = torch.linalg.qr(a.T)
+        v -= v @ q @ q.T
+        return {"lora_A": torch.cat([q.T, v]).float(), "lora_B": torch.cat([r @ b, zeros]).float()}

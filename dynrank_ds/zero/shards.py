@@ -1,0 +1,170 @@
+"""What a process holds of adapters, master weights, moments and gradients under each ZeRO stage.
+
+Both classes offer the same: views of this process's fp32 elements in the order of a ShardLayout, the gradients
+between the last backward and the step, fresh optimizer state, and gates set to zero. Only where the elements
+lie differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+from torch import Tensor
+
+from dynrank_ds.ranking.layout import BlockShape, FragmentOf, ShardLayout
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+FragmentRules = Callable[[Sequence[BlockShape], Sequence[int], Sequence[str], int], list[FragmentOf]]
+"""(shapes, ranks, factors, world size) -> the fragment rule of every process."""
+
+
+def zero3_rules(
+    shapes: Sequence[BlockShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
+) -> list[FragmentOf]:
+    """ZeRO-3: each tensor in equal pieces of ceil(numel / world_size) elements, the last ones short or empty."""
+
+    def rule(process: int) -> FragmentOf:
+        def fragment(factor: str, block: int, numel: int) -> tuple[int, int]:
+            piece = -(-numel // world_size)
+            return min(process * piece, numel), min((process + 1) * piece, numel)
+
+        return fragment
+
+    return [rule(process) for process in range(world_size)]
+
+
+def zero2_rules(
+    shapes: Sequence[BlockShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
+) -> list[FragmentOf]:
+    """ZeRO-1 and 2: all tensors behind one another, padded to a multiple of 2 * world_size, in equal pieces."""
+    offsets: dict[tuple[str, int], int] = {}
+    end = 0
+    for factor in factors:
+        for block, (shape, rank) in enumerate(zip(shapes, ranks, strict=True)):
+            offsets[factor, block] = end
+            end += rank * shape.row_length(factor)
+    piece = -(-end // (2 * world_size)) * 2
+
+    def rule(process: int) -> FragmentOf:
+        def fragment(factor: str, block: int, numel: int) -> tuple[int, int]:
+            start = process * piece - offsets[factor, block]
+            return min(max(start, 0), numel), min(max(start + piece, 0), numel)
+
+        return fragment
+
+    return [rule(process) for process in range(world_size)]
+
+
+class Zero3Shards:
+    """ZeRO-3: every adapter tensor is cut on its own, and the 16-bit copy with it."""
+
+    rules = staticmethod(zero3_rules)
+
+    def __init__(self, optimizer: Any, params: Sequence[Any], layout: ShardLayout) -> None:
+        self._optimizer, self._params, self._layout = optimizer, params, layout
+
+    def seed(self, births: Sequence[Tensor], rates: Mapping[str, float], updates: int) -> None:
+        """Fresh optimizer state, zero moments, after `updates` steps; see `_births_and_rates`."""
+        known = _births_and_rates(births, rates, self._layout)
+        padded = {}
+        for param, fragment, values in zip(
+            self._params,
+            self._layout.fragments,
+            known.split([f.stop - f.start for f in self._layout.fragments], dim=1),
+            strict=True,
+        ):
+            padded[param.ds_id] = _padded(values, param.partition_numel(), rates[fragment.factor])
+        groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
+        for flat, group in groups:
+            values = torch.cat([padded[param.ds_id] for param in group], dim=1).to(flat.device)
+            self._optimizer.optimizer.set_state(flat, updates, *values)
+        self.masters = self._local(lambda p: safe_get_local_fp32_param(p).detach())
+        self.moments = {
+            name: self._local(lambda p, name=name: safe_get_local_optimizer_state(p, name))  # type: ignore[misc]
+            for name in MOMENTS
+        }
+
+    def gradients(self) -> Tensor:
+        return torch.cat(self._local(safe_get_local_grad))
+
+    def zero_gates(self, masked: Sequence[Sequence[int]]) -> None:
+        """Sets lora_E of these triples to 0, in master and 16-bit copy."""
+        for number, local, triples in _masked_gates(self._layout, masked):
+            self.masters[number][local] = 0
+            param = self._params[number]
+            param.ds_tensor.view(-1)[local] = 0
+            if param.ds_status == ZeroParamStatus.AVAILABLE:  # kept gathered between uses
+                param.data.view(-1)[triples] = 0
+
+    def _local(self, piece: Callable[[Any], Tensor]) -> list[Tensor]:
+        pairs = zip(self._params, self._layout.fragments, strict=True)
+        return [piece(p).view(-1)[: f.stop - f.start] for p, f in pairs]
+
+
+class Zero2Shards:
+    """ZeRO-1 and 2: master and moments are one flat piece of all tensors; the 16-bit copy is whole everywhere."""
+
+    rules = staticmethod(zero2_rules)
+
+    def __init__(self, optimizer: Any, params: Sequence[Any], layout: ShardLayout) -> None:
+        self._optimizer, self._params, self._layout = optimizer, params, layout
+
+    def seed(self, births: Sequence[Tensor], rates: Mapping[str, float], updates: int) -> None:
+        """Fresh optimizer state, zero moments, after `updates` steps; see `_births_and_rates`."""
+        flat = self._optimizer.single_partition_of_fp32_groups[0]
+        values = _padded(_births_and_rates(births, rates, self._layout), flat.numel(), 1.0)
+        self._optimizer.optimizer.set_state(flat, updates, *values.to(flat.device))
+        state = self._optimizer.optimizer.state[flat]
+        self.masters = self._layout.split(flat.detach()[: self._layout.numel])
+        self.moments = {name: self._layout.split(state[name][: self._layout.numel]) for name in MOMENTS}
+
+    def gradients(self) -> Tensor:
+        if self._optimizer.cpu_offload:
+            flat = self._optimizer.single_partition_of_fp32_groups[0].grad
+        else:
+            flat = torch.cat([g.flatten() for g in self._optimizer.averaged_gradients[0]])
+        return flat[: self._layout.numel].float()
+
+    def zero_gates(self, masked: Sequence[Sequence[int]]) -> None:
+        """Sets lora_E of these triples to 0, in master and 16-bit copy."""
+        for number, local, triples in _masked_gates(self._layout, masked):
+            self.masters[number][local] = 0
+            self._params[number].data[triples] = 0
+
+
+Shards = Zero3Shards | Zero2Shards
+
+
+def _births_and_rates(births: Sequence[Tensor], rates: Mapping[str, float], layout: ShardLayout) -> Tensor:
+    """(2, layout.numel) fp64: the optimizer step after which each element was born, and its factor's rate.
+
+    births: the (rank,) of every block.
+    """
+    parts = []
+    for f in layout.fragments:
+        rows = torch.arange(f.start, f.stop) // layout.shapes[f.block].row_length(f.factor)
+        born = births[f.block][rows].double()
+        parts.append(torch.stack([born, torch.full_like(born, rates[f.factor])]))
+    return torch.cat(parts, dim=1) if parts else torch.empty(2, 0, dtype=torch.float64)
+
+
+def _padded(values: Tensor, length: int, rate: float) -> Tensor:
+    """What is behind the elements is never read; it takes part in the last run where it can."""
+    padding = torch.tensor([[0.0], [rate]], dtype=torch.float64).expand(2, length - values.shape[1])
+    return torch.cat([values, padding], dim=1)
+
+
+def _masked_gates(
+    layout: ShardLayout, masked: Sequence[Sequence[int]]
+) -> list[tuple[int, list[int], list[int]]]:
+    """(number of the fragment, masked elements inside it, masked triples of its block) of every lora_E."""
+    return [
+        (number, [i - f.start for i in masked[f.block] if f.start <= i < f.stop], list(masked[f.block]))
+        for number, f in enumerate(layout.fragments)
+        if f.factor == "lora_E"
+    ]

@@ -1,0 +1,136 @@
+"""What AdaLoRA and ElaLoRA share, against AdaLoRA's formulas written out triple by triple in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynrank_ds.adapters.initial import block_generator, svd_factors
+from dynrank_ds.methods.elalora import ElaLoRA, ElaLoRAConfig
+from dynrank_ds.ranking.layout import ShardLayout
+from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.zero.migrate import migrate
+from dynrank_ds.zero.shards import zero3_rules
+from tests.methods.small import CPU, SIDES, blocks, step_view
+from tests.ranking.pretend import PretendProcess, run_pretend, shard
+
+FACTORS = ("lora_A", "lora_E", "lora_B")
+STEPS, CHANGE, RANK = 25, 12, 4
+Whole = dict[tuple[str, int], Tensor]
+"""{(factor, block): (rank, row) fp64}"""
+
+
+def random_whole(ranks: tuple[int, ...], seed: int) -> Whole:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (factor, b): torch.randn(rank, length, generator=generator, dtype=torch.float64)
+        for factor in FACTORS
+        for b, (rank, (n_in, n_out)) in enumerate(zip(ranks, SIDES.values(), strict=True))
+        for length in [{"lora_A": n_in, "lora_E": 1, "lora_B": n_out}[factor]]
+    }
+
+
+def elalora(**config: object) -> ElaLoRA:
+    times = {"t_i": 2, "interval": 10, "t_f": 0, "b": 3, "k": 2, **config}
+    return ElaLoRA(ElaLoRAConfig(**times), blocks(rank=RANK), STEPS, CPU)  # type: ignore[arg-type]
+
+
+class Formula:
+    """AdaLoRA, eq. 8 to 11, on whole tensors."""
+
+    def __init__(self) -> None:
+        self.smoothed = {key: 0 * w for key, w in random_whole((RANK,) * 3, 0).items()}
+        self.uncertainty = dict(self.smoothed)
+
+    def step(self, weights: Whole, gradients: Whole) -> None:
+        for key, w in weights.items():
+            now = (w * gradients[key]).abs()
+            self.smoothed[key] = 0.85 * self.smoothed[key] + 0.15 * now
+            self.uncertainty[key] = 0.85 * self.uncertainty[key] + 0.15 * (now - self.smoothed[key]).abs()
+
+    def scores(self, block: int) -> list[float]:
+        s = {f: self.smoothed[f, block] * self.uncertainty[f, block] for f in FACTORS}
+        return [
+            float(s["lora_E"][i, 0] + s["lora_A"][i].mean() + s["lora_B"][i].mean())
+            for i in range(s["lora_E"].shape[0])
+        ]
+
+    def change(self, plan: RankPlan) -> None:
+        for values in (self.smoothed, self.uncertainty):
+            for factor, b in values:
+                old = values[factor, b]
+                values[factor, b] = torch.cat(
+                    [old[list(plan.keep[b])], old.new_zeros(plan.new[b], old.shape[1])]
+                )
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int) -> None:
+    print("seeds 100 to 100 + 2 * steps")
+
+    def pair(step: int, ranks: tuple[int, ...]) -> tuple[Whole, Whole]:
+        return random_whole(ranks, 100 + 2 * step), random_whole(ranks, 101 + 2 * step)
+
+    def work(process: PretendProcess) -> tuple[RankPlan, list[Tensor], list[Tensor]]:
+        method = elalora()
+        ranks: tuple[int, ...] = (RANK,) * 3
+        rules = zero3_rules((), (), (), size)
+        layout = ShardLayout(method.shapes, ranks, FACTORS, rules[process.rank])
+        method.start(layout)
+        method.set_row_statistics({k: v.double() for k, v in method.row_statistics().items()})
+        for step in range(1, STEPS + 1):
+            weights, gradients = (shard(list(w.values()), process.rank, size) for w in pair(step, ranks))
+            view = step_view(weights, gradients, layout, process.total, step=step)
+            method.observe(view)
+            assert process.sums == (step > CHANGE)
+            if step == CHANGE:
+                before = list(method.scores(view))
+                plan = method.plan(before, RankState(ranks, (9,) * 3, RANK, step, STEPS))
+                new = ShardLayout(method.shapes, plan.ranks, FACTORS, rules[process.rank])
+                states = torch.stack([weights, *method.row_statistics().values()])
+                moved = migrate(
+                    states, layout, new, plan, method_rows(method, plan), (rules, rules), process.gather
+                )[0]
+                method.set_row_statistics(dict(zip(method.row_statistics(), moved[1:], strict=True)))
+                layout, ranks = new, plan.ranks
+        return plan, before, list(method.scores(view))
+
+    for plan, before, after in run_pretend(size, work):
+        assert sum(plan.new) == 3
+        formula = Formula()
+        for step in range(1, STEPS + 1):
+            if step < STEPS:  # the last step is within t_f = 0 of the end: not observed
+                formula.step(*pair(step, (RANK,) * 3 if step <= CHANGE else plan.ranks))
+            if step == CHANGE:
+                for b, scores in enumerate(before):
+                    torch.testing.assert_close(scores.tolist(), formula.scores(b), rtol=1e-10, atol=0)
+                formula.change(plan)
+        for b, scores in enumerate(after):
+            assert scores.dtype == torch.float64
+            torch.testing.assert_close(scores.tolist(), formula.scores(b), rtol=1e-10, atol=0)
+
+
+def method_rows(method: ElaLoRA, plan: RankPlan):  # type: ignore[no-untyped-def]
+    return lambda block, old: method.new_rows(block, old, plan, block_generator(0, str(block), CHANGE))
+
+
+def test_the_penalty_is_the_mean_norm_over_all_factor_matrices() -> None:
+    modules = blocks(rank=3)
+    method = ElaLoRA(ElaLoRAConfig(t_i=2, interval=5, t_f=3, orthogonality=0.3), modules, 20, CPU)
+    method.micro_batch.share = 1 / 2
+    for name, block in modules.items():
+        block.set_factors(svd_factors(3, *SIDES[name], block_generator(0, name, 0)))
+    for name, block in list(modules.items()) * 2:  # two micro-batches
+        (0 * block(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient
+    ours = [f for b in modules.values() for f in (b.lora_A, b.lora_B)]
+    copies = [f.detach().double().requires_grad_() for f in ours]
+    norms = [torch.linalg.matrix_norm(f @ f.T - torch.eye(3, dtype=torch.float64)) for f in copies]
+    (0.3 * torch.stack(norms).mean()).backward()
+    for factor, copy in zip(ours, copies, strict=True):
+        torch.testing.assert_close(factor.grad.double(), copy.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_observing_after_the_step_is_an_option_of_the_instance() -> None:
+    assert not elalora().observes_after_step
+    assert elalora(observe="after_step").observes_after_step
