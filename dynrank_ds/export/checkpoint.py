@@ -19,7 +19,7 @@ class BlockShape:
     scale: float
     in_features: int
     out_features: int
-    gate: list[float] | None
+    gate: list[float] | None = None
     """Per triple, the gate that the method keeps outside the triples."""
 
 
@@ -83,4 +83,4 @@ class TrainedAdapter:
 
 
 def _shape_fields(value: dict) -> dict:
-    return {field: value[field] for field in BlockShape.__dataclass_fields__}
+    return {field: value[field] for field in BlockShape.__dataclass_fields__ if field in value}
