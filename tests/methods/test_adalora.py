@@ -96,17 +96,18 @@ def test_statistics_are_those_before_the_step_of_the_final_mask() -> None:
         assert torch.equal(before, method.sensitivity.smoothed) == (step >= 23), step
 
 
+METHOD = adalora()
+ADJUSTMENTS = adjustments()
 score = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1e6))
 
 
 @settings(max_examples=150, deadline=None)
 @given(scores=st.lists(st.lists(score, min_size=6, max_size=6), min_size=3, max_size=3), data=st.data())
 def test_every_plan_leaves_exactly_its_budget(scores: list[list[float]], data: st.DataObject) -> None:
-    method = adalora()
-    step = data.draw(st.sampled_from(adjustments()))
-    got = plan(method, scores, step)
+    step = data.draw(st.sampled_from(ADJUSTMENTS))
+    got = plan(METHOD, scores, step)
     gone = got.pruned([6] * 3) if step == 23 else [list(block) for block in got.masked]
-    assert sum(map(len, gone)) == 18 - method.budget(step, 18)
+    assert sum(map(len, gone)) == 18 - METHOD.budget(step, 18)
     assert got.new == (0, 0, 0)
     assert sum(got.ranks) == (6 if step == 23 else 18)
     low = [scores[b][i] for b, triples in enumerate(gone) for i in triples]
