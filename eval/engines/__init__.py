@@ -1,15 +1,17 @@
-"""Greedy generation behind one small interface, so that a score does not depend on who generated."""
+"""Generation behind one small interface, so that a score does not depend on who generated."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from dynrank_ds.errors import MachineError
+from dynrank_ds.errors import MachineError, RunError
 
 if TYPE_CHECKING:
     from dynrank_eval.engines.model import ModelSpec
 
 ENGINES = ("vllm", "hf")
+# Rounding differs between two ways to the same logits; an adapter that was trained moves them far more.
+_SAME_LOGPROB = 1e-6
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,37 @@ class Completion:
         return len(self.token_ids)
 
 
+@dataclass(frozen=True)
+class Request:
+    """A prompt to complete.
+
+    Attributes:
+        prompt: token ids, BOS included.
+        max_new_tokens: where the completion ends at the latest.
+        stop: strings before which it ends.
+        temperature: 0 takes the most likely token always.
+        seed: of this request's own draws where the temperature is above 0, whatever else runs beside it.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    temperature: float = 0.0
+    seed: int = 0
+
+
 class Engine(Protocol):
-    def generate(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[str]
-    ) -> list[Completion]:
-        """The greedy completion of each prompt, ended by an end token, a stop string or the length."""
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """Each request's place and completion, as they finish."""
 
 
 def start_engine(name: str, spec: "ModelSpec") -> Engine:
-    """Loads the model into the engine called `name`; MachineError where its packages are missing."""
+    """Loads the model into the engine called `name`.
+
+    Raises:
+        MachineError: its packages are missing.
+        RunError: the adapter changes nothing.
+    """
     try:
         if name == "vllm":
             from dynrank_eval.engines.vllm import VllmEngine
@@ -47,3 +71,20 @@ def start_engine(name: str, spec: "ModelSpec") -> Engine:
             "hf": "install transformers, and peft for an adapter",
         }
         raise MachineError(f"--engine {name} cannot be loaded ({error}): {remedy[name]}.") from error
+
+
+def require_difference(
+    spec: "ModelSpec", base: Sequence[Mapping[int, float]], adapted: Sequence[Mapping[int, float]]
+) -> None:
+    """RunError where the adapter leaves the next token's log-probabilities of all prompts as they are.
+
+    Args:
+        base, adapted: per prompt the likeliest tokens' log-probabilities.
+    """
+    for one, other in zip(base, adapted, strict=True):
+        if one.keys() != other.keys() or any(abs(one[t] - other[t]) > _SAME_LOGPROB for t in one):
+            return
+    raise RunError(
+        f"--adapter {spec.adapter} changes nothing: on {len(base)} prompts the next token's log-probabilities equal "
+        f"those of {spec.model}; is it the right adapter, and was it trained?"
+    )

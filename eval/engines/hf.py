@@ -1,14 +1,22 @@
 """Generation with transformers, for small machines and as the reference for other engines."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from dynrank_ds.errors import ModelError
-from dynrank_eval.engines import Completion
+from dynrank_eval.engines import Completion, Request, require_difference
 from dynrank_eval.engines.model import ModelSpec, end_token_ids, load_tokenizer
 
 _BATCH = 16
@@ -21,39 +29,34 @@ class HfEngine:
         self._tokenizer = load_tokenizer(spec.model)
         self._end = end_token_ids(spec.model, self._tokenizer)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                spec.model, dtype=getattr(torch, spec.dtype), use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ModelError(f"--model {spec.model} cannot be loaded: {first}") from error
-        if spec.adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(spec.adapter), use_safetensors=True)
-        self._model = model.to(self._device).eval()
+        self._model = load_adapted(spec).to(self._device).eval()
+        if spec.adapter is not None and spec.probe:
+            check_difference(spec, self._model)
         # The model's own settings (penalties, sampling) would fill what a call leaves open.
         self._model.generation_config = GenerationConfig()
 
-    def generate(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[str]
-    ) -> list[Completion]:
-        # The longest first, so that memory runs out at once if it does.
-        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-        completions: dict[int, Completion] = {}
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        # The longest first, so that memory runs out at once if it does; alike in the rest, to share a batch.
+        order = sorted(
+            range(len(requests)),
+            key=lambda place: (
+                requests[place].stop,
+                requests[place].max_new_tokens,
+                -len(requests[place].prompt),
+            ),
+        )
         tokens = 0
-        with tqdm(total=len(prompts), desc="generating", unit="prompt") as bar:
-            for start in range(0, len(order), _BATCH):
-                places = order[start : start + _BATCH]
-                batch = self._batch([prompts[place] for place in places], max_new_tokens, stop)
-                completions.update(zip(places, batch, strict=True))
+        with tqdm(total=len(requests), desc="generating", unit="prompt") as bar:
+            for places in _batches(order, requests):
+                batch = self._batch([requests[place] for place in places])
                 tokens += sum(completion.n_tokens for completion in batch)
                 bar.update(len(places))
                 bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
-        return [completions[place] for place in range(len(prompts))]
+                yield from zip(places, batch, strict=True)
 
-    def _batch(self, prompts: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[Completion]:
+    def _batch(self, requests: Sequence[Request]) -> list[Completion]:
+        prompts = [request.prompt for request in requests]
+        stop = requests[0].stop
         width = max(map(len, prompts))
         pad = self._end[0] if self._end else 0
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self._device)
@@ -61,16 +64,18 @@ class HfEngine:
         stopper = _StopStrings(self, prompts, width, stop)
         settings = GenerationConfig(
             do_sample=False,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=requests[0].max_new_tokens,
             eos_token_id=self._end or None,
             pad_token_id=pad,
         )
+        drawn = any(request.temperature for request in requests)
         with torch.inference_mode():
             output = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([stopper]),
+                logits_processor=LogitsProcessorList([_Draws(requests)] if drawn else []),
             )
         rows = output[:, width:].tolist()
         return [
@@ -117,3 +122,80 @@ class _StopStrings(StoppingCriteria):
         before = (prompt + row[: len(row) - len(recent)])[-self._window :]
         text = self._engine.text_after(before, recent)
         return any(s in text for s in self._stop)
+
+
+class _Draws(LogitsProcessor):
+    """Sampling as an argmax: Gumbel noise from each row's own generator (Gumbel 1954) on the scaled logits.
+
+    So a request draws the same whatever shares its batch.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._temperatures = [request.temperature for request in requests]
+        self._generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        drawn = scores.float()
+        for row, (temperature, generator) in enumerate(
+            zip(self._temperatures, self._generators, strict=True)
+        ):
+            if temperature:
+                uniform = torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64)
+                gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
+                drawn[row] = drawn[row] / temperature + gumbel.to(drawn)
+        return drawn
+
+
+def _batches(order: Sequence[int], requests: Sequence[Request]) -> Iterator[list[int]]:
+    """At most 16 places at a time, whose requests agree in length and stop strings."""
+    batch: list[int] = []
+    for place in order:
+        new, first = requests[place], requests[batch[0]] if batch else None
+        if first and (
+            len(batch) == _BATCH or (new.stop, new.max_new_tokens) != (first.stop, first.max_new_tokens)
+        ):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def load_adapted(spec: ModelSpec) -> Any:
+    """The model, with the adapter on it where there is one; ModelError where it cannot be loaded."""
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            spec.model, dtype=getattr(torch, spec.dtype), use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"--model {spec.model} cannot be loaded: {first}") from error
+    if spec.adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(spec.adapter), use_safetensors=True)
+
+
+def check_difference(spec: ModelSpec, model: Any) -> None:
+    """RunError where the adapter of a PEFT model changes none of the probe's next-token logits."""
+    adapted = [_next_logprobs(model, prompt) for prompt in spec.probe]
+    with model.disable_adapter():
+        base = [_next_logprobs(model, prompt) for prompt in spec.probe]
+    require_difference(spec, base, adapted)
+
+
+def _next_logprobs(model: Any, prompt: Sequence[int]) -> Mapping[int, float]:
+    with torch.inference_mode():
+        logits = model(torch.tensor([list(prompt)], device=model.device)).logits[0, -1].float()
+    values, tokens = torch.log_softmax(logits, dim=-1).topk(5)
+    return dict(zip(tokens.tolist(), values.tolist(), strict=True))
+
+
+def save_merged(spec: ModelSpec, folder: Path) -> None:
+    """Writes the merged model and its tokenizer; the whole model is in memory meanwhile."""
+    model = load_adapted(spec).eval()
+    if spec.probe:
+        check_difference(spec, model)
+    model.merge_and_unload().save_pretrained(folder)
+    load_tokenizer(spec.model).save_pretrained(folder)

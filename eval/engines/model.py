@@ -20,14 +20,16 @@ class ModelSpec:
     Attributes:
         model: folder or hub id.
         adapter: folder of a PEFT adapter, or None.
-        dtype: "bfloat16" or "float32".
+        dtype: "bfloat16", "float16" or "float32".
         max_length: tokens of the longest prompt and its completion together.
+        probe: prompts on which an adapter must make a difference; without any that is not checked.
     """
 
     model: str
     adapter: Path | None
     dtype: str
     max_length: int
+    probe: tuple[tuple[int, ...], ...] = ()
 
 
 def check_model(model: str) -> None:
@@ -50,6 +52,26 @@ def check_model(model: str) -> None:
 
 def adapter_rank(adapter: Path) -> int:
     """The largest rank in a PEFT LoRA adapter's folder; RunError where that is none."""
+    return max(_ranks(adapter, adapter_config(adapter)))
+
+
+def needs_merging(adapter: Path, largest_rank: int) -> str | None:
+    """Why vLLM cannot serve the adapter directly, None where it can; it serves ranks up to `largest_rank`."""
+    config = adapter_config(adapter)
+    ranks = _ranks(adapter, config)
+    if max(ranks) > largest_rank:
+        return f"its rank {max(ranks)} is above {largest_rank}"
+    if min(ranks) == 0:
+        return "it has modules of rank 0"
+    if config.get("use_dora"):
+        return "it is weight-decomposed (DoRA)"
+    if config.get("modules_to_save"):
+        return "it holds whole modules (modules_to_save)"
+    return None
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    """adapter_config.json of a complete PEFT adapter's folder; RunError where that is none."""
     path = adapter / "adapter_config.json"
     if not path.is_file():
         raise RunError(
@@ -58,10 +80,24 @@ def adapter_rank(adapter: Path) -> int:
     if not (adapter / "adapter_model.safetensors").is_file():
         raise RunError(f"--adapter {adapter}: the folder has no adapter_model.safetensors.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is no JSON object: {error}.") from error
+
+
+def _ranks(adapter: Path, config: dict[str, Any]) -> list[int]:
+    try:
+        return [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{path} has no readable rank r and rank_pattern: {error!r}.") from error
+        raise RunError(
+            f"{adapter}/adapter_config.json has no readable rank r and rank_pattern: {error!r}."
+        ) from error
+
+
+def model_files(folder: str) -> list[list[Any]]:
+    """Name, size and time of change of a local folder's files that decide what it generates; none of a hub id."""
+    files = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.json")])
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def load_tokenizer(model: str) -> Any:

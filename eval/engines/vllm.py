@@ -2,14 +2,23 @@
 
 import logging
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from dynrank_ds.errors import RunError
-from dynrank_eval.engines import Completion
-from dynrank_eval.engines.model import ModelSpec, adapter_rank, end_token_ids, load_config, load_tokenizer
+from dynrank_eval.engines import Completion, Request, require_difference
+from dynrank_eval.engines.model import (
+    ModelSpec,
+    adapter_rank,
+    end_token_ids,
+    load_config,
+    load_tokenizer,
+    needs_merging,
+)
 
 # vLLM reads these when it is imported; what the user has set stays.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -18,8 +27,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
 
 # What vLLM accepts as max_lora_rank; it serves every rank up to it.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -28,51 +38,89 @@ log = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """Serves an adapter directly, at the next rank that vLLM allows."""
+    """Serves an adapter directly, at the next rank that vLLM allows; merges it first where vLLM cannot."""
 
     def __init__(self, spec: ModelSpec) -> None:
         options: dict[str, Any] = {}
         self._adapter = None
-        if spec.adapter is not None:
-            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": allowed_rank(spec)}
+        self._merged: tempfile.TemporaryDirectory[str] | None = None
+        model = spec.model
+        if spec.adapter is not None and (reason := needs_merging(spec.adapter, _LORA_RANKS[-1])):
+            from dynrank_eval.engines.hf import save_merged
+
+            self._merged = tempfile.TemporaryDirectory(prefix="dynrank-merged-")
+            log.warning(
+                "the adapter is merged into %s, since vLLM cannot serve it: %s", self._merged.name, reason
+            )
+            save_merged(spec, Path(self._merged.name))
+            model = self._merged.name
+        elif spec.adapter is not None:
+            rank = allowed_rank(spec.adapter)
+            log.info("vLLM serves the adapter directly, with max_lora_rank %d", rank)
+            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
             self._adapter = LoRARequest("adapter", 1, str(spec.adapter.resolve()))
         on_cpu = not torch.cuda.is_available()
         self._llm = LLM(
-            spec.model,
+            model,
             dtype=spec.dtype,
             max_model_len=spec.max_length,
-            tensor_parallel_size=1 if on_cpu else parallel_size(spec.model, torch.cuda.device_count()),
+            tensor_parallel_size=1 if on_cpu else parallel_size(model, torch.cuda.device_count()),
             # Compiling takes longer than it saves on a CPU.
             enforce_eager=on_cpu,
             load_format="safetensors",
             seed=0,
             **options,
         )
-        self._end = end_token_ids(spec.model, load_tokenizer(spec.model))
+        self._end = end_token_ids(model, load_tokenizer(model))
+        if self._adapter is not None and spec.probe:
+            base, adapted = (self._next_logprobs(spec.probe, served) for served in (None, self._adapter))
+            require_difference(spec, base, adapted)
 
-    def generate(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[str]
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        # vLLM's own generate() gives nothing before everything is done; its engine gives each as it finishes.
+        engine = self._llm.llm_engine
+        for place, request in enumerate(requests):
+            prompt: Any = {"prompt_token_ids": request.prompt}
+            engine.add_request(str(place), prompt, self._settings(request), lora_request=self._adapter)
+        tokens = 0
+        with tqdm(total=len(requests), desc="generating", unit="prompt") as bar:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if not output.finished or not isinstance(output, RequestOutput):
+                        continue
+                    answer = output.outputs[0]
+                    tokens += len(answer.token_ids)
+                    bar.update()
+                    bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
+                    yield int(output.request_id), Completion(answer.text, tuple(answer.token_ids))
+
+    def _settings(self, request: Request) -> SamplingParams:
         # Written out in full, so that the model's generation_config.json (penalties, sampling) plays no part.
-        settings = SamplingParams(
-            temperature=0.0, max_tokens=max_new_tokens, stop=list(stop), stop_token_ids=self._end
+        return SamplingParams(
+            temperature=request.temperature,
+            seed=request.seed if request.temperature else None,
+            max_tokens=request.max_new_tokens,
+            stop=list(request.stop),
+            stop_token_ids=self._end,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        outputs = self._llm.generate(list(prompts), settings, lora_request=self._adapter)
-        best = [output.outputs[0] for output in outputs]
-        return [Completion(answer.text, tuple(answer.token_ids)) for answer in best]
+
+    def _next_logprobs(
+        self, prompts: Sequence[Sequence[int]], adapter: LoRARequest | None
+    ) -> list[Mapping[int, float]]:
+        settings = SamplingParams(temperature=0.0, max_tokens=1, logprobs=5)
+        given: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._llm.generate(given, settings, lora_request=adapter, use_tqdm=False)
+        first = [output.outputs[0].logprobs for output in outputs]
+        return [
+            {token: entry.logprob for token, entry in logprobs[0].items()} for logprobs in first if logprobs
+        ]
 
 
-def allowed_rank(spec: ModelSpec) -> int:
-    """The smallest max_lora_rank of vLLM that holds the adapter; RunError above the largest."""
-    assert spec.adapter is not None
-    rank = adapter_rank(spec.adapter)
-    fitting = [allowed for allowed in _LORA_RANKS if allowed >= rank]
-    if not fitting:
-        raise RunError(
-            f"--adapter {spec.adapter} has rank {rank}, vLLM serves at most {_LORA_RANKS[-1]}; "
-            "merge it and score the merged model."
-        )
-    return fitting[0]
+def allowed_rank(adapter: Path) -> int:
+    """The smallest max_lora_rank of vLLM that holds the adapter."""
+    rank = adapter_rank(adapter)
+    return next(allowed for allowed in _LORA_RANKS if allowed >= rank)
 
 
 def parallel_size(model: str, gpus: int) -> int:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from dynrank_ds.errors import DataError
 from dynrank_eval.protocols import Protocol
 
 
@@ -34,8 +36,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Judgement:
+    """The verdict and what was judged; `grades` where more than one reading or grader was asked."""
+
     verdict: Verdict
     extracted: str | None
+    grades: Mapping[str, bool] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -48,8 +53,16 @@ class Task(ABC):
     def load(self, data_dir: Path | None) -> list[Problem]:
         """All problems, in the benchmark's order; DataError where they are not to be had."""
 
-    def check_machine(self) -> None:  # noqa: B027  most tasks need nothing
+    def examples(self, data_dir: Path | None) -> list[dict[str, Any]]:
+        """Training rows for protocols with solved examples; DataError where there are none."""
+        raise DataError(f"{self.name} has no solved examples, which this protocol shows before each problem.")
+
+    def check_machine(self, allow_network: bool) -> None:  # noqa: B027  most tasks need nothing
         """Raises MachineError where this machine cannot score the task; called before generating."""
+
+    def machine(self) -> dict[str, Any]:
+        """What of this machine bears on the verdicts, for the run block of results.json."""
+        return {}
 
     @abstractmethod
     def judge(
@@ -60,4 +73,6 @@ class Task(ABC):
 
 def fingerprint(values: object) -> str:
     """SHA-256 of `values` as JSON."""
-    return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(values, ensure_ascii=False, sort_keys=True).encode("utf-8", "backslashreplace")
+    ).hexdigest()

@@ -8,21 +8,30 @@ from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.numeric import NumericTask, numeric_problems
+from dynrank_eval.tasks.sources import find_file, hub_rows
 
 _HUB = "openai/gsm8k"
 
 
 class Gsm8k(NumericTask):
-    """Reads `test.jsonl` of the data folder, else the hub's data set."""
+    """Reads `test.jsonl` (and for solved examples `train.jsonl`) of the data folder, else the hub's data set."""
 
     name = "gsm8k"
 
     def load(self, data_dir: Path | None) -> list[Problem]:
-        path = data_dir / "test.jsonl" if data_dir else None
-        if path is not None and path.is_file():
-            return numeric_problems(path, _final_answers(path, read_rows(path, ("question", "answer"))))
-        rows = enumerate(_hub_rows(data_dir), start=1)
-        return numeric_problems(_HUB, _final_answers(_HUB, rows))
+        source, rows = _rows(data_dir, "test")
+        return numeric_problems(source, _final_answers(source, rows))
+
+    def examples(self, data_dir: Path | None) -> list[dict[str, Any]]:
+        return [row for _, row in _rows(data_dir, "train")[1]]
+
+
+def _rows(data_dir: Path | None, split: str) -> tuple[Path | str, Iterable[tuple[int, dict[str, Any]]]]:
+    names = [f"{split}.jsonl"]
+    path = find_file(data_dir, "gsm8k", names)
+    if path is not None:
+        return path, read_rows(path, ("question", "answer"))
+    return _HUB, enumerate(hub_rows("gsm8k", data_dir, names, _HUB, ["main"], split), start=1)
 
 
 def _final_answers(
@@ -34,16 +43,3 @@ def _final_answers(
         if not found:
             raise DataError(f'{source}, line {line}: the answer has no final "#### N".')
         yield line, {**row, "answer": answer.strip()}
-
-
-def _hub_rows(data_dir: Path | None) -> list[dict[str, Any]]:
-    where = f"{data_dir} has no test.jsonl" if data_dir else "no --data-dir was given"
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(f"gsm8k: {where}, and the package datasets is not installed: {error}.") from error
-    try:
-        return list(load_dataset(_HUB, "main", split="test"))
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise DataError(f"gsm8k: {where}, and {_HUB} could not be fetched from the hub: {first}") from error

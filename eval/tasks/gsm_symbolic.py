@@ -10,6 +10,7 @@ from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.numeric import NumericTask, numeric_problems
+from dynrank_eval.tasks.sources import find_file
 
 
 class GsmSymbolic(NumericTask):
@@ -20,7 +21,7 @@ class GsmSymbolic(NumericTask):
     def load(self, data_dir: Path | None) -> list[Problem]:
         if data_dir is None:
             raise DataError(f"--task {self.name} needs --data-dir with the file {self.name}.jsonl in it.")
-        path = data_dir / f"{self.name}.jsonl"
+        path = find_file(data_dir, self.name, [f"{self.name}.jsonl"]) or data_dir / f"{self.name}.jsonl"
         return numeric_problems(path, read_rows(path, ("task_id", "question", "answer")))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrank_ds.errors import DataError
-from dynrank_eval.extraction import answer_number, parse_number
+from dynrank_eval.extraction import find_answer, parse_number
 from dynrank_eval.protocols import Protocol
 from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict
 
@@ -22,12 +22,17 @@ class NumericTask(Task):
 
 
 def _judge(problem: Problem, completion: str, protocol: Protocol) -> Judgement:
-    assert protocol.answer_marker is not None, f"{protocol.name} extracts no numbers"
-    found = answer_number(protocol.cut(completion), protocol.answer_marker)
-    if found is None:
-        return Judgement(Verdict.INVALID, None)
-    right = found == parse_number(problem.reference["answer"])
-    return Judgement(Verdict.CORRECT if right else Verdict.WRONG, str(found))
+    assert protocol.answers, f"{protocol.name} extracts no numbers"
+    text = protocol.cut(completion)
+    found = []
+    for rules in protocol.answers.values():
+        answer = find_answer(text, rules)
+        found.append(None if answer is None else parse_number(answer))
+    right = [number == parse_number(problem.reference["answer"]) for number in found]
+    grades = dict(zip(protocol.answers, right, strict=True)) if len(right) > 1 else {}
+    if found[0] is None:
+        return Judgement(Verdict.INVALID, None, grades)
+    return Judgement(Verdict.CORRECT if right[0] else Verdict.WRONG, str(found[0]), grades)
 
 
 def numeric_problems(source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Problem]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dynrank_ds.errors import ModelError, RunError
-from dynrank_eval.engines import start_engine
+from dynrank_eval.engines import Completion, Engine, Request, start_engine
 from dynrank_eval.engines.model import (
     ModelSpec,
     adapter_rank,
@@ -19,6 +19,7 @@ from dynrank_eval.engines.model import (
     check_model,
     encode_prompts,
     load_tokenizer,
+    needs_merging,
 )
 
 LENGTH = 24
@@ -34,6 +35,14 @@ def prompts(tiny_model: Path) -> list[list[int]]:
 
 def spec(model: Path, adapter: Path | None = None) -> ModelSpec:
     return ModelSpec(str(model), adapter, "float32", 128)
+
+
+def complete(
+    engine: Engine, prompts: list[list[int]], stop: tuple[str, ...] = (), length: int = LENGTH
+) -> list[Completion]:
+    """Greedily, in the order of the prompts."""
+    done = dict(engine.generate([Request(prompt, length, stop) for prompt in prompts]))
+    return [done[place] for place in range(len(prompts))]
 
 
 def plain_greedy(model_dir: Path, adapter: Path | None, prompts: list[list[int]]) -> list[tuple[int, ...]]:
@@ -73,7 +82,7 @@ def test_hf_engine_equals_plain_argmax(
     tiny_model: Path, tiny_adapter: Path, prompts: list[list[int]], adapted: bool
 ) -> None:
     adapter = tiny_adapter if adapted else None
-    completions = start_engine("hf", spec(tiny_model, adapter)).generate(prompts, LENGTH, [])
+    completions = complete(start_engine("hf", spec(tiny_model, adapter)), prompts)
     expected = plain_greedy(tiny_model, adapter, prompts)
     assert [completion.token_ids for completion in completions] == expected
     assert len(set(expected)) > 10, "the texts of the model are too much alike to show anything"
@@ -83,9 +92,9 @@ def test_hf_engine_equals_plain_argmax(
 
 def test_hf_engine_cuts_before_the_first_stop_string(tiny_model: Path, prompts: list[list[int]]) -> None:
     engine = start_engine("hf", spec(tiny_model))
-    whole = engine.generate(prompts, LENGTH, [])
+    whole = complete(engine, prompts)
     stop = whole[0].text[5:8]
-    stopped = engine.generate(prompts, LENGTH, [stop])
+    stopped = complete(engine, prompts, (stop,))
     for free, cut in zip(whole, stopped, strict=True):
         assert cut.text == free.text.split(stop)[0]
         assert cut.token_ids == free.token_ids[: cut.n_tokens]
@@ -102,8 +111,8 @@ def test_hf_engine_ignores_the_models_sampling_settings(
     (altered / "generation_config.json").write_text(
         '{"do_sample": true, "temperature": 0.6, "repetition_penalty": 5.0, "eos_token_id": [1, 20]}'
     )
-    plain = start_engine("hf", spec(tiny_model)).generate(prompts, LENGTH, [])
-    with_settings = start_engine("hf", spec(altered)).generate(prompts, LENGTH, [])
+    plain = complete(start_engine("hf", spec(tiny_model)), prompts)
+    with_settings = complete(start_engine("hf", spec(altered)), prompts)
     for free, ended in zip(plain, with_settings, strict=True):
         expected = free.token_ids
         if 20 in expected:
@@ -111,20 +120,57 @@ def test_hf_engine_ignores_the_models_sampling_settings(
         assert ended.token_ids == expected
 
 
+def test_a_draw_does_not_depend_on_what_runs_beside_it(tiny_model: Path, prompts: list[list[int]]) -> None:
+    """Each request has its own generator, and the shares are the model's."""
+    engine = start_engine("hf", spec(tiny_model))
+    requests = [Request(prompt, 8, (), 1.0, seed) for seed, prompt in enumerate(prompts)]
+    together = dict(engine.generate(requests))
+    alone = dict(engine.generate(requests[3:4]))
+    assert together[3] == alone[0]
+    same = [Request(prompts[0], 1, (), 0.7, seed) for seed in range(600)]
+    firsts = [completion.token_ids[0] for _, completion in engine.generate(same)]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.inference_mode():
+        share = torch.softmax(model(torch.tensor([prompts[0]])).logits[0, -1] / 0.7, dim=-1)
+    likely = int(share.argmax())
+    expected = float(share[likely])
+    error = (expected * (1 - expected) / 600) ** 0.5
+    assert abs(firsts.count(likely) / 600 - expected) < 4 * error
+
+
 VLLM_SCRIPT = """
 import json, sys
 from pathlib import Path
-from dynrank_eval.engines import start_engine
+from dynrank_ds.errors import RunError
+from dynrank_eval.engines import Request, start_engine
 from dynrank_eval.engines.model import ModelSpec
-model, adapter, prompts, length, stop, output = json.loads(sys.argv[1])
+model, adapter, weighted, empty, prompts, length, stop, output = json.loads(sys.argv[1])
 rows = []
-for served in (None, Path(adapter)):
-    engine = start_engine("vllm", ModelSpec(model, served, "float32", 128))
+probe = tuple(map(tuple, prompts[:8]))
+for served in (None, Path(adapter), Path(weighted)):
+    engine = start_engine("vllm", ModelSpec(model, served, "float32", 128, probe))
     for stops in ([], stop):
-        rows.append([(c.text, c.token_ids) for c in engine.generate(prompts, length, stops)])
+        done = dict(engine.generate([Request(prompt, length, tuple(stops)) for prompt in prompts]))
+        rows.append([(done[place].text, done[place].token_ids) for place in range(len(prompts))])
     del engine  # its end takes vLLM's global groups along, the next engine's too
+try:
+    start_engine("vllm", ModelSpec(model, Path(empty), "float32", 128, probe))
+except RunError as error:
+    rows.append(str(error))
 Path(output).write_text(json.dumps(rows))
 """
+
+
+def make_adapter(model: Path, folder: Path, **options: object) -> Path:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], **options)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    return folder
 
 
 def test_vllm_engine_equals_hf_engine_with_and_without_adapter(
@@ -132,17 +178,54 @@ def test_vllm_engine_equals_hf_engine_with_and_without_adapter(
 ) -> None:
     """In a process of its own: vLLM changes threads and process groups of the one it runs in."""
     pytest.importorskip("vllm", reason="vllm is not installed")
-    references = [start_engine("hf", spec(tiny_model, served)) for served in (None, tiny_adapter)]
-    stop = [references[0].generate(prompts[:1], LENGTH, [])[0].text[5:8]]
+    weighted = make_adapter(tiny_model, tmp_path / "dora", use_dora=True, init_lora_weights=False)
+    empty = make_adapter(tiny_model, tmp_path / "empty")
+    assert needs_merging(weighted, 512) and needs_merging(tiny_adapter, 512) is None
+    references = [start_engine("hf", spec(tiny_model, served)) for served in (None, tiny_adapter, weighted)]
+    stop = [complete(references[0], prompts[:1])[0].text[5:8]]
     output = tmp_path / "completions.json"
-    job = json.dumps([str(tiny_model), str(tiny_adapter), prompts, LENGTH, stop, str(output)])
+    folders = [str(folder) for folder in (tiny_model, tiny_adapter, weighted, empty)]
+    job = json.dumps([*folders, prompts, LENGTH, stop, str(output)])
     done = subprocess.run([sys.executable, "-c", VLLM_SCRIPT, job], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "merged into" in done.stderr and "weight-decomposed" in done.stderr
+    *made, refusal = json.loads(output.read_text())
     expected = [
-        reference.generate(prompts, LENGTH, stops) for reference in references for stops in ([], stop)
+        complete(reference, prompts, tuple(stops)) for reference in references for stops in ([], stop)
     ]
-    for rows, completions in zip(json.loads(output.read_text()), expected, strict=True):
+    for rows, completions in zip(made, expected, strict=True):
         assert [(text, tuple(ids)) for text, ids in rows] == [(c.text, c.token_ids) for c in completions]
+    assert "changes nothing" in refusal
+
+
+def test_an_adapter_that_changes_nothing_is_refused(
+    tiny_model: Path, tiny_adapter: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    probe = tuple(map(tuple, prompts[:8]))
+    empty = make_adapter(tiny_model, tmp_path / "empty")
+    with pytest.raises(RunError, match="changes nothing"):
+        start_engine("hf", ModelSpec(str(tiny_model), empty, "float32", 128, probe))
+    start_engine("hf", ModelSpec(str(tiny_model), tiny_adapter, "float32", 128, probe))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"r": 513}, "rank 513 is above 512"),
+        ({"rank_pattern": {"x": 0}}, "rank 0"),
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({}, None),
+    ],
+)
+def test_adapters_that_vllm_cannot_serve_are_known(
+    change: dict[str, object], reason: str | None, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    found = needs_merging(folder, 512)
+    assert (found is None) if reason is None else (found is not None and reason in found)
 
 
 def test_lora_rank_and_gpus_that_vllm_allows(tiny_model: Path, tiny_adapter: Path) -> None:
@@ -150,7 +233,7 @@ def test_lora_rank_and_gpus_that_vllm_allows(tiny_model: Path, tiny_adapter: Pat
     from dynrank_eval.engines.vllm import allowed_rank, parallel_size
 
     assert adapter_rank(tiny_adapter) == 9
-    assert allowed_rank(spec(tiny_model, tiny_adapter)) == 16
+    assert allowed_rank(tiny_adapter) == 16
     assert [parallel_size(str(tiny_model), gpus) for gpus in (1, 2, 3, 8)] == [1, 2, 2, 2]
 
 
@@ -182,7 +265,7 @@ def test_completions_keep_their_leading_space(data_dir: Path) -> None:
     tokenizer = load_tokenizer(model)
     texts = ["Once upon a", "Tom and", "One day,"]
     ids = encode_prompts(tokenizer, texts)
-    completions = start_engine("hf", ModelSpec(model, None, "float32", 64)).generate(ids, 12, [])
+    completions = complete(start_engine("hf", ModelSpec(model, None, "float32", 64)), ids, length=12)
     for text, prompt, completion in zip(texts, ids, completions, strict=True):
         whole = tokenizer.decode([*prompt, *completion.token_ids], skip_special_tokens=True)
         assert text + completion.text == whole

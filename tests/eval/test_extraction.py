@@ -1,14 +1,22 @@
 """Numbers out of answers: a table of what people and models write."""
 
+import time
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynrank_eval.extraction import answer_number, parse_number
+from dynrank_eval.extraction import Rule, find_answer, last_boxed, parse_number
 
 MARKER = "The answer is:"
+AFTER = (Rule("after", MARKER),)
+LADDER = (Rule("boxed"), Rule("after", "answer is"), Rule("last_number"))
+
+
+def answer_number(completion: str) -> Fraction | None:
+    found = find_answer(completion, AFTER)
+    return None if found is None else parse_number(found)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,39 @@ def test_number(text: str, value: Fraction | int | None) -> None:
     ],
 )
 def test_answer_after_the_last_marker(completion: str, value: int | None) -> None:
-    assert answer_number(completion, MARKER) == value
+    assert answer_number(completion) == value
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"so \boxed{5}. The answer is 6", "5"),
+        (r"\boxed{1} or rather \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\text{(A)}} and \boxed{unclosed", r"\text{(A)}"),
+        (r"\boxed 7$", "7"),
+        (r"\fbox{8}", "8"),
+        ("Hence the final answer is 9.", "9"),
+        ("3 apples and 4 pears make 7 fruits", "7"),
+        ("nothing", None),
+        ("", None),
+    ],
+)
+def test_the_first_rule_that_finds_something_decides(completion: str, answer: str | None) -> None:
+    assert find_answer(completion, LADDER) == answer
+
+
+def test_an_answer_ends_with_its_line_or_its_environment() -> None:
+    matrix = "\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}"
+    assert find_answer(f"The answer is: {matrix}.\nmore", AFTER) == matrix
+    assert find_answer("The answer is: $x = 5$.\nThis follows.", AFTER) == "$x = 5$"
+    assert find_answer("The answer is: {\n5", AFTER) == "{\n5"
+
+
+def test_patterns_take_the_first_or_the_last() -> None:
+    text = "#### 1,000\n#### 2"
+    assert Rule.parse({"pattern": r"#### ([0-9,]+)", "take": "first"}).find(text) == "1,000"
+    assert Rule.parse({"pattern": r"#### ([0-9,]+)", "take": "last"}).find(text) == "2"
+    assert last_boxed("\\boxed{" * 3) is None
 
 
 @given(st.fractions(min_value=-(10**9), max_value=10**9, max_denominator=10**6))
@@ -90,13 +130,23 @@ def test_grouped_decimals_read_back(whole: int, thousandths: int) -> None:
     assert parse_number(f"${whole:,}.{thousandths:03}") == expected
 
 
+CHARACTERS = "0123456789,./-+$% \\{}frac\n#boxedThe answer is:\u2212é\u2028"
+
+
 @settings(max_examples=500)
-@given(st.text(alphabet="0123456789,./-+$% \\{}frac\n", max_size=60))
+@given(st.text(alphabet=CHARACTERS, max_size=60))
 def test_no_text_breaks_it(text: str) -> None:
-    result = answer_number(f"{MARKER} {text}", MARKER)
-    assert result is None or isinstance(result, Fraction)
+    for rules in (AFTER, LADDER):
+        answer = find_answer(f"{MARKER} {text}", rules)
+        assert answer is None or isinstance(parse_number(answer), Fraction | None)
 
 
 def test_a_megabyte_is_read_in_no_time() -> None:
-    for text in ("1," * 500_000, "9" * 1_000_000, "-" * 1_000_000, r"\frac{" * 160_000, " 1 " * 300_000):
-        answer_number(f"{MARKER} {text}", MARKER)
+    start = time.monotonic()
+    bits = ("1,", "9", "-", r"\frac{", " 1 ", r"\boxed{", "$", r"\begin{", "{\n", MARKER, "1/")
+    for bit in bits:
+        text = bit * (1_000_000 // len(bit))
+        for rules in (AFTER, LADDER):
+            answer = find_answer(f"{MARKER} {text}", rules)
+            parse_number(answer or "")
+    assert time.monotonic() - start < 20

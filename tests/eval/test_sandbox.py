@@ -1,151 +1,294 @@
-"""What the sandbox promises, asked by programs that try."""
+"""What the sandbox promises, asked by programs that try. The attempts themselves are in sandbox/escapes.py."""
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dynrank_ds.errors import MachineError
 from dynrank_eval import sandbox
-from dynrank_eval.sandbox import Limits, Outcome
+from dynrank_eval.sandbox import Isolation, Limits, Outcome, Program
+from dynrank_eval.sandbox.attempts import attempt_all
+from dynrank_eval.sandbox.isolation import NOTHING, detect, landlock_works, seccomp_filter
 
 SHORT = Limits(wall_seconds=1.0)
+TESTS = ("assert f(1) == 2",)
 
 
-def outcome(program: str, limits: Limits = SHORT) -> Outcome:
-    return sandbox.run_programs([[program]], limits)[0]
+def namespaces() -> Isolation:
+    if detect().bwrap is None:
+        pytest.skip("bubblewrap is not there, or may not make namespaces")
+    return detect()
+
+
+def landlock() -> Isolation:
+    if not landlock_works() or seccomp_filter() is None:
+        pytest.skip("Landlock, landlockpy, pyseccomp or libseccomp is not there")
+    return Isolation(None, True, seccomp_filter())
+
+
+def nothing() -> Isolation:
+    return NOTHING
+
+
+@pytest.fixture(params=[namespaces, landlock, nothing], ids=lambda make: make.__name__)
+def isolation(request: pytest.FixtureRequest) -> Isolation:
+    made: Isolation = request.param()
+    return made
 
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the sandbox makes its directories."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the sandbox makes its directories; pytest's own place is closed to other users."""
+    with tempfile.TemporaryDirectory(prefix="dynrank-test-") as folder:
+        os.chmod(folder, 0o755)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
-def processes_with(argument: str) -> list[str]:
-    found = []
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if argument.encode() in command.read_bytes():
-                found.append(command.parent.name)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
+def outcome(solution: str, isolation: Isolation, limits: Limits = SHORT) -> Outcome:
+    """Of a module whose function `f` is asked for f(1) and must give 2."""
+    return sandbox.run_programs([Program(solution, TESTS, ("f",))], limits, isolation)[0].outcome
 
 
-def test_machine_can_run_programs() -> None:
-    sandbox.check()
-    assert outcome("assert 1 + 1 == 2") is Outcome.PASSED
-    assert outcome("assert 1 + 1 == 3") is Outcome.FAILED
-    assert outcome("def f(:") is Outcome.UNPARSABLE
+def test_the_machine_can_run_programs(isolation: Isolation) -> None:
+    sandbox.check(isolation)
+    assert outcome("def f(x): return x + 1", isolation) is Outcome.PASSED
+    assert outcome("def f(x): return x", isolation) is Outcome.FAILED
+    assert outcome("def f(:", isolation) is Outcome.UNPARSABLE
+    assert outcome("def g(x): return x + 1", isolation) is Outcome.FAILED
+    assert outcome("while True: pass", isolation) is Outcome.TIMEOUT
+
+
+def test_all_escapes_are_held_by_four_workers() -> None:
+    report = attempt_all(4, namespaces())
+    assert len(report.attempts) >= 40
+    assert [attempt for attempt in report.attempts if not attempt.held] == []
+    assert report.harm == []
+
+
+@pytest.mark.slow
+def test_all_escapes_are_held_without_namespaces_too() -> None:
+    report = attempt_all(4, landlock())
+    assert [attempt for attempt in report.attempts if not attempt.held] == []
+    assert report.harm == []
+
+
+AS_ANOTHER_USER = """
+import json, os, site, sys
+sys.path[:0] = json.loads(sys.argv[1])
+for folder in json.loads(sys.argv[1]):
+    site.addsitedir(folder)
+from dynrank_eval.sandbox.attempts import attempt_all
+from dynrank_eval.sandbox.isolation import Isolation, detect, landlock_works, seccomp_filter
+assert os.getuid() != 0
+best = detect() if sys.argv[2] == "namespaces" else Isolation(None, landlock_works(), seccomp_filter())
+if best.missing():
+    print("SKIP", best.covers())
+    sys.exit()
+report = attempt_all(4, best)
+for attempt in report.attempts:
+    if not attempt.held:
+        print("NOT HELD", attempt)
+for harm in report.harm:
+    print("HARM", harm)
+print(len(report.attempts), "attempts")
+"""
+
+
+@pytest.mark.parametrize("way", ["namespaces", pytest.param("landlock", marks=pytest.mark.slow)])
+def test_all_escapes_are_held_when_an_ordinary_user_evaluates(way: str, temporary: Path) -> None:
+    python = f"/usr/bin/python3.{sys.version_info.minor}"
+    if os.geteuid() != 0 or not os.path.exists(python) or shutil.which("setpriv") is None:
+        pytest.skip(f"needs root, setpriv and {python}, which every user may run")
+    packages = [p for p in sys.path if Path(p).name == "site-packages"]
+    temporary.chmod(0o777)
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-c", AS_ANOTHER_USER]
+    done = subprocess.run(
+        [*user, json.dumps(packages), way],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("SKIP"):
+        pytest.skip(f"isolation for an ordinary user: {done.stdout}")
+    assert done.stdout.endswith(" attempts\n") and "HELD" not in done.stdout, done.stdout
+    assert "HARM" not in done.stdout, done.stdout
+
+
+def test_without_network_isolation_it_must_be_allowed() -> None:
+    with pytest.raises(MachineError, match="--allow-network"):
+        sandbox.require_network_isolation(NOTHING)
+    assert NOTHING.missing() == ["network", "files", "processes"]
+
+
+def test_objects_that_do_not_cross_stay_usable(isolation: Isolation) -> None:
+    """MBPP has tests on the solution's own classes (601), and sets attributes of them (367, 927)."""
+    solution = """
+class Node:
+    def __init__(self, value):
+        self.value, self.left = value, None
+def total(node):
+    return node.value + (total(node.left) if node.left else 0)
+"""
+    tests = "root = Node(1)\nroot.left = Node(5)\nassert total(root) == 6\nassert root.left.value == 5 and root != 1"
+    program = Program(solution, (tests,), ("Node", "total"))
+    assert sandbox.run_programs([program], SHORT, isolation)[0].outcome is Outcome.PASSED
+
+
+VALUES = [
+    "None",
+    "True",
+    "-3",
+    "10 ** 400",
+    "1.5",
+    "float('inf')",
+    "2j",
+    "'text \\ud800 \\u2028'",
+    "b'\\0'",
+    "(1, [2, {'a': {3}}])",
+    "frozenset([1])",
+    "{(1, 2): 'x', 3: None}",
+    "range(1, 9, 2)",
+    "__import__('fractions').Fraction(1, 3)",
+    "__import__('decimal').Decimal('1.10')",
+    "__import__('datetime').date(2020, 2, 29)",
+    "__import__('collections').Counter('aab')",
+    "__import__('collections').namedtuple('P', 'x y')(1, 2)",
+    "[]",
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_plain_values_cross_both_ways(value: str) -> None:
+    program = Program(
+        f"def give(): return {value}\ndef same(x): return x == {value} and type(x) in type({value}).__mro__",
+        (f"assert give() == {value}\nassert same({value})",),
+        ("give", "same"),
+    )
+    assert sandbox.run_programs([program], SHORT)[0].outcome is Outcome.PASSED
+
+
+def test_results_are_what_they_would_be_in_one_process() -> None:
+    """Changed arguments, iterators, exceptions and truth, as the tests of the benchmarks use them."""
+    solution = """
+import re
+def drop(items): items.pop()
+def numbers(): return (n for n in range(3))
+def fail(): raise KeyError('x')
+def find(text): return re.search('a', text)
+def leave(): raise SystemExit
+"""
+    tests = """
+items = [1, 2]
+drop(items)
+assert items == [1]
+assert numbers() != [0, 1, 2] and list(numbers()) == [0, 1, 2]
+try:
+    fail()
+except KeyError:
+    pass
+assert find('a') and not find('b')
+"""
+    names = ("drop", "numbers", "fail", "find", "leave")
+    leaving = "try:\n    leave()\nexcept Exception:\n    pass"
+    programs = [Program(solution, (tests,), names), Program(solution, (leaving,), names)]
+    passed, left = sandbox.run_programs(programs, SHORT)
+    assert (passed.outcome, left.outcome) == (Outcome.PASSED, Outcome.FAILED)
 
 
 @pytest.mark.parametrize(
-    "program",
+    ("claim", "limits"),
     [
-        "exit(0)",
-        "raise SystemExit",
-        "import os; os._exit(0)",
-        "import sys; sys.exit(0)",
-        "print('passed')\nraise SystemExit(0)",
-        "import os\nfor fd in range(3, 20):\n  try: os.write(fd, b'passed\\n')\n  except OSError: pass\nos._exit(0)",
-        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-        "import ctypes; ctypes.string_at(0)",
-        "import atexit\natexit.register(print, 'passed')\nraise SystemExit",
-        "def f(): return f()\nf()",
+        ("bytearray(5 << 28) and 2", Limits(memory_bytes=1 << 30)),
+        ("open('big', 'wb').write(bytes(9 << 20)) and 2", Limits(file_bytes=8 << 20)),
+        ("[open('f', 'w') for _ in range(30)] and 2", Limits(open_files=32)),
+        (
+            "[open(str(n), 'wb').write(bytes(6 << 20)) for n in range(9)] and __import__('time').sleep(1) or 2",
+            Limits(disk_bytes=32 << 20),
+        ),
     ],
+    ids=["memory", "file", "files", "disk"],
 )
-def test_leaving_early_does_not_pass(program: str) -> None:
-    tests = "raise AssertionError('the tests must fail')"
-    assert sandbox.run_programs([[program, tests]], SHORT) == [Outcome.FAILED]
+def test_a_limit_and_nothing_else_stops_it(claim: str, limits: Limits, isolation: Isolation) -> None:
+    assert outcome(f"def f(x): return {claim}", isolation, Limits()) is Outcome.PASSED
+    assert outcome(f"def f(x): return {claim}", isolation, limits) is Outcome.FAILED
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "x = bytearray(8 << 30)",
-        "open('big', 'wb').write(bytes(32 << 20))",
-        "files = [open('f', 'w') for _ in range(100)]",
-        "input()",
-    ],
-)
-def test_asking_for_too_much_fails(program: str) -> None:
-    assert outcome(program, Limits()) is Outcome.FAILED
-
-
-@pytest.mark.parametrize(
-    "program", ["while True: pass", "import time\ntime.sleep(60)", "while True: print('x' * 9999)"]
-)
-def test_timeout_stops_it(program: str, temporary: Path) -> None:
+def test_timeout_stops_it_and_leaves_nothing(isolation: Isolation, temporary: Path) -> None:
     start = time.monotonic()
-    assert outcome(program) is Outcome.TIMEOUT
+    assert outcome("def f(x):\n  while True: pass", isolation) is Outcome.TIMEOUT
     assert time.monotonic() - start < 10
     assert list(temporary.iterdir()) == []
 
 
-def test_ignored_signals_do_not_help() -> None:
-    program = """
-import signal
-for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
-    signal.signal(number, signal.SIG_IGN)
-while True:
-    pass
-"""
-    assert outcome(program) is Outcome.TIMEOUT
-
-
-def test_environment_is_scrubbed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_scrubbed(isolation: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_SECRET", "s3cret")
-    # Python itself sets LC_CTYPE where the environment names no locale (PEP 538).
-    assert outcome("import os\nassert set(os.environ) <= {'LC_CTYPE'}, os.environ") is Outcome.PASSED
+    ours = "PYTHONHASHSEED PYTHONDONTWRITEBYTECODE HOME TMPDIR PATH OMP_NUM_THREADS OPENBLAS_NUM_THREADS"
+    allowed = f"{ours} PWD LC_CTYPE"
+    solution = f"import os\ndef f(x): return 2 if set(os.environ) <= set({allowed!r}.split()) else os.environ"
+    assert outcome(solution, isolation) is Outcome.PASSED
 
 
-def test_working_directory_is_private_writable_and_gone_afterwards(temporary: Path) -> None:
-    assert (
-        outcome("import os\nassert os.listdir() == []\nopen('a', 'w').write('b')\nos.mkdir('c')")
-        is Outcome.PASSED
-    )
-    assert list(temporary.iterdir()) == []
+def test_working_directory_is_private_writable_and_home(isolation: Isolation) -> None:
+    solution = """
+import os, tempfile
+def f(x):
+    assert os.listdir() == [] and os.getcwd() == os.path.expanduser('~') == tempfile.gettempdir()
+    open('a', 'w').write('b')
+    os.mkdir('c')
+    return 2
+"""
+    assert outcome(solution, isolation) is Outcome.PASSED
 
 
-@pytest.mark.parametrize("ending", ["", "while True: pass", "os._exit(0)"])
-def test_children_do_not_outlive_it(ending: str, temporary: Path) -> None:
-    mark = f"4321.{os.getpid()}"
-    program = f"import os\nif os.fork() == 0: os.execv('/bin/sleep', ['sleep', '{mark}'])\n{ending}"
-    outcome(program)
-    assert processes_with(mark) == []
-    assert list(temporary.iterdir()) == []
-
-
-def test_the_number_of_processes_is_limited() -> None:
-    program = "import os, time\nfor _ in range(500):\n  if os.fork() == 0: time.sleep(60)"
-    assert outcome(program, Limits(wall_seconds=4.0)) is Outcome.FAILED
+def test_sets_have_the_same_order_every_time(isolation: Isolation) -> None:
+    """Or verdicts of wrong solutions would change from run to run."""
+    ordered = "list({'a', 'b', 'c', 'd', 'e'})"
+    command = [sys.executable, "-c", f"print({ordered})"]
+    expected = subprocess.run(command, env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True).stdout
+    program = Program(f"def f(): return {ordered}", (f"assert f() == {expected}",), ("f",))
+    assert sandbox.run_programs([program], SHORT, isolation)[0].outcome is Outcome.PASSED
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the user")
-def test_started_as_root_it_runs_as_nobody_of_importance() -> None:
-    program = """
+def test_started_as_root_it_runs_as_nobody_of_importance(isolation: Isolation) -> None:
+    solution = """
 import os
-assert os.getresuid() == (os.getuid(),) * 3 and os.getuid() > 60000, os.getresuid()
-assert os.getresgid() == (os.getgid(),) * 3 and os.getgid() > 60000 and os.getgroups() == []
-try:
-    os.setuid(0)
-except PermissionError:
-    pass
-else:
-    raise AssertionError
+def f(x):
+    assert os.getresuid() == (os.getuid(),) * 3 and os.getuid() > 60000, os.getresuid()
+    assert os.getresgid() == (os.getgid(),) * 3 and os.getgid() > 60000 and os.getgroups() == []
+    try:
+        os.setuid(0)
+    except PermissionError:
+        return 2
 """
-    assert outcome(program) is Outcome.PASSED
+    assert outcome(solution, isolation) is Outcome.PASSED
 
 
-def test_standard_library_and_installed_packages_are_there() -> None:
-    assert outcome("import collections.abc, encodings.idna, json.tool, sqlite3, yaml") is Outcome.PASSED
+def test_standard_library_and_installed_packages_are_there(isolation: Isolation) -> None:
+    solution = "import collections.abc, encodings.idna, json.tool, sqlite3, yaml, numpy\ndef f(x): return 2"
+    assert outcome(solution, isolation, Limits()) is Outcome.PASSED
 
 
 def test_outcomes_keep_the_order_of_the_programs() -> None:
-    programs = [["pass"], ["exit()"], ["def"], ["import time; time.sleep(0.3)"], ["1/0"]]
+    solutions = [
+        "def f(x): return 2",
+        "exit()",
+        "def",
+        "import time; time.sleep(0.3)\ndef f(x): return 2",
+        "1/0",
+    ]
     expected = [Outcome.PASSED, Outcome.FAILED, Outcome.UNPARSABLE, Outcome.PASSED, Outcome.FAILED]
-    assert sandbox.run_programs(programs, SHORT) == expected
+    programs = [Program(solution, TESTS, ("f",)) for solution in solutions]
+    assert [result.outcome for result in sandbox.run_programs(programs, SHORT)] == expected
     assert sandbox.run_programs([]) == []

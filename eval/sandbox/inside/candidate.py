@@ -1,0 +1,69 @@
+"""The program's side: runs the solution, then answers what the judge asks of it.
+
+It knows neither the tests nor what they expect.
+"""
+
+import sys
+import types
+from typing import Any
+
+from wire import Channel, decode, encode
+
+_RESTORABLE = (list, dict, set, bytearray)
+
+
+def serve(solution: str, channel: Channel) -> None:
+    try:
+        code = compile(solution, "<solution>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+        channel.send({"unparsable": True})
+        return
+    # Not "__main__": what a solution does only as a script stays undone, as on import.
+    module = types.ModuleType("solution")
+    sys.modules["solution"] = module
+    objects = Objects(module)
+    channel.send(objects.answer(lambda: exec(code, module.__dict__)))
+    while (message := channel.receive()) is not None:
+        channel.send(objects.perform(message))
+
+
+class Objects:
+    """The solution's namespace, and the objects that the judge knows by handle."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self._kept: list[Any] = [module]
+
+    def perform(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Does what the judge asks: read or set an attribute (the module is handle 0), or call."""
+        target, name = self._kept[message["target"]], message.get("name", "")
+        if message["do"] == "get":
+            return self.answer(lambda: getattr(target, name))
+        arguments = [decode(item, self._kept.__getitem__) for item in message["arguments"]]
+        if message["do"] == "set":
+            return self.answer(lambda: setattr(target, name, *arguments))
+        named = {key: decode(item, self._kept.__getitem__) for key, item in message["named"].items()}
+        reply = self.answer(lambda: target(*arguments, **named))
+        # The judge's own lists must change as they would have in one process.
+        changed = [
+            self._encode(argument) if isinstance(argument, _RESTORABLE) else None for argument in arguments
+        ]
+        if changed != message["arguments"]:
+            reply["changed"] = changed
+        return reply
+
+    def answer(self, action: Any) -> dict[str, Any]:
+        try:
+            return {"value": self._encode(action())}
+        except BaseException as error:
+            # exit() too: the judge decides what it means.
+            return {"raised": [kind.__name__ for kind in type(error).__mro__]}
+
+    def _encode(self, value: Any) -> Any:
+        return encode(value, self._keep)
+
+    def _keep(self, value: Any) -> int:
+        for number, kept in enumerate(self._kept):
+            if kept is value:
+                return number
+        self._kept.append(value)
+        return len(self._kept) - 1

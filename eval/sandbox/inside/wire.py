@@ -1,0 +1,133 @@
+"""What passes between the judge and the program: plain data, one JSON line a message.
+
+Only values of Python's own data types cross. Anything else (functions, classes, instances) stays in the
+program's process, and the judge gets a number for it, a handle. So nothing that the program defines, an
+`__eq__` that is always true for instance, ever runs in the judge.
+"""
+
+import datetime
+import decimal
+import fractions
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_LONGEST_MESSAGE = 64 << 20
+_MOST_ITEMS = 1_000_000
+_SMALL_INT = 1 << 63
+# Values of these types are rebuilt from their text.
+_BY_TEXT: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
+    "int": (int, hex, lambda text: int(text, 16)),
+    "complex": (complex, repr, complex),
+    "bytes": (bytes, bytes.hex, bytes.fromhex),
+    "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
+    "Decimal": (decimal.Decimal, str, decimal.Decimal),
+    "Fraction": (fractions.Fraction, str, fractions.Fraction),
+    "datetime": (
+        datetime.datetime,
+        datetime.datetime.isoformat,
+        datetime.datetime.fromisoformat,
+    ),
+    "date": (datetime.date, datetime.date.isoformat, datetime.date.fromisoformat),
+    "time": (datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
+}
+_SEQUENCES: dict[str, Any] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+}
+
+
+class WireError(Exception):
+    """A message that is malformed, too long, or holds what cannot cross."""
+
+
+class Channel:
+    """Messages through two pipes."""
+
+    def __init__(self, reader: int, writer: int) -> None:
+        self._input = os.fdopen(reader, "rb")
+        self._writer = writer
+
+    def send(self, message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        while data:
+            data = data[os.write(self._writer, data) :]
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next message; None at the end."""
+        line = self._input.readline(_LONGEST_MESSAGE)
+        if not line:
+            return None
+        if not line.endswith(b"\n"):
+            raise WireError("the message has no end")
+        message = json.loads(line)
+        if not isinstance(message, dict):
+            raise WireError("the message is no object")
+        return message
+
+
+def encode(value: Any, keep: Callable[[Any], int]) -> Any:
+    """`value` for JSON; `keep` gives the handle of an object that cannot cross.
+
+    Instances of subclasses (Counter, namedtuple, IntEnum) cross as the base type, which equals them.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int) and -_SMALL_INT < value < _SMALL_INT:
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    for kind, base in _SEQUENCES.items():
+        if isinstance(value, base):
+            return {
+                "kind": kind,
+                "value": [encode(item, keep) for item in base.__iter__(value)],
+            }
+    if isinstance(value, dict):
+        pairs = [[encode(key, keep), encode(item, keep)] for key, item in dict.items(value)]
+        return {"kind": "dict", "value": pairs}
+    for kind, (base, text, _) in _BY_TEXT.items():
+        if isinstance(value, base):
+            return {"kind": kind, "value": text(value)}
+    if isinstance(value, range):
+        return {"kind": "range", "value": [value.start, value.stop, value.step]}
+    if type(value).__module__ == "numpy" and not getattr(value, "shape", True):
+        return encode(value.item(), keep)
+    if isinstance(value, Iterator):
+        return {
+            "kind": "iterator",
+            "value": [encode(item, keep) for item in _bounded(value)],
+        }
+    return {"kind": "handle", "value": keep(value)}
+
+
+def _bounded(items: Iterator[Any]) -> Iterator[Any]:
+    for count, item in enumerate(items):
+        if count == _MOST_ITEMS:
+            raise WireError("the iterator has too many items")
+        yield item
+
+
+def decode(data: Any, resolve: Callable[[int], Any]) -> Any:
+    """The value that `encode` was given; `resolve` gives the object of a handle."""
+    if not isinstance(data, dict):
+        return data
+    kind, value = data["kind"], data["value"]
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind](decode(item, resolve) for item in value)
+    if kind == "dict":
+        return {decode(key, resolve): decode(item, resolve) for key, item in value}
+    if kind in _BY_TEXT:
+        return _BY_TEXT[kind][2](value)
+    if kind == "range":
+        return range(*value)
+    if kind == "iterator":
+        return iter([decode(item, resolve) for item in value])
+    if kind == "handle":
+        return resolve(value)
+    raise WireError(f"there is no kind {kind!r}")

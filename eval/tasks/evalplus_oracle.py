@@ -1,0 +1,115 @@
+"""EvalPlus' rule of comparison (0.3.1, eval/__init__.py and eval/_special_oracle.py).
+
+This source is also handed to the judge's process, where it runs before the tests: it imports nothing of the package.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from math import inf, nan  # noqa: F401  inputs are written with them
+from typing import Any
+
+_SAME_AS_SETS = [
+    "similar_elements",
+    "find_char_long",
+    "common_in_nested_lists",
+    "extract_singly",
+    "larg_nnum",
+    "intersection_array",
+    "find_dissimilar",
+    "Diff",
+]
+# Their references return match objects.
+_ONLY_WHETHER_NONE = ("check_str", "text_match_three", "text_starta_endb")
+
+
+def load(source: str, entry_point: str) -> Callable[..., Any]:
+    namespace: dict[str, Any] = {"__name__": "reference"}
+    exec(compile(source, "<reference>", "exec"), namespace)
+    function: Callable[..., Any] = namespace[entry_point]
+    return function
+
+
+def check(
+    solution: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: list[list[Any]],
+    task: str,
+    entry_point: str,
+    tolerance: float,
+) -> None:
+    """AssertionError at the first input on which the solution's result is not accepted."""
+    for given in inputs:
+        result = solution(*copy.deepcopy(given))
+        expected = reference(*copy.deepcopy(given))
+        if task == "humaneval_plus" and entry_point == "find_zero":
+            assert abs(_polynomial(given[0], result)) <= tolerance
+            continue
+        assert accepted(result, expected, given, task, entry_point, tolerance), given
+
+
+def accepted(
+    result: Any, expected: Any, given: list[Any], task: str, entry_point: str, tolerance: float
+) -> bool:
+    if task == "mbpp_plus":
+        special = _special(result, expected, given, entry_point, tolerance)
+        if special is not None:
+            return special
+    if result == expected:
+        return True
+    if tolerance == 0 and _is_floats(expected):
+        tolerance = 1e-6
+    return tolerance != 0 and type(result) is type(expected) and _close(result, expected, tolerance)
+
+
+def _special(result: Any, expected: Any, given: list[Any], entry_point: str, tolerance: float) -> bool | None:
+    """The verdict where a task has a rule of its own; None where the common one decides."""
+    if entry_point in _SAME_AS_SETS:
+        return set(result) == set(expected)
+    if entry_point in _ONLY_WHETHER_NONE:
+        # EvalPlus' data hold whether the reference's result is None.
+        found = expected is not None
+        return result == found if isinstance(result, bool) else (result is not None) == found
+    accepts_too = {
+        "are_equivalent": lambda: True,
+        "sum_div": lambda: result == 0,
+        "surface_Area": lambda: abs(result - _surface(*given)) <= tolerance,
+        "digit_distance_nums": lambda: result == _digit_distance(*given),
+    }.get(entry_point)
+    return True if accepts_too is not None and accepts_too() else None
+
+
+def _is_floats(value: Any) -> bool:
+    if isinstance(value, (list, tuple)) and value:
+        return all(isinstance(item, float) for item in value)
+    return isinstance(value, float)
+
+
+def _close(result: Any, expected: Any, tolerance: float) -> bool:
+    """numpy.allclose with rtol 1e-7, on nested lists of numbers."""
+    if isinstance(expected, (list, tuple)):
+        return (
+            isinstance(result, (list, tuple))
+            and len(result) == len(expected)
+            and all(_close(r, e, tolerance) for r, e in zip(result, expected, strict=True))
+        )
+    if isinstance(expected, float) and math.isinf(expected):
+        return bool(result == expected)
+    return bool(abs(result - expected) <= tolerance + 1e-7 * abs(expected))
+
+
+def _polynomial(coefficients: list[float], x: Any) -> float:
+    return sum(coefficient * math.pow(x, power) for power, coefficient in enumerate(coefficients))
+
+
+def _surface(base_edge: float, height: float) -> int:
+    """Of a square pyramid, with the height from the base to the apex (Mbpp/581)."""
+    slant = math.sqrt((base_edge / 2) ** 2 + height**2)
+    return round(base_edge**2 + 4 * (base_edge * slant) / 2)
+
+
+def _digit_distance(first: int, second: int) -> int:
+    """With the shorter number filled up with zeros (Mbpp/558)."""
+    width = max(len(str(first)), len(str(second)))
+    pairs = zip(str(first).zfill(width), str(second).zfill(width), strict=True)
+    return sum(abs(int(a) - int(b)) for a, b in pairs)

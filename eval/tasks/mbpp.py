@@ -1,0 +1,61 @@
+"""MBPP (Austin et al. 2021): small Python programs from a sentence; sanitized (427) or full (974)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dynrank_ds.errors import DataError
+from dynrank_eval.jsonl import read_rows
+from dynrank_eval.tasks.base import Problem
+from dynrank_eval.tasks.code import CodeTask, defined_names, imports, used_names
+from dynrank_eval.tasks.sources import find_file, hub_rows
+
+_FILES = ("sanitized-mbpp.jsonl", "sanitized-mbpp.json", "mbpp.jsonl")
+_HUB = "google-research-datasets/mbpp"
+
+
+class Mbpp(CodeTask):
+    """Reads the sanitized or the full file of the data folder, else the hub's sanitized test split (257)."""
+
+    name = "mbpp"
+    prompt_is_code = False
+
+    def load(self, data_dir: Path | None) -> list[Problem]:
+        path = find_file(data_dir, self.name, _FILES)
+        if path is not None:
+            return _problems(path, read_rows(path, ("task_id", "code", "test_list")))
+        rows = hub_rows(self.name, data_dir, _FILES, _HUB, ["sanitized"], "test")
+        return _problems(_HUB, enumerate(rows, start=1))
+
+
+def _problems(source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Problem]:
+    problems = []
+    for line, row in rows:
+        text = row.get("prompt", row.get("text"))
+        if text is None:
+            raise DataError(f"{source}, line {line} lacks the key 'prompt' (sanitized) or 'text' (full).")
+        try:
+            reference = _reference(row)
+        except SyntaxError as error:
+            raise DataError(
+                f"{source}, line {line}: its code or tests are no valid Python: {error}."
+            ) from error
+        # EvalPlus' prompt: the sentence and the first test, which says what the function is called.
+        prompt = f'"""\n{text}\n{row["test_list"][0]}\n"""\n'
+        problems.append(Problem(str(row["task_id"]), prompt, reference))
+    return problems
+
+
+def _reference(row: dict[str, Any]) -> dict[str, str]:
+    # In tasks 367 and 927 of the full set, the set-up builds on the solution's class: it comes after the code.
+    setup = row.get("test_setup_code") or ""
+    tests = "\n".join([setup, *row["test_list"]])
+    prelude = "\n".join(row.get("test_imports") or [])
+    # Only what the reference defines is asked of a solution: one that redefines `set` does not reach the tests.
+    names = used_names(tests) & defined_names(row["code"])
+    return {
+        "prelude": imports(row["code"]) + prelude,
+        "names": " ".join(sorted(names)),
+        "tests": tests,
+        "solution": row["code"],
+    }

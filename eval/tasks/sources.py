@@ -1,0 +1,48 @@
+"""Where a benchmark's rows come from: a folder, a package, or the hub."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynrank_ds.errors import DataError
+
+
+def find_file(data_dir: Path | None, task: str, names: Sequence[str]) -> Path | None:
+    """The first of `names` (they may hold wildcards) in the folder's subfolder `task`, else in the folder."""
+    if data_dir is None:
+        return None
+    for folder in (data_dir / task, data_dir):
+        for name in names:
+            found = sorted(folder.glob(name))
+            if found:
+                return found[0]
+    return None
+
+
+def hub_rows(
+    task: str,
+    data_dir: Path | None,
+    names: Sequence[str],
+    hub: str,
+    configurations: Iterable[str],
+    split: str,
+) -> list[dict[str, Any]]:
+    """The rows of a data set on the hub (or in its local cache), one configuration after another.
+
+    Raises:
+        DataError: it cannot be had; the message says what was looked for in `data_dir` before.
+    """
+    where = f"{data_dir} has none of {', '.join(names)}" if data_dir else "no --data-dir was given"
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(f"{task}: {where}, and the package datasets is not installed: {error}.") from error
+    try:
+        return [
+            dict(row)
+            for configuration in configurations
+            for row in load_dataset(hub, configuration, split=split)
+        ]
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{task}: {where}, and {hub} could not be fetched from the hub: {first}") from error

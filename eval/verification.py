@@ -1,0 +1,122 @@
+"""math-verify in processes of its own, each with a hard deadline.
+
+Symbolic comparison can run for ever (`2003^{2002^{2001}}`), and math-verify's own limit is SIGALRM, which works only
+in a main thread. So each worker is a process that answers one question at a time and is killed when it is late.
+"""
+
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from importlib.util import find_spec
+
+from dynrank_ds.errors import MachineError
+
+DEADLINE_SECONDS = 10.0
+# Importing sympy takes seconds on a busy machine: not the answer's time.
+_STARTUP_SECONDS = 120.0
+_MEMORY_BYTES = 4 << 30
+
+
+class Equality(Enum):
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    TIMEOUT = "timeout"
+
+
+def check() -> None:
+    """MachineError where math-verify is not installed."""
+    if find_spec("math_verify") is None:
+        raise MachineError("the math task needs the package math-verify: `pip install math-verify==0.9.0`.")
+
+
+def compare(pairs: Sequence[tuple[str, str]], deadline: float = DEADLINE_SECONDS) -> list[Equality]:
+    """For each (gold, answer), whether math-verify takes the answer for the gold's value.
+
+    Both are wrapped as `$...$` first: bare LaTeX is often not recognised.
+    """
+    workers = max(1, min(os.cpu_count() or 1, len(pairs) // 20 + 1))
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    everyone = [_Worker(deadline) for _ in range(workers)]
+    for worker in everyone:
+        idle.put(worker)
+
+    def ask(pair: tuple[str, str]) -> Equality:
+        worker = idle.get()
+        try:
+            return worker.ask(*pair)
+        finally:
+            idle.put(worker)
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(ask, pairs))
+    finally:
+        for worker in everyone:
+            worker.stop()
+
+
+class _Worker:
+    """A process that compares; started at the first question, and anew after one that it did not survive."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, gold: str, answer: str) -> Equality:
+        if self._process is None:
+            self._start()
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+        self._process.stdin.flush()
+        line = self._line(self._deadline)
+        if line is None or line == b"":
+            # Late, or killed by its memory limit: no answer in the means it was given.
+            self.stop()
+            return Equality.TIMEOUT
+        return Equality(line.decode().strip())
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SCRIPT, str(_MEMORY_BYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        if self._line(_STARTUP_SECONDS) != b"ready\n":
+            self.stop()
+            raise MachineError("math-verify does not start: try `python -c 'import math_verify'`.")
+
+    def _line(self, seconds: float) -> bytes | None:
+        assert self._process is not None and self._process.stdout is not None
+        # One short line per question: when anything is there, readline has all of it.
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+        return self._process.stdout.readline() if ready else None
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+_SCRIPT = """
+import json, logging, os, resource, sys
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+from math_verify import parse, verify
+logging.disable(logging.CRITICAL)
+# What the libraries print must not look like an answer.
+output = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+output.write("ready\\n")
+for line in sys.stdin:
+    gold, answer = (parse(f"${text}$", parsing_timeout=None) for text in json.loads(line))
+    equal = bool(gold) and bool(answer) and verify(gold, answer, timeout_seconds=None)
+    output.write(("equal" if equal else "different") + "\\n")
+"""
