@@ -190,6 +190,11 @@ class ZeroEngine:
         for module in self._model.modules():
             module.__dict__.pop("pre_bwd_fn", None)
             module.__dict__.pop("post_bwd_fn", None)
+        # Parameters point to their optimizer, whose gradient hooks hold them from within autograd: a circle that no
+        # collector sees, and that would keep the engine for ever with the parameters that were replaced.
+        for param in self._model.parameters():
+            for name in ("_z3_optimizer", "_zero_optimizer", "_hp_mapping"):
+                param.__dict__.pop(name, None)
         del self._engine, self._shards
 
 

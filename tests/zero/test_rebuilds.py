@@ -36,12 +36,11 @@ def test_no_module_gathers_hooks(counts: Any) -> None:
             assert count["hooks"] == process[0]["hooks"]
 
 
-def test_engines_do_not_pile_up(counts: Any) -> None:
+def test_every_replaced_engine_is_gone(counts: Any) -> None:
     for process in counts:
         early, late = process[19], process[99]
-        assert all(count["old_engine_is_gone"] for count in process[20:])
-        # Up to two engines of the first adjustments stay, held from outside Python's collector.
-        assert late["alive"] == early["alive"] and max(late["alive"].values()) <= 3
+        assert all(count["old_engine_is_gone"] for count in process if count["ranks"][0] != count["ranks"][1])
+        assert set(early["alive"].values()) == set(late["alive"].values()) == {1}
 
 
 def test_no_tensors_and_objects_pile_up(counts: Any) -> None:
