@@ -1,4 +1,4 @@
-"""The trained triples of a checkpoint, read block by block."""
+"""The trained triples of a checkpoint, read linear by linear."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,28 +6,44 @@ from types import TracebackType
 
 import torch
 
+from dynrank_ds.adapters.linear import Part
 from dynrank_ds.checkpoints import check_tensors, read_state
 from dynrank_ds.errors import RunError
 from dynrank_ds.tensorfile import TensorFileReader
 
 
 @dataclass(frozen=True)
-class BlockShape:
-    """One adapted linear: y = W x + scale * B^T diag(e g) A x with `rank` triples, e = 1 or g = 1 where absent."""
+class LinearShape:
+    """One adapted linear: W x + scale * B^T A x with `rank` triples, those of all its heads where they are blocks."""
 
+    rank: int
+    scale: float
+    in_features: int
+    out_features: int
+    heads: int
+    """Blocks that it falls into; 1 for a linear that is one block."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What state.json says of a block: scale * B^T diag(e g) A with e = 1 or g = 1 where absent."""
+
+    name: str
     rank: int
     scale: float
     in_features: int
     out_features: int
     gate: list[float] | None = None
     """Per triple, the gate that the method keeps outside the triples."""
+    part: Part | None = None
+    """Which rows or columns of which linear it is, where it is not a linear's whole."""
 
 
 class TrainedAdapter:
     """The fp32 triples of a checkpoint.
 
     Attributes:
-        blocks: the shape of every adapted linear by its module name, those of rank 0 too.
+        linears: the shape of every adapted linear by its module name, those of rank 0 too.
         base_model: folder or hub id of the frozen base.
 
     Raises:
@@ -39,24 +55,35 @@ class TrainedAdapter:
         self.base_model: str = state["base_model"]
         self.step: int = state["step"]
         self.method: str = state["method"]
-        self.blocks = {name: BlockShape(**_shape_fields(value)) for name, value in state["blocks"].items()}
+        self._blocks: dict[str, list[_Block]] = {}
+        for name, value in state["blocks"].items():
+            block = _block(name, value)
+            self._blocks.setdefault(block.part.linear if block.part else name, []).append(block)
+        self.linears = {name: _linear(blocks) for name, blocks in self._blocks.items()}
         self._path = check_tensors(checkpoint, state)
         self._file = TensorFileReader(self._path)
 
     def triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, in) and diag(e g) B (r, out) of the block `name`, whose rank must be above 0, in fp32.
+        """A (r, in) and diag(e g) B (r, out) of the linear `name`, whose rank must be above 0, in fp32.
+
+        Triples of a head are zero outside its columns in A or its rows in B.
 
         Raises:
             RunError: for a tensor that is missing, misshapen or not finite.
         """
-        block = self.blocks[name]
-        a = self._tensor(f"master/{name}.lora_A", (block.rank, block.in_features))
-        b = self._tensor(f"master/{name}.lora_B", (block.rank, block.out_features))
-        if f"master/{name}.lora_E" in self._file.entries:
-            b *= self._tensor(f"master/{name}.lora_E", (block.rank,))[:, None]
+        pairs = [self._triples(block) for block in self._blocks[name] if block.rank]
+        return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+
+    def _triples(self, block: _Block) -> tuple[torch.Tensor, torch.Tensor]:
+        a = self._tensor(f"master/{block.name}.lora_A", (block.rank, block.in_features))
+        b = self._tensor(f"master/{block.name}.lora_B", (block.rank, block.out_features))
+        if f"master/{block.name}.lora_E" in self._file.entries:
+            b *= self._tensor(f"master/{block.name}.lora_E", (block.rank,))[:, None]
         if block.gate is not None:
             b *= torch.tensor(block.gate)[:, None]
-        return a, b
+        if block.part is None:
+            return a, b
+        return (_widened(a, block.part), b) if block.part.side == "columns" else (a, _widened(b, block.part))
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         entry = self._file.entries.get(name)
@@ -82,5 +109,22 @@ class TrainedAdapter:
         self._file.close()
 
 
-def _shape_fields(value: dict) -> dict:
-    return {field: value[field] for field in BlockShape.__dataclass_fields__ if field in value}
+def _block(name: str, value: dict) -> _Block:
+    fields = {field: value[field] for field in ("rank", "scale", "in_features", "out_features")}
+    part = value.get("part")
+    return _Block(name, **fields, gate=value.get("gate"), part=Part(**part) if part else None)
+
+
+def _linear(blocks: list[_Block]) -> LinearShape:
+    """The linear that these blocks make up, or the only one is."""
+    first = blocks[0]
+    sides = {"columns": first.in_features, "rows": first.out_features}
+    if first.part is not None:
+        sides[first.part.side] = first.part.of
+    rank = sum(block.rank for block in blocks)
+    return LinearShape(rank, first.scale, sides["columns"], sides["rows"], len(blocks))
+
+
+def _widened(factor: torch.Tensor, part: Part) -> torch.Tensor:
+    """(r, part) -> (r, whole), zero elsewhere."""
+    return torch.nn.functional.pad(factor, (part.start, part.of - part.stop))

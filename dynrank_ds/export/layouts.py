@@ -1,6 +1,7 @@
 """PEFT adapter folders from trained triples, in two layouts."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ from dynrank_ds.errors import RunError
 from dynrank_ds.export.checkpoint import TrainedAdapter
 from dynrank_ds.export.folder import staged_folder
 from dynrank_ds.tensorfile import TensorEntry, TensorFileWriter
+
+_log = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -45,19 +48,22 @@ def export_checkpoint(checkpoint: Path, output: Path, write: Layout | None = Non
         record = {"from": str(checkpoint.resolve()), "method": adapter.method, "step": adapter.step}
         with staged_folder(output, record) as folder:
             write(adapter, folder)
+        _tell_ranks(adapter)
 
 
 def write_peft(adapter: TrainedAdapter, folder: Path) -> None:
     """PEFT files in which every module keeps its own rank and modules of rank 0 are left out.
 
+    Where heads are blocks a module's rank is the sum of theirs: PEFT knows no block structure.
+
     e is folded into B; the scale is PEFT's alpha / r. Patterns list every module by its full name: PEFT and
     vLLM take the first key that matches a module's name or a dotted suffix of it, so longer names come first.
     """
-    ranks = {name: block.rank for name, block in adapter.blocks.items() if block.rank > 0}
+    ranks = {name: linear.rank for name, linear in adapter.linears.items() if linear.rank > 0}
     if not ranks:
         raise RunError(f"Every module of step {adapter.step} has rank 0: the adapter changes nothing")
     names = sorted(ranks, key=lambda name: (-len(name), name))
-    alphas = {name: _plain(adapter.blocks[name].scale * ranks[name]) for name in names}
+    alphas = {name: _plain(adapter.linears[name].scale * ranks[name]) for name in names}
     largest = max(names, key=lambda name: ranks[name])
     uniform = len({(ranks[name], alphas[name]) for name in names}) == 1
     config = _config(adapter, list(ranks), ranks[largest], alphas[largest])
@@ -72,22 +78,31 @@ def write_padded(adapter: TrainedAdapter, folder: Path) -> None:
     Modules of rank 0 are zeros. The scale is folded into B, so that alpha = r: right also on engines that
     ignore `rank_pattern`.
     """
-    rank = max(block.rank for block in adapter.blocks.values())
+    rank = max(linear.rank for linear in adapter.linears.values())
     if rank == 0:
         raise RunError(f"Every module of step {adapter.step} has rank 0: the adapter changes nothing")
-    config = _config(adapter, list(adapter.blocks), rank, rank)
-    _write(folder, config, adapter, dict.fromkeys(adapter.blocks, rank), _padded_triples(adapter, rank))
+    config = _config(adapter, list(adapter.linears), rank, rank)
+    _write(folder, config, adapter, dict.fromkeys(adapter.linears, rank), _padded_triples(adapter, rank))
+
+
+def _tell_ranks(adapter: TrainedAdapter) -> None:
+    """Says what rank an engine that serves the adapter must allow, which heads that are blocks make far larger."""
+    name, largest = max(adapter.linears.items(), key=lambda item: item[1].rank)
+    heads = f", the sum of the ranks of its {largest.heads} heads" if largest.heads > 1 else ""
+    _log.info(
+        "adapter of rank up to %d (%s)%s: vLLM's max_lora_rank must allow it", largest.rank, name, heads
+    )
 
 
 _LAYOUTS: dict[str, Layout] = {"peft": write_peft, "padded": write_padded}
 
 
 def _padded_triples(adapter: TrainedAdapter, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    for name, block in adapter.blocks.items():
-        a, b = torch.zeros(rank, block.in_features), torch.zeros(rank, block.out_features)
-        if block.rank > 0:
-            a[: block.rank], b[: block.rank] = adapter.triples(name)
-            b *= block.scale
+    for name, linear in adapter.linears.items():
+        a, b = torch.zeros(rank, linear.in_features), torch.zeros(rank, linear.out_features)
+        if linear.rank > 0:
+            a[: linear.rank], b[: linear.rank] = adapter.triples(name)
+            b *= linear.scale
         yield name, a, b
 
 
@@ -127,9 +142,9 @@ def _write(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     entries = []
     for name, rank in ranks.items():
-        block = adapter.blocks[name]
-        entries.append(TensorEntry(factor_key(name, "A"), torch.float32, (rank, block.in_features)))
-        entries.append(TensorEntry(factor_key(name, "B"), torch.float32, (block.out_features, rank)))
+        linear = adapter.linears[name]
+        entries.append(TensorEntry(factor_key(name, "A"), torch.float32, (rank, linear.in_features)))
+        entries.append(TensorEntry(factor_key(name, "B"), torch.float32, (linear.out_features, rank)))
     changes = False
     with TensorFileWriter(folder / WEIGHTS, entries) as file:
         for name, a, b in triples:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from dynrank_ds.adapters.linear import Block
 from dynrank_ds.methods.adalora import AdaLoRA, AdaLoRAConfig
+from dynrank_ds.methods.ard_lora import ARDLoRA, ARDLoRAConfig
 from dynrank_ds.methods.base import Method, MethodConfig
 from dynrank_ds.methods.dynamic_dora import DynamicDoRA, DynamicDoRAConfig
 from dynrank_ds.methods.elalora import ElaLoRA, ElaLoRAConfig
@@ -31,7 +32,8 @@ AnyMethodConfig = Annotated[
     | IncreLoRAConfig
     | DynamicDoRAConfig
     | WeightLoRAConfig
-    | WeightLoRAPlusConfig,
+    | WeightLoRAPlusConfig
+    | ARDLoRAConfig,
     Field(discriminator="name"),
 ]
 
@@ -44,6 +46,7 @@ _CLASSES: dict[type[MethodConfig], type[Method]] = {
     DynamicDoRAConfig: DynamicDoRA,
     WeightLoRAConfig: WeightLoRA,
     WeightLoRAPlusConfig: WeightLoRAPlus,
+    ARDLoRAConfig: ARDLoRA,
 }
 METHOD_NAMES = tuple(config.model_fields["name"].default for config in _CLASSES)
 

@@ -107,6 +107,7 @@ class _Writer:
                     "out_features": shape.out_features,
                     "births": births.tolist(),
                     "gate": None if gate is None else gate.expand(rank).tolist(),
+                    "part": None if block.part is None else asdict(block.part),
                 }
                 for shape, rank, block, births, gate in zip(
                     layout.shapes,

@@ -1,0 +1,251 @@
+"""ARD-LoRA: every attention head of every linear has a rank of its own, r0 times a learned factor alpha.
+
+Of the paper only the abstract and second-hand summaries are public to us. From them: r_lh(t) =
+max(1, round(r0 alpha_lh(t))), the loss L_task + lambda R(alpha) with R an l1 term and beta times a total variation, one
+learning rate for the adapters and one for alpha. All else is ours and said at each place: how a rank of whole numbers
+gets a gradient, what the variation is taken against, when ranks are committed, and what happens to their triples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dynrank_ds.adapters.initial import lora_factors
+from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
+from dynrank_ds.ranking.layout import ShardLayout
+from dynrank_ds.ranking.plan import RankPlan, RankState
+
+
+class ARDLoRAConfig(MethodConfig):
+    """Recipe section `method: {name: ard_lora, ...}`; adapter.rank is r0, of one head. Defaults are ours."""
+
+    name: Literal["ard_lora"] = "ard_lora"
+    t_i: Steps
+    """Initial steps in which alpha stands still, so that B leaves 0. The first commit, at step t_i, adds the spare
+    slots."""
+    interval: Steps
+    """Steps between commits of whole ranks."""
+    t_f: Steps
+    """Final steps with whole ranks: alpha is frozen, gates are 1."""
+    alpha_lr: float = Field(default=1e-2, gt=0)
+    """The paper's eta_alpha: peak learning rate of alpha's Adam, under the recipe's schedule."""
+    alpha_max: float = Field(default=2.0, gt=1)
+    """Largest alpha: a rank stays at or below ceil(alpha_max r0)."""
+    sparsity: float = Field(default=1e-2, ge=0)
+    """The paper's lambda, of the whole regulariser."""
+    variation: float = Field(default=0.1, ge=0)
+    """The paper's beta, of the total variation inside it."""
+    reference: Literal["commit", "previous"] = "commit"
+    """What alpha's variation is taken against: its value at the last commit, which holds ranks where they are, or
+    that of the step before, which only damps its moves."""
+    alpha_per: Literal["block", "head"] = "block"
+    """One alpha per block, that is per linear and head; or one for the q, k, v and o blocks of a key/value head, the
+    paper's alpha_lh, which has no index for the linear."""
+
+
+class ARDLoRA(Method):
+    """dW = s sum_i m_i b_i a_i with gates m_i = clamp(r0 alpha - (i - 1), 0, 1), i from 1.
+
+    Their sum is the continuous rank r0 alpha.
+    """
+
+    init = staticmethod(lora_factors)
+    factors = ("lora_A", "lora_B")
+    per_head = True
+
+    def __init__(
+        self, config: ARDLoRAConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+    ) -> None:
+        super().__init__(config, blocks, total_steps, device)
+        self.config = config
+        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
+        self.interval = resolve_steps(config.interval, total_steps, "method.interval")
+        t_f = resolve_steps(config.t_f, total_steps, "method.t_f")
+        self.end = total_steps - t_f
+        """The step of the last commit."""
+        if self.interval < 1:
+            raise RecipeError(
+                f"method.interval is {config.interval}, less than one of the {total_steps} steps: give at least 1"
+            )
+        if t_f < 1:
+            raise RecipeError(f"method.t_f is {config.t_f}: give at least one step with whole ranks")
+        if self.t_i + self.interval >= self.end:
+            raise RecipeError(
+                f"method.t_i {self.t_i} + method.interval {self.interval} leaves no commit before the last at step "
+                f"{self.end} (train steps {total_steps} less method.t_f): alpha would hardly decide anything"
+            )
+        self.r0 = next(iter(blocks.values())).initial_rank
+        # Rounded first: 1.1 x 10 is a little more than 11 in floating point.
+        self.most_slots = math.ceil(round(config.alpha_max * self.r0, 9))
+        self.blocks = list(blocks.values())
+        for index, block in enumerate(self.blocks):
+            block.work = self._work(index)
+        self.alpha_of = alpha_of_blocks(blocks) if config.alpha_per == "head" else list(range(len(blocks)))
+        self.alpha = torch.ones(max(self.alpha_of) + 1, device=device)
+        self.reference = self.alpha.clone()
+        self.adam = torch.optim.Adam([self.alpha], lr=config.alpha_lr)
+        # What Adam would create at its first step, so that a checkpoint always has it.
+        self.adam.state[self.alpha] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(self.alpha),
+            "exp_avg_sq": torch.zeros_like(self.alpha),
+        }
+        self.hard = False
+        """Whether gates are 1: after the last commit."""
+
+    # --- gates
+
+    def start(self, layout: ShardLayout) -> None:
+        self._lay_out(layout.ranks)
+
+    def _lay_out(self, ranks: Sequence[int]) -> None:
+        """Gates of these ranks, as views of one vector over all triples."""
+        counts = torch.tensor(ranks)
+        self._alpha_of_triple = torch.repeat_interleave(torch.tensor(self.alpha_of), counts).to(self.device)
+        self._slot = torch.cat([torch.arange(rank) for rank in ranks]).to(self.device)
+        self._gates = torch.ones(sum(ranks), device=self.device)
+        self._gate_gradients = torch.zeros(sum(ranks), dtype=torch.float64, device=self.device)
+        self._gradient_of = self._gate_gradients.split(list(ranks))
+        for block, gate in zip(self.blocks, self._gates.split(list(ranks)), strict=True):
+            block.gate = None if self.hard else gate
+        self._refresh()
+
+    def _beyond(self) -> Tensor:
+        """r0 alpha - (i - 1) of every triple: its gate before clamping."""
+        return self.r0 * self.alpha[self._alpha_of_triple] - self._slot
+
+    def _refresh(self) -> None:
+        self._gates.copy_(self._beyond().clamp_(0, 1))
+
+    def _work(self, block: int) -> BackwardWork:
+        def work(backward: BlockBackward) -> None:
+            if self.t_i < self.micro_batch.step <= self.end:
+                assert backward.grad_gate is not None
+                self._gradient_of[block].add_(backward.grad_gate)
+
+        return work
+
+    # --- alpha
+
+    def observe(self, view: StepView) -> None:
+        if not self.t_i < view.step <= self.end:
+            return
+        mine = torch.zeros(len(self.alpha) + 1, dtype=torch.float64, device=self.device)
+        beyond = self._beyond()
+        # The derivative of clamp is 1 at both of its ends, as autograd has it.
+        moving = self._gate_gradients * ((beyond >= 0) & (beyond <= 1)) * self.r0
+        mine.index_add_(0, self._alpha_of_triple, moving)
+        mine[-1] = 1
+        self._gate_gradients.zero_()
+        # Gradients are means over processes; the last entry counts them.
+        summed = view.total(mine)
+        before = self.alpha.clone()
+        self.alpha.grad = (summed[:-1] / summed[-1] + self.penalty_gradient()).float()
+        self.adam.param_groups[0]["lr"] = self.config.alpha_lr * view.schedule
+        self.adam.step()
+        # The least alpha still rounds to rank 0, which counts as 1.
+        self.alpha.clamp_(1 / (2 * self.r0), self.config.alpha_max)
+        if self.config.reference == "previous":
+            self.reference.copy_(before)
+        self._refresh()
+
+    def penalty_gradient(self) -> Tensor:
+        """Gradient of lambda (sum alpha + beta sum huber(alpha - reference)) / n by alpha (n,), fp64.
+
+        Huber with threshold 1, whose curvature of 1 gives the l1-smoothness lambda beta of the paper's Theorem III.1.
+        """
+        away = self.alpha.double() - self.reference.double()
+        weight = self.config.sparsity / len(self.alpha)
+        return weight * (1 + self.config.variation * away.clamp(-1, 1))
+
+    def discard_step(self) -> None:
+        self._gate_gradients.zero_()
+
+    # --- ranks
+
+    def adjusts_at(self, step: int) -> bool:
+        commits = self.t_i <= step < self.end and (step - self.t_i) % self.interval == 0
+        return commits or step == self.end
+
+    def planned_adjustments(self) -> int:
+        return len(range(self.t_i or self.interval, self.end, self.interval)) + 1
+
+    def scores(self, view: StepView) -> Sequence[Tensor]:
+        """Per block the continuous rank r0 alpha, repeated over its triples."""
+        return view.layout.by_block(self.r0 * self.alpha.double()[self._alpha_of_triple])
+
+    def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
+        """r = max(1, round(r0 alpha)), half to even, and one spare slot to grow into until the last commit.
+
+        A commit before the last changes no function: r + 1 slots hold every gate above 0.
+        """
+        spare = 0 if state.step == self.end else 1
+        keep, new = [], []
+        for block_scores, rank, max_rank in zip(scores, state.ranks, state.max_ranks, strict=True):
+            slots = min(max(1, round(float(block_scores[0]))) + spare, self.most_slots, max_rank)
+            keep.append(tuple(range(min(rank, slots))))
+            new.append(max(0, slots - rank))
+        return RankPlan(tuple(keep), tuple(new))
+
+    def applied(self, plan: RankPlan) -> None:
+        if self.config.reference == "commit":
+            self.reference.copy_(self.alpha)
+        self.hard = self.micro_batch.step == self.end
+        self._lay_out(plan.ranks)
+
+    def gates(self) -> list[Tensor | None]:
+        return [block.gate for block in self.blocks]
+
+    # --- checkpoints
+
+    def replicated_state(self) -> dict[str, Tensor]:
+        state = self.adam.state[self.alpha]
+        return {
+            "alpha": self.alpha,
+            "reference": self.reference,
+            "exp_avg": state["exp_avg"],
+            "exp_avg_sq": state["exp_avg_sq"],
+            "adam_step": state["step"].view(1),
+            "hard": torch.tensor([int(self.hard)]),
+        }
+
+    def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:
+        state = self.replicated_state()
+        for name in ("alpha", "reference", "exp_avg", "exp_avg_sq", "adam_step"):
+            state[name].copy_(values[name])
+        self.hard = bool(values["hard"])
+        self._lay_out([len(gradient) for gradient in self._gradient_of])
+
+
+def alpha_of_blocks(blocks: Mapping[str, Block]) -> list[int]:
+    """Per block the number of its alpha, where the heads of one attention that work on a key/value head share one.
+
+    Under grouped-query attention that is the key/value head itself and all query heads of its group. A block
+    that is no head has its own.
+    """
+    heads: dict[str, tuple[str, int, int]] = {}
+    fewest: dict[str, int] = {}
+    for name, block in blocks.items():
+        if block.part is not None:
+            attention = block.part.linear.rpartition(".")[0]
+            count = block.part.of // (block.part.stop - block.part.start)
+            heads[name] = (attention, block.part.start * count // block.part.of, count)
+            fewest[attention] = min(count, fewest.get(attention, count))
+
+    def key(name: str) -> tuple[str, int]:
+        if name not in heads:
+            return name, 0
+        attention, head, count = heads[name]
+        return attention, head * fewest[attention] // count
+
+    keys = [key(name) for name in blocks]
+    number = {k: i for i, k in enumerate(dict.fromkeys(keys))}
+    return [number[k] for k in keys]
