@@ -35,14 +35,14 @@ def check() -> None:
         raise MachineError("the math task needs the package math-verify: `pip install math-verify==0.9.0`.")
 
 
-def compare(pairs: Sequence[tuple[str, str]], deadline: float = DEADLINE_SECONDS) -> list[Equality]:
+def compare(pairs: Sequence[tuple[str, str]], deadline: float | None = None) -> list[Equality]:
     """For each (gold, answer), whether math-verify takes the answer for the gold's value.
 
-    Both are wrapped as `$...$` first: bare LaTeX is often not recognised.
+    Both are wrapped as `$...$` first: bare LaTeX is often not recognised. `deadline` is in seconds, 10 where None.
     """
     workers = max(1, min(os.cpu_count() or 1, len(pairs) // 20 + 1))
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    everyone = [_Worker(deadline) for _ in range(workers)]
+    everyone = [_Worker(deadline or DEADLINE_SECONDS) for _ in range(workers)]
     for worker in everyone:
         idle.put(worker)
 
