@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from dynrank_ds.adapters.initial import block_generator, lora_factors
+from dynrank_ds.adapters.initial import block_generator
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.weightlora import (
@@ -23,23 +23,11 @@ from dynrank_ds.methods.weightlora import (
 )
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
+from tests.methods.regression import SCALE, Regression, live
 from tests.methods.small import CPU, SIDES, blocks, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend
 
 RANK = 2
-
-
-def live(dtype: torch.dtype = torch.float32) -> dict[str, AdaptedLinear]:
-    """The same blocks at every call, of scale 1.5; B is drawn too, as after some steps."""
-    made = {}
-    for name, sides in SIDES.items():
-        base = nn.Linear(*sides, bias=False, dtype=dtype).requires_grad_(False)
-        base.weight.normal_(generator=block_generator(0, name, 2))
-        factors = lora_factors(RANK, *sides, block_generator(0, name, 0))
-        factors["lora_B"].normal_(generator=block_generator(0, name, 1))
-        made[name] = AdaptedLinear(base, 1.5)
-        made[name].set_factors(factors)
-    return made
 
 
 def weightlora(made: dict[str, AdaptedLinear] | None = None, **config: Any) -> WeightLoRA:
@@ -80,39 +68,15 @@ STEPS, T = 6, 5
 RATES = [0.2, 0.6, 1.0, 0.8, 0.5, 0.3]
 
 
-class Task:
-    """Regression on drawn data: for every step, process and micro-batch, inputs and targets of each block."""
-
-    def __init__(self, size: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(features: int) -> Tensor:
-            return torch.randn(4, features, generator=generator, dtype=torch.float64)
-
-        self.data = {
-            (step, process, micro_batch, name): (draw(n_in), draw(n_out))
-            for step in range(1, STEPS + 1)
-            for process in range(size)
-            for micro_batch in range(2)
-            for name, (n_in, n_out) in SIDES.items()
-        }
-
-    def losses(self, step: int, name: str, processes: range, layer: Callable[[Tensor], Tensor]) -> Tensor:
-        """Summed over micro-batches."""
-        parts = [self.data[step, p, m, name] for p in processes for m in range(2)]
-        return torch.stack([(layer(x) - y).square().mean() for x, y in parts]).sum()
-
-
-def stoiht(task: Task, size: int, k: int) -> list[Tensor]:
+def stoiht(task: Regression, k: int) -> list[Tensor]:
     """w after every step, by autograd through dense matrices: w <- H_k(max(w - lr grad, 0)) until T."""
     w, seen = torch.ones(3, dtype=torch.float64), []
     for step in range(1, STEPS + 1):
         if step <= T:
             leaf = w.clone().requires_grad_()
-            for index, (name, block) in enumerate(live(torch.float64).items()):
-                delta = 1.5 * block.lora_B.detach().T @ block.lora_A.detach()
-                matrix = block.base.weight + leaf[index] * delta
-                task.losses(step, name, range(size), lambda x, m=matrix: x @ m.T).backward()
+            for index, (name, block) in enumerate(live(RANK, torch.float64).items()):
+                delta = SCALE * block.lora_B.detach().T @ block.lora_A.detach()
+                task.whole_loss(step, name, block.base.weight + leaf[index] * delta).backward()
             w = (w - 0.15 * RATES[step - 1] * leaf.grad).clamp_min(0)
             dropped = sorted(range(3), key=lambda i: (-float(w[i]), i))[k:]
             w[dropped] = 0
@@ -123,18 +87,16 @@ def stoiht(task: Task, size: int, k: int) -> list[Tensor]:
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("k", [1, 2])
 def test_weights_follow_projected_sgd_on_the_gradient_of_the_whole_batch(size: int, k: int) -> None:
-    task = Task(size)
+    task = Regression(STEPS, size)
 
     def work(process: PretendProcess) -> list[Tensor]:
-        made, seen = live(torch.float64), []
+        made, seen = live(RANK, torch.float64), []
         method = weightlora(made, weight_lr=0.15, k=k)
         layout = ShardLayout(method.shapes, (RANK,) * 3, method.factors, whole)
         method.start(layout)
         for step in range(1, STEPS + 1):
             method.micro_batch.step = step
-            for name, block in made.items():
-                # Losses are scaled by the number of processes, because the engine takes the mean over them.
-                (size * task.losses(step, name, range(process.rank, process.rank + 1), block)).backward()
+            task.backward(step, process.rank, made)
             nothing = torch.empty(0)
             method.observe(step_view(nothing, nothing, layout, process.total, step, schedule=RATES[step - 1]))
             assert process.sums == min(step, T)  # one a step until T
@@ -142,7 +104,7 @@ def test_weights_follow_projected_sgd_on_the_gradient_of_the_whole_batch(size: i
             seen.append(method.w.clone())
         return seen
 
-    expected = stoiht(task, size, k)
+    expected = stoiht(task, k)
     assert any(not torch.equal(w > 0, expected[0] > 0) for w in expected), "no adapter ever came back"
     for got in run_pretend(size, work):
         for ours, theirs in zip(got, expected, strict=True):
@@ -150,7 +112,7 @@ def test_weights_follow_projected_sgd_on_the_gradient_of_the_whole_batch(size: i
 
 
 def test_nothing_is_projected_while_w_has_no_gradient() -> None:
-    made = live()
+    made = live(RANK)
     method = weightlora(made)
     layout = ShardLayout(method.shapes, (RANK,) * 3, method.factors, whole)
     for block in made.values():  # B = 0, as at the first step
@@ -161,7 +123,7 @@ def test_nothing_is_projected_while_w_has_no_gradient() -> None:
 
 
 def test_a_discarded_step_leaves_no_trace() -> None:
-    made = live()
+    made = live(RANK)
     method = weightlora(made, weight_lr=0.01)
     layout = ShardLayout(method.shapes, (RANK,) * 3, method.factors, whole)
     view = step_view(torch.empty(0), torch.empty(0), layout)
@@ -172,7 +134,7 @@ def test_a_discarded_step_leaves_no_trace() -> None:
 
 
 def test_saved_weights_come_back_into_the_blocks() -> None:
-    made = live()
+    made = live(RANK)
     method = weightlora(made)
     method.set_replicated_state({"w": torch.tensor([0.5, 0.0, 2.0])})
     assert [float(block.gate) for block in made.values()] == [0.5, 0.0, 2.0]
