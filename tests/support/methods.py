@@ -21,4 +21,5 @@ METHODS: dict[str, dict[str, Any]] = {
     "dynamic_dora": {"name": "dynamic_dora", "t_i": 3, "interval": 4, "t_f": 5, "target_rank": 3},
     "weightlora": {"name": "weightlora", "k": 5, "disconnect_at": 8},
     "weightlora_plus": {"name": "weightlora_plus", "k": 5, "disconnect_at": 8},
+    "ard_lora": {"name": "ard_lora", "t_i": 2, "interval": 4, "t_f": 5, "alpha_lr": 0.05},
 }
