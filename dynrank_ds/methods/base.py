@@ -153,7 +153,7 @@ class Method:
         """Takes this process's part back."""
 
     def replicated_state(self) -> dict[str, Tensor]:
-        """What every process holds alike, such as gates: small fp32 or int64 tensors."""
+        """What every process holds alike, such as gates: small tensors."""
         return {}
 
     def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:

@@ -13,17 +13,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.initial import svd_factors
-from dynrank_ds.adapters.linear import Block, BlockBackward
+from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView, resolve_steps
-from dynrank_ds.methods.penalties import add_orthogonality
+from dynrank_ds.methods.base import Steps, StepView, resolve_steps
+from dynrank_ds.methods.penalties import orthogonality_work
+from dynrank_ds.methods.sensitivity import SensitivityConfig, SensitivityMethod
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples, spread_over_blocks
-from dynrank_ds.ranking.statistics import InputEnergy, Sensitivity
+from dynrank_ds.ranking.statistics import InputEnergy
 
 
-class PEDyRAConfig(MethodConfig):
+class PEDyRAConfig(SensitivityConfig):
     """Recipe section `method: {name: pe_dyra, ...}`."""
 
     name: Literal["pe_dyra"] = "pe_dyra"
@@ -56,17 +56,10 @@ class PEDyRAConfig(MethodConfig):
     """Whether a module is judged by its triples after the pruning of the same adjustment (Algorithm 2) or before."""
     importance: Literal["scores", "random"] = "scores"
     """`random` draws every score anew at each adjustment: the ablation that shows what scores are worth."""
-    beta1: float = Field(default=0.85, ge=0, lt=1)
-    beta2: float = Field(default=0.85, ge=0, lt=1)
-    orthogonality: float = Field(default=0.1, ge=0)
-    """The paper's gamma."""
 
 
-class PEDyRA(Method):
+class PEDyRA(SensitivityMethod):
     """PE-DyRA (paper sections 3.2 to 3.4) with physical rank changes."""
-
-    init = staticmethod(svd_factors)
-    factors = ("lora_A", "lora_E", "lora_B")
 
     def __init__(
         self,
@@ -80,6 +73,7 @@ class PEDyRA(Method):
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
         self.interval = resolve_steps(config.interval, total_steps, "method.interval")
         self.end = total_steps - resolve_steps(config.t_f, total_steps, "method.t_f")
+        self.last_observed = self.end - 1
         if self.interval < 1:
             raise RecipeError(
                 f"method.interval is {config.interval}, less than one of the {total_steps} steps: give at least 1"
@@ -95,17 +89,20 @@ class PEDyRA(Method):
                 "moves: both and a number k"
             )
         self.energy = InputEnergy(self.shapes, config.beta1, device)
-        # Mean over all 2n factor matrices, as AdaLoRA's code has it.
-        coefficient = config.orthogonality / (2 * len(self.shapes))
+        penalty = orthogonality_work(config.orthogonality, len(blocks), self.micro_batch)
         for index, block in enumerate(blocks.values()):
-            block.work = _BlockWork(index, self.energy, coefficient, self.micro_batch)
+            block.work = self._work(index, penalty)
 
-    def start(self, layout: ShardLayout) -> None:
-        self.sensitivity = Sensitivity(layout.numel, self.config.beta1, self.config.beta2, self.device)
+    def _work(self, block: int, penalty: BackwardWork) -> BackwardWork:
+        def work(backward: BlockBackward) -> None:
+            self.energy.add(block, backward.x, self.micro_batch.token_mask)
+            penalty(backward)
+
+        return work
 
     def observe(self, view: StepView) -> None:
-        if view.step < self.end:
-            self.sensitivity.update(view.weights, view.gradients)
+        super().observe(view)
+        if view.step <= self.last_observed:
             self.energy.update(view.tokens)
         else:
             self.energy.discard()
@@ -175,13 +172,6 @@ class PEDyRA(Method):
             new = spread_over_blocks(means, left, costs, room)
         return RankPlan(keep, tuple(new))
 
-    def row_statistics(self) -> dict[str, Tensor]:
-        return {"sensitivity": self.sensitivity.smoothed, "uncertainty": self.sensitivity.uncertainty}
-
-    def set_row_statistics(self, values: Mapping[str, Tensor]) -> None:
-        self.sensitivity.smoothed = values["sensitivity"]
-        self.sensitivity.uncertainty = values["uncertainty"]
-
     def partial_statistics(self) -> dict[str, Tensor]:
         return {"input_energy": self.energy.smoothed}
 
@@ -219,15 +209,3 @@ def _toward_theorem(scores: Sequence[Tensor], state: RankState, k_max: int) -> R
 def _by_mean(scores: Tensor) -> Tensor:
     """Non-negative scores with mean 1; zeros stay zeros. No epsilon: gradient scores can be below any fixed one."""
     return scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
-
-
-class _BlockWork:
-    """Input energy and the orthogonality gradient of one block, inside backward."""
-
-    def __init__(self, block: int, energy: InputEnergy, coefficient: float, micro_batch: MicroBatch) -> None:
-        self.block, self.energy, self.coefficient, self.micro_batch = block, energy, coefficient, micro_batch
-
-    def __call__(self, backward: BlockBackward) -> None:
-        self.energy.add(self.block, backward.x, self.micro_batch.token_mask)
-        # The engine does not scale what is added here: each micro-batch gives its share.
-        add_orthogonality(backward, self.coefficient * self.micro_batch.share)

@@ -25,7 +25,8 @@ class SensitivityConfig(MethodConfig):
     beta2: float = Field(default=0.85, ge=0, lt=1)
     """Smoothing of its uncertainty."""
     orthogonality: float = Field(default=0.1, ge=0)
-    """Coefficient of the mean of ||F F^T - I||_F over all A and B (the authors' code; the papers print squares)."""
+    """Coefficient of the mean of ||F F^T - I||_F over all A and B (AdaLoRA's code; the papers print squares; PE-DyRA's
+    gamma)."""
     observe: Literal["before_step", "after_step"] = "before_step"
     """Take weights and gradients before the optimizer step, gradients unclipped; or, as the authors' trainers call
     their allocator, weights after the step with clipped gradients from before it."""

@@ -74,7 +74,9 @@ class Trainer:
         self.batches = GlobalBatches(len(dataset), recipe.train.global_batch_size, recipe.train.seed)
         self.is_first = processes.rank() == 0
         self.stop_request = StopRequest()
-        self.masked_triples = 0
+        history = run.adjustments() if self.is_first else []
+        self.adjustments = len(history)
+        self.masked_triples = sum(map(len, history[-1]["masked"].values())) if history else 0
         """Triples whose gate the last adjustment set to zero."""
         self._discarded_in_a_row = 0
 
@@ -194,6 +196,7 @@ class Trainer:
             self.engine.mask(plan.masked)
         self.masked_triples = sum(map(len, plan.masked))
         self.method.applied(plan)
+        self.adjustments += 1
         if self.is_first:
             self._log_adjustment(plan, before, scores)
 
@@ -227,7 +230,7 @@ class Trainer:
         names = [shape.name for shape in self.engine.shapes]
         pruned = plan.pruned(before)
         self.run.log_adjustment(
-            adjustment=self.run.adjustments() + 1,
+            adjustment=self.adjustments,
             step=self.progress.step,
             before=dict(zip(names, before, strict=True)),
             after=dict(zip(names, plan.ranks, strict=True)),

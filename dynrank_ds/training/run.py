@@ -96,7 +96,6 @@ def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:
         "recipe": recipe.model_dump(mode="json"),
     }
     save = partial(checkpoint.save, run.path, progress, trainer.engine, trainer.method, about)
-    initial = trainer.engine.layout.ranks
     interval = recipe.train.checkpoint_interval
 
     with tqdm(total=trainer.total_steps, initial=progress.step, unit="step", disable=not first) as bar:
@@ -125,7 +124,7 @@ def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:
             run.path / "adapter",
             _eval_command(recipe, run.path),
         )
-        if planned_adjustments and run.adjustments() and trainer.engine.layout.ranks == initial:
+        if planned_adjustments and not any(a["pruned"] or a["added"] for a in run.adjustments()):
             logger.warning(
                 "ranks never changed although %s planned %d adjustments",
                 recipe.method.name,

@@ -47,10 +47,10 @@ class RunDirectory:
         """Appends a line to ranks.jsonl."""
         self._append("ranks.jsonl", values)
 
-    def adjustments(self) -> int:
-        """Lines in ranks.jsonl."""
+    def adjustments(self) -> list[dict[str, Any]]:
+        """The lines of ranks.jsonl."""
         path = self.path / "ranks.jsonl"
-        return len(path.read_text().splitlines()) if path.is_file() else 0
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with (self.path / name).open("a") as file:

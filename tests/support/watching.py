@@ -63,7 +63,8 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
         }
         for name, piece in pieces.items():
             state[f"{name} {block}.{factor}"] = without_padding(parameter, piece)
-    for name, value in {**method.row_statistics(), **method.partial_statistics()}.items():
+    statistics = {**method.row_statistics(), **method.partial_statistics(), **method.replicated_state()}
+    for name, value in statistics.items():
         state[f"statistic {name}"] = value
     optimizer = engine._engine.optimizer.optimizer
     steps = [optimizer.state[p]["step"] for group in optimizer.param_groups for p in group["params"]]

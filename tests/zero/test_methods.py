@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from dynrank_ds.methods import build_method
+from dynrank_ds.ranking.plan import RankState
+from dynrank_ds.recipe import load_recipe
+from dynrank_ds.training.prepare import adapt
 from tests.support.launch import run_worker
 from tests.support.methods import METHODS
-from tests.support.recipes import lines, write_recipe
+from tests.support.recipes import STEPS, lines, write_recipe
 
 # Configuration and overrides; 6 samples a step, so 3 micro-batches in one process and 3 or 1 in two.
-ALONE = ["zero3,train.micro_batch_size=2"]
+ALONE = ["zero3,train.micro_batch_size=2", "zero3,train.micro_batch_size=2,model.dtype=bf16"]
 TOGETHER = ["zero3", "zero2,train.micro_batch_size=3"]
 MORE = [
     "zero3_offload",
@@ -73,6 +79,31 @@ def check(folder: Path, method: str, setups: list[str]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_plan_and_train_as_one_does(two_processes: Path, method: str) -> None:
     check(two_processes, method, TOGETHER)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_adjustment_can_be_recomputed_from_the_log(folder: Path, method: str) -> None:
+    """In bf16 too: the same scores give the same plan."""
+    recipe = load_recipe(str(folder / f"{method}.yaml"))
+    for setup in ALONE:
+        blocks = adapt(AutoModelForCausalLM.from_pretrained(recipe.model.path), recipe)
+        policy = build_method(recipe.method, blocks, STEPS, torch.device("cpu"))
+        limits = tuple(min(block.in_features, block.out_features) for block in blocks.values())
+        adjustments = lines(folder / f"{method}-1-{setup}" / "ranks.jsonl")
+        assert adjustments
+        for line in adjustments:
+            scores = [torch.tensor(line["scores"][name], dtype=torch.float64) for name in blocks]
+            before = tuple(line["before"][name] for name in blocks)
+            state = RankState(before, limits, recipe.adapter.rank, line["step"], STEPS)
+            assert policy.plan(scores, state).sha256() == line["plan_sha256"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_trains_as_fp32_does_within_two_percent(folder: Path, method: str) -> None:
+    exact, rounded = (history(folder, method, 1, setup)[0] for setup in ALONE)
+    difference = max(abs(a - b) / a for a, b in zip(exact, rounded, strict=True))
+    print(f"{method}: largest relative difference {difference:.2%}")
+    assert difference <= 0.02
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dynrank_ds.adapters.linear import BlockBackward
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.zero import processes
+from tests.support.methods import METHODS
 from tests.support.watching import (
     adapter_parameters,
     differing,
@@ -110,7 +112,8 @@ class Poisoned(Trainer):
         row = POISONED.get(self.progress.batch)
         if row is None or processes.rank() != 1:
             return super()._accumulate(indices, targets)
-        work = self.engine.blocks[3].work
+        block = next(b for b in self.engine.blocks if b.lora_A is not None)
+        work = block.work
         assert work is not None
 
         def poisoned(backward: BlockBackward) -> None:
@@ -118,7 +121,7 @@ class Poisoned(Trainer):
             for gradient in (backward.grad_a, backward.grad_b):
                 gradient[row, -1 if row else 0] = torch.nan
 
-        with patch.object(self.engine.blocks[3], "work", poisoned):
+        with patch.object(block, "work", poisoned):
             return super()._accumulate(indices, targets)
 
     def _reduce(self, loss: Tensor, gradients: Tensor) -> StepResult:
@@ -162,7 +165,11 @@ def disagreement(folder: Path) -> None:
 
 
 def nan_on_one_process(folder: Path) -> None:
-    train_watched(folder / "recipe.yaml", Poisoned, f"output.dir={folder / 'nan'}", "model.dtype=bf16")
+    """Methods whose statistics are of elements, of blocks and of triples."""
+    for method in ("pe_dyra", "weightlora", "dynamic_dora"):
+        recipe = folder / f"{method}.yaml"
+        recipe.write_text(json.dumps({"base": "recipe.yaml", "method": METHODS[method]}))
+        train_watched(recipe, Poisoned, f"output.dir={folder / f'nan-{method}'}", "model.dtype=bf16")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,24 @@
+"""Runs in one process group, each started or gone on with: FOLDER, names of runs METHOD or METHOD-POINT, an override."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from dynrank_ds.recipe import load_recipe
+from dynrank_ds.training import run
+from tests.support.watching import main
+
+
+def runs(folder: Path) -> None:
+    *names, override = sys.argv[2:]
+    for name in names:
+        method = name.partition("-")[0]
+        recipe = load_recipe(str(folder / f"{method}.yaml"), [override, f"output.dir={folder / name}"])
+        run.train(recipe, True, torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main([runs])
