@@ -1,4 +1,4 @@
-"""Runs in one process group, each started or gone on with: FOLDER, names of runs METHOD or METHOD-POINT, an override."""
+"""Runs of one process group, begun or gone on with: FOLDER, names of runs METHOD or METHOD-POINT, an override."""
 
 from __future__ import annotations
 
