@@ -189,6 +189,25 @@ EXHAUST = [
         _solve("for n in range(10 ** 6): open(f'/dev/shm/dynrank-escape-{n}', 'wb').write(bytes(8 << 20))"),
         _EITHER,
     ),
+    Escape(
+        "memory-files",
+        "memory that is no process's own",
+        _solve(
+            "for n in range(1, 40):\n"
+            "    os.write(os.memfd_create(str(n)), bytes(8 << 20))\n"
+            "    if n == 30:\n"
+            "        while True: pass"
+        ),
+    ),
+    Escape(
+        "own-file-system",
+        "memory through a file system of its own",
+        _solve(
+            "import ctypes\nlibc = ctypes.CDLL(None)\nos.mkdir('t')\n"
+            "if libc.unshare(0x10000000 | 0x20000) == 0 and libc.mount(b'none', b't', b'tmpfs', 0, None) == 0:\n"
+            "    while True: pass"
+        ),
+    ),
     Escape("open-files", "descriptors", _solve("return [open('f', 'w') for _ in range(5000)]")),
     Escape("endless-output", "output", "while True: print('x' * 99999)", ("timeout",)),
     Escape(

@@ -13,100 +13,40 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dynrank_ds.errors import MachineError
+from dynrank_eval.sandbox import seccomp
 from dynrank_eval.sandbox.limits import Limits
+from dynrank_eval.sandbox.seccomp import filter_alone, filter_in_namespaces
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/dev/full")
 INSIDE = Path(__file__).with_name("inside")
-# Kernel objects that outlive the process, other processes, the kernel's own settings: nothing that a
-# benchmark's solution does.
-_REFUSED_CALLS = [
-    "add_key",
-    "bpf",
-    "chroot",
-    "delete_module",
-    "finit_module",
-    "fork",
-    "fsconfig",
-    "fsmount",
-    "fsopen",
-    "fspick",
-    "init_module",
-    "io_uring_enter",
-    "io_uring_register",
-    "io_uring_setup",
-    "kcmp",
-    "kexec_load",
-    "keyctl",
-    "kill",
-    "mount",
-    "mount_setattr",
-    "move_mount",
-    "move_pages",
-    "mq_open",
-    "msgget",
-    "name_to_handle_at",
-    "open_by_handle_at",
-    "open_tree",
-    "perf_event_open",
-    "pidfd_getfd",
-    "pidfd_open",
-    "pidfd_send_signal",
-    "pivot_root",
-    "process_madvise",
-    "process_vm_readv",
-    "process_vm_writev",
-    "ptrace",
-    "reboot",
-    "request_key",
-    "rt_sigqueueinfo",
-    "rt_tgsigqueueinfo",
-    "sched_setaffinity",
-    "semget",
-    "setns",
-    "setpriority",
-    "shmget",
-    "socket",
-    "swapoff",
-    "swapon",
-    "syslog",
-    "tgkill",
-    "tkill",
-    "umount2",
-    "unshare",
-    "userfaultfd",
-    "vfork",
-]
-_CLONE_THREAD = 0x00010000
-
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """The mechanisms in use: `bwrap` alone, or what there is of the other two.
+    """The mechanisms that work here.
 
     Attributes:
         bwrap: bubblewrap's program, None where it is not there or may not create namespaces.
-        landlock: files are closed by Landlock.
-        seccomp: the filter in the kernel's binary form, or None.
+        landlock: closes the file system where there is no bubblewrap.
+        seccomp: refuses system calls: with bubblewrap the exotic ones, without also network and processes.
     """
 
     bwrap: str | None
     landlock: bool
-    seccomp: bytes | None
+    seccomp: bool
 
     def covers(self) -> dict[str, str | None]:
         """What keeps a program from what; None: nothing does."""
         if self.bwrap is not None:
             return dict.fromkeys(("network", "files", "processes"), "namespaces (bubblewrap)")
-        by_seccomp = "seccomp" if self.seccomp is not None else None
+        by_seccomp = "seccomp" if self.seccomp else None
         return {
             "network": by_seccomp,
             "files": "Landlock" if self.landlock else None,
@@ -135,18 +75,19 @@ class Isolation:
                 "readable": [path for path in readable if os.path.exists(path)],
                 "writable": [str(folder), "/dev/null"],
             }
-        seccomp = None if self.bwrap is not None or self.seccomp is None else self.seccomp.hex()
-        return {"packages": _package_folders(), "landlock": landlock, "seccomp": seccomp}
+        filter_ = None
+        if self.seccomp:
+            filter_ = (filter_alone() if self.bwrap is None else filter_in_namespaces()).hex()
+        return {"packages": _package_folders(), "landlock": landlock, "seccomp": filter_}
 
 
-NOTHING = Isolation(None, False, None)
+NOTHING = Isolation(None, False, False)
 
 
 @functools.cache
 def detect() -> Isolation:
     """The strongest isolation that works on this machine, tried once a process."""
-    bwrap = _working_bubblewrap()
-    return Isolation(bwrap, landlock_works(), seccomp_filter())
+    return Isolation(_working_bubblewrap(), landlock_works(), seccomp.available())
 
 
 def require_network_isolation(isolation: Isolation) -> None:
@@ -227,26 +168,3 @@ def landlock_works() -> bool:
     except ImportError:
         return False
     return bool(landlockpy.supported())
-
-
-def seccomp_filter() -> bytes | None:
-    """No sockets, no new processes (threads stay), no signals, nothing exotic; None without the package."""
-    try:
-        import pyseccomp
-    except (ImportError, RuntimeError):
-        # RuntimeError: the package is there, libseccomp is not.
-        return None
-    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
-    refuse = pyseccomp.ERRNO(1)
-    for name in _REFUSED_CALLS:
-        # A kernel or architecture without the call needs no rule.
-        if pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) >= 0:
-            rules.add_rule(refuse, name)
-    rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, 0))
-    # clone3's flags lie in memory, where no filter looks: told that it is missing, the C library takes clone.
-    rules.add_rule(pyseccomp.ERRNO(38), "clone3")
-    rules.add_rule(refuse, "prlimit64", pyseccomp.Arg(0, pyseccomp.NE, 0))
-    with tempfile.TemporaryFile() as file:
-        rules.export_bpf(file)
-        file.seek(0)
-        return file.read()

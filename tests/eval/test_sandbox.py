@@ -14,9 +14,9 @@ import pytest
 
 from dynrank_ds.errors import MachineError
 from dynrank_eval import sandbox
-from dynrank_eval.sandbox import Isolation, Limits, Outcome, Program
+from dynrank_eval.sandbox import Isolation, Limits, Outcome, Program, seccomp
 from dynrank_eval.sandbox.attempts import attempt_all
-from dynrank_eval.sandbox.isolation import NOTHING, detect, landlock_works, seccomp_filter
+from dynrank_eval.sandbox.isolation import NOTHING, detect, landlock_works
 
 SHORT = Limits(wall_seconds=1.0)
 TESTS = ("assert f(1) == 2",)
@@ -29,9 +29,9 @@ def namespaces() -> Isolation:
 
 
 def landlock() -> Isolation:
-    if not landlock_works() or seccomp_filter() is None:
+    if not landlock_works() or not seccomp.available():
         pytest.skip("Landlock, landlockpy, pyseccomp or libseccomp is not there")
-    return Isolation(None, True, seccomp_filter())
+    return Isolation(None, True, True)
 
 
 def nothing() -> Isolation:
@@ -87,9 +87,10 @@ sys.path[:0] = json.loads(sys.argv[1])
 for folder in json.loads(sys.argv[1]):
     site.addsitedir(folder)
 from dynrank_eval.sandbox.attempts import attempt_all
-from dynrank_eval.sandbox.isolation import Isolation, detect, landlock_works, seccomp_filter
+from dynrank_eval.sandbox import seccomp
+from dynrank_eval.sandbox.isolation import Isolation, detect, landlock_works
 assert os.getuid() != 0
-best = detect() if sys.argv[2] == "namespaces" else Isolation(None, landlock_works(), seccomp_filter())
+best = detect() if sys.argv[2] == "namespaces" else Isolation(None, landlock_works(), seccomp.available())
 if best.missing():
     print("SKIP", best.covers())
     sys.exit()

@@ -1,0 +1,77 @@
+"""System-call filters, compiled by libseccomp (package pyseccomp) into the form that the kernel takes."""
+
+import errno
+import functools
+import tempfile
+from typing import Any
+
+# Kernel objects and memory that no limit counts, and the kernel's own settings: nothing that a solution does.
+_EXOTIC = (
+    "add_key bpf chroot delete_module finit_module fsconfig fsmount fsopen fspick init_module io_uring_enter "
+    "io_uring_register io_uring_setup kcmp kexec_load keyctl memfd_create memfd_secret mount mount_setattr "
+    "move_mount move_pages mq_open msgget name_to_handle_at open_by_handle_at open_tree perf_event_open "
+    "pidfd_getfd pivot_root process_madvise process_vm_readv process_vm_writev ptrace reboot request_key semget "
+    "setns shmget swapoff swapon syslog umount2 unshare userfaultfd"
+)
+# Other processes and the network, where no namespace keeps the program from them.
+_OTHERS = (
+    "fork kill pidfd_open pidfd_send_signal rt_sigqueueinfo rt_tgsigqueueinfo sched_setaffinity setpriority socket "
+    "tgkill tkill vfork"
+)
+_CLONE_THREAD = 0x00010000
+_CLONE_NEWUSER = 0x10000000
+
+
+def available() -> bool:
+    """The package and its library are there."""
+    try:
+        _library()
+    except (ImportError, RuntimeError):
+        # RuntimeError: the package is there, libseccomp is not.
+        return False
+    return True
+
+
+@functools.cache
+def filter_in_namespaces() -> bytes:
+    """Nothing exotic, and no namespaces of the program's own; the rest is what the sandbox's are for."""
+    seccomp = _library()
+    rules = _refusing(seccomp, _EXOTIC)
+    mask = seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_NEWUSER, _CLONE_NEWUSER)
+    rules.add_rule(seccomp.ERRNO(errno.EPERM), "clone", mask)
+    return _compiled(rules)
+
+
+@functools.cache
+def filter_alone() -> bytes:
+    """Also no sockets, no new processes (threads stay), no signals, no limits of other processes."""
+    seccomp = _library()
+    rules = _refusing(seccomp, f"{_EXOTIC} {_OTHERS}")
+    refuse = seccomp.ERRNO(errno.EPERM)
+    rules.add_rule(refuse, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, 0))
+    rules.add_rule(refuse, "prlimit64", seccomp.Arg(0, seccomp.NE, 0))
+    return _compiled(rules)
+
+
+def _library() -> Any:
+    import pyseccomp
+
+    return pyseccomp
+
+
+def _refusing(seccomp: Any, calls: str) -> Any:
+    rules = seccomp.SyscallFilter(seccomp.ALLOW)
+    for name in calls.split():
+        # A kernel or architecture without the call needs no rule.
+        if seccomp.resolve_syscall(seccomp.Arch.NATIVE, name) >= 0:
+            rules.add_rule(seccomp.ERRNO(errno.EPERM), name)
+    # clone3's flags lie in memory, where no filter looks: told that it is missing, the C library takes clone.
+    rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
+    return rules
+
+
+def _compiled(rules: Any) -> bytes:
+    with tempfile.TemporaryFile() as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()
