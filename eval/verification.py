@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from importlib.util import find_spec
 
+from tqdm import tqdm
+
 from dynrank_ds.errors import MachineError
 
 DEADLINE_SECONDS = 10.0
@@ -55,7 +57,7 @@ def compare(pairs: Sequence[tuple[str, str]], deadline: float | None = None) -> 
 
     try:
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(ask, pairs))
+            return list(tqdm(pool.map(ask, pairs), "math-verify", len(pairs), unit="answer", disable=None))
     finally:
         for worker in everyone:
             worker.stop()

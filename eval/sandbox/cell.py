@@ -47,7 +47,7 @@ class Cell:
         confinement = isolation.confinement(folder)
         confinement |= {"uid": uid, "limits": _rlimits(limits, tasks)}
         self._process = subprocess.Popen(
-            [*isolation.command(limits, folder), "-s", str(INSIDE), str(folder)],
+            [*isolation.command(limits, folder), "-s", "-S", str(INSIDE), str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -137,7 +137,8 @@ class Cell:
 
 def _environment(folder: str) -> dict[str, str]:
     # A fixed hash seed: a set's order, and with it many a wrong solution's verdict, would change from run to run.
-    # Otherwise the interpreter is as isolated as with -I, which would make it ignore the seed.
+    # Otherwise the interpreter is as isolated as with -I, which would make it ignore the seed; -S spares it the
+    # start-up files of installed packages, whose folders confine.py adds.
     return {
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",

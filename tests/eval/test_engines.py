@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,21 +147,43 @@ from pathlib import Path
 from dynrank_ds.errors import RunError
 from dynrank_eval.engines import Request, start_engine
 from dynrank_eval.engines.model import ModelSpec
-model, adapter, weighted, empty, prompts, length, stop, output = json.loads(sys.argv[1])
+model, adapters, prompts, length, stop, output = json.loads(sys.argv[1])
 rows = []
 probe = tuple(map(tuple, prompts[:8]))
-for served in (None, Path(adapter), Path(weighted)):
-    engine = start_engine("vllm", ModelSpec(model, served, "float32", 128, probe))
+for adapter in adapters:
+    served = None if adapter is None else Path(adapter)
+    try:
+        engine = start_engine("vllm", ModelSpec(model, served, "float32", 128, probe))
+    except RunError as error:
+        rows.append(str(error))
+        break
     for stops in ([], stop):
         done = dict(engine.generate([Request(prompt, length, tuple(stops)) for prompt in prompts]))
         rows.append([(done[place].text, done[place].token_ids) for place in range(len(prompts))])
     del engine  # its end takes vLLM's global groups along, the next engine's too
-try:
-    start_engine("vllm", ModelSpec(model, Path(empty), "float32", 128, probe))
-except RunError as error:
-    rows.append(str(error))
 Path(output).write_text(json.dumps(rows))
 """
+
+
+def by_vllm(
+    model: Path, adapters: list[Path | None], prompts: list[list[int]], stop: str, output: Path
+) -> tuple[list[Any], str]:
+    """Per adapter the completions without and with a stop string, or the refusal; and what was logged.
+
+    In a process of its own: vLLM changes threads and process groups of the one it runs in.
+    """
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    folders = [None if adapter is None else str(adapter) for adapter in adapters]
+    job = json.dumps([str(model), folders, prompts, LENGTH, [stop], str(output)])
+    done = subprocess.run([sys.executable, "-c", VLLM_SCRIPT, job], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text()), done.stderr
+
+
+def by_hf(model: Path, adapters: list[Path | None], prompts: list[list[int]], stop: str) -> list[Any]:
+    references = [start_engine("hf", spec(model, adapter)) for adapter in adapters]
+    made = [complete(engine, prompts, stops) for engine in references for stops in ((), (stop,))]
+    return [[[c.text, list(c.token_ids)] for c in completions] for completions in made]
 
 
 def make_adapter(model: Path, folder: Path, **options: object) -> Path:
@@ -176,26 +199,22 @@ def make_adapter(model: Path, folder: Path, **options: object) -> Path:
 def test_vllm_engine_equals_hf_engine_with_and_without_adapter(
     tiny_model: Path, tiny_adapter: Path, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    """In a process of its own: vLLM changes threads and process groups of the one it runs in."""
-    pytest.importorskip("vllm", reason="vllm is not installed")
+    stop = complete(start_engine("hf", spec(tiny_model)), prompts[:1])[0].text[5:8]
+    adapters = [None, tiny_adapter]
+    made, _ = by_vllm(tiny_model, adapters, prompts, stop, tmp_path / "made.json")
+    assert made == by_hf(tiny_model, adapters, prompts, stop)
+
+
+@pytest.mark.slow
+def test_vllm_engine_merges_what_vllm_cannot_serve_and_refuses_what_changes_nothing(
+    tiny_model: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
     weighted = make_adapter(tiny_model, tmp_path / "dora", use_dora=True, init_lora_weights=False)
     empty = make_adapter(tiny_model, tmp_path / "empty")
-    assert needs_merging(weighted, 512) and needs_merging(tiny_adapter, 512) is None
-    references = [start_engine("hf", spec(tiny_model, served)) for served in (None, tiny_adapter, weighted)]
-    stop = [complete(references[0], prompts[:1])[0].text[5:8]]
-    output = tmp_path / "completions.json"
-    folders = [str(folder) for folder in (tiny_model, tiny_adapter, weighted, empty)]
-    job = json.dumps([*folders, prompts, LENGTH, stop, str(output)])
-    done = subprocess.run([sys.executable, "-c", VLLM_SCRIPT, job], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "merged into" in done.stderr and "weight-decomposed" in done.stderr
-    *made, refusal = json.loads(output.read_text())
-    expected = [
-        complete(reference, prompts, tuple(stops)) for reference in references for stops in ([], stop)
-    ]
-    for rows, completions in zip(made, expected, strict=True):
-        assert [(text, tuple(ids)) for text, ids in rows] == [(c.text, c.token_ids) for c in completions]
-    assert "changes nothing" in refusal
+    made, logged = by_vllm(tiny_model, [weighted, empty], prompts, "ab", tmp_path / "made.json")
+    assert made[:2] == by_hf(tiny_model, [weighted], prompts, "ab")
+    assert "merged into" in logged and "weight-decomposed" in logged
+    assert "changes nothing" in made[2]
 
 
 def test_an_adapter_that_changes_nothing_is_refused(

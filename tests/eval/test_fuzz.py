@@ -136,7 +136,7 @@ def judge_math(how_many: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_completions_of_math_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge_math(500, monkeypatch)
+    judge_math(300, monkeypatch)
 
 
 @pytest.mark.slow
