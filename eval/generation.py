@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dynrank_ds.errors import RunError
-from dynrank_eval.engines import Request, start_engine
+from dynrank_eval.engines import Engine, Request, start_engine
 from dynrank_eval.engines import model as models
 from dynrank_eval.evaluation import Job
 from dynrank_eval.jsonl import read_rows
@@ -49,8 +49,15 @@ class _Wanted:
     request: Request
 
 
-def generate(setup: Setup, jobs: Sequence[Job], output: Path) -> None:
+def generate(
+    setup: Setup,
+    jobs: Sequence[Job],
+    output: Path,
+    start: Callable[[str, models.ModelSpec], Engine] = start_engine,
+) -> None:
     """Leaves all completions in `output`/samples.jsonl; those that are there already are kept.
+
+    `start` gives the engine, and is called only where something is missing.
 
     Raises:
         RunError: the folder holds something else, or the adapter changes nothing.
@@ -70,7 +77,7 @@ def generate(setup: Setup, jobs: Sequence[Job], output: Path) -> None:
         return
     probe = tuple(dict.fromkeys(tuple(item.request.prompt) for item in wanted))[:_PROBES]
     spec = models.ModelSpec(setup.model, setup.adapter, setup.dtype, longest, probe)
-    engine = start_engine(setup.engine, spec)
+    engine = start(setup.engine, spec)
     _begin(output, settings)
     with open(output / SAMPLES, "a", encoding="utf-8") as file:
         for place, completion in engine.generate([item.request for item in missing]):

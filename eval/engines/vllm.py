@@ -38,7 +38,11 @@ log = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """Serves an adapter directly, at the next rank that vLLM allows; merges it first where vLLM cannot."""
+    """Serves an adapter directly, at the next rank that vLLM allows; merges it first where vLLM cannot.
+
+    Attributes:
+        llm: vLLM's own object.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         options: dict[str, Any] = {}
@@ -60,7 +64,7 @@ class VllmEngine:
             options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
             self._adapter = LoRARequest("adapter", 1, str(spec.adapter.resolve()))
         on_cpu = not torch.cuda.is_available()
-        self._llm = LLM(
+        self.llm = LLM(
             model,
             dtype=spec.dtype,
             max_model_len=spec.max_length,
@@ -78,7 +82,7 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         # vLLM's own generate() gives nothing before everything is done; its engine gives each as it finishes.
-        engine = self._llm.llm_engine
+        engine = self.llm.llm_engine
         for place, request in enumerate(requests):
             prompt: Any = {"prompt_token_ids": request.prompt}
             engine.add_request(str(place), prompt, self._settings(request), lora_request=self._adapter)
@@ -110,7 +114,7 @@ class VllmEngine:
     ) -> list[Mapping[int, float]]:
         settings = SamplingParams(temperature=0.0, max_tokens=1, logprobs=5)
         given: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._llm.generate(given, settings, lora_request=adapter, use_tqdm=False)
+        outputs = self.llm.generate(given, settings, lora_request=adapter, use_tqdm=False)
         first = [output.outputs[0].logprobs for output in outputs]
         return [
             {token: entry.logprob for token, entry in logprobs[0].items()} for logprobs in first if logprobs
