@@ -65,7 +65,7 @@ def test_a_right_recipe_is_described(values: dict[str, Any], capsys: pytest.Capt
         ("adapter", {"rank": 30}, "adapter.rank is 30, but model.layers.0.self_attn.k_proj is 18 x 36"),
         ("adapter", {"targets": ["query"]}, "adapter.targets names 'query', but the model has no linear"),
         ("method", {"interval": 40}, "method.t_i 4 + method.interval 40 leaves no adjustment before"),
-        ("method", {"interval": 0}, "method.interval is 0, less than one of the 20 steps"),
+        ("method", {"interval": 0}, "method.interval is 0, 0 of the 20 steps"),
         ("data", {"source": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
         ("data", {"source": "empty.jsonl"}, "empty.jsonl: the data set is empty"),
         ("data", {"format": "alpaca"}, "data.format is 'alpaca': known are"),

@@ -44,7 +44,7 @@ class AdaLoRA(SensitivityMethod):
     ) -> None:
         super().__init__(config, blocks, total_steps, device)
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval")
+        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         t_f = resolve_steps(config.t_f, total_steps, "method.t_f")
         self.end = total_steps - t_f
         """The last global_step of the schedule: the final mask."""
@@ -59,10 +59,6 @@ class AdaLoRA(SensitivityMethod):
         if t_f < 1:
             raise RecipeError(
                 f"method.t_f is {config.t_f}: give at least one step, which ends with the final mask"
-            )
-        if self.interval < 1:
-            raise RecipeError(
-                f"method.interval is {config.interval}, less than one of the {total_steps} steps: give at least 1"
             )
         if self.planned_adjustments() < 2:
             raise RecipeError(

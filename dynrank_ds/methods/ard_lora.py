@@ -67,14 +67,10 @@ class ARDLoRA(Method):
         super().__init__(config, blocks, total_steps, device)
         self.config = config
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval")
+        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         t_f = resolve_steps(config.t_f, total_steps, "method.t_f")
         self.end = total_steps - t_f
         """The step of the last commit."""
-        if self.interval < 1:
-            raise RecipeError(
-                f"method.interval is {config.interval}, less than one of the {total_steps} steps: give at least 1"
-            )
         if t_f < 1:
             raise RecipeError(f"method.t_f is {config.t_f}: give at least one step with whole ranks")
         if self.t_i + self.interval >= self.end:

@@ -31,17 +31,18 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def resolve_steps(value: int | float, total_steps: int, key: str) -> int:
+def resolve_steps(value: int | float, total_steps: int, key: str, at_least: int = 0) -> int:
     """A method time in steps; a float below 1 is a fraction of `total_steps`.
 
     Raises:
-        RecipeError: the value is a float that is no fraction.
+        RecipeError: the value is a float that is no fraction, or comes to fewer than `at_least` steps.
     """
-    if isinstance(value, int):
-        return value
-    if value >= 1:
+    if isinstance(value, float) and value >= 1:
         raise RecipeError(f"{key} is {value}: give whole steps, or a fraction of training below 1")
-    return round(value * total_steps)
+    steps = value if isinstance(value, int) else round(value * total_steps)
+    if steps < at_least:
+        raise RecipeError(f"{key} is {value}, {steps} of the {total_steps} steps: give at least {at_least}")
+    return steps
 
 
 @dataclass

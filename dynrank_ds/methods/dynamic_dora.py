@@ -82,7 +82,7 @@ class DynamicDoRA(Method):
         super().__init__(config, blocks, total_steps, device)
         self.beta = config.beta
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval")
+        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         self.span = total_steps - self.t_i - resolve_steps(config.t_f, total_steps, "method.t_f")
         self.end = self.t_i + self.span
         """The step of the last mask."""
@@ -93,10 +93,6 @@ class DynamicDoRA(Method):
         if target >= initial:
             raise RecipeError(
                 f"method.target_rank {target} is not below adapter.rank {initial}: nothing would be pruned"
-            )
-        if self.interval < 1:
-            raise RecipeError(
-                f"method.interval is {config.interval}, less than one of the {total_steps} steps: give at least 1"
             )
         if self.span < self.interval:
             raise RecipeError(

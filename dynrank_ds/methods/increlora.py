@@ -59,7 +59,7 @@ class IncreLoRA(Method):
         super().__init__(config, blocks, total_steps, device)
         self.config, self.total_steps = config, total_steps
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval")
+        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         self.add_rank = config.add_rank or config.target_rank // 2
         self.target_total = config.target_rank * len(blocks)
         self.total_rank = self.initial_total = sum(block.initial_rank for block in blocks.values())
@@ -86,10 +86,6 @@ class IncreLoRA(Method):
         if config.target_rank <= initial:
             raise RecipeError(
                 f"method.target_rank {config.target_rank} is not above adapter.rank {initial}: nothing would grow"
-            )
-        if self.interval < 1:
-            raise RecipeError(
-                f"method.interval is {config.interval}, less than one of the {self.total_steps} steps: give at least 1"
             )
         chances = max(0, (self.total_steps - 1) // self.interval - self.t_i // self.interval)
         if chances < self.planned_adjustments():

@@ -71,13 +71,9 @@ class PEDyRA(SensitivityMethod):
         super().__init__(config, blocks, total_steps, device)
         self.config = config
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval")
+        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         self.end = total_steps - resolve_steps(config.t_f, total_steps, "method.t_f")
         self.last_observed = self.end - 1
-        if self.interval < 1:
-            raise RecipeError(
-                f"method.interval is {config.interval}, less than one of the {total_steps} steps: give at least 1"
-            )
         if not self.planned_adjustments():
             raise RecipeError(
                 f"method.t_i {self.t_i} + method.interval {self.interval} leaves no adjustment before step {self.end} "

@@ -71,7 +71,7 @@ def test_the_target_is_two_thirds_of_the_initial_rank_unless_given() -> None:
         ({"target_rank": 6}, r"method.target_rank 6 is not below adapter.rank 6: nothing would be pruned"),
         ({"target_rank": None, "rank": 1}, r"method.target_rank 1 is not below adapter.rank 1"),
         ({"t_f": 0}, r"method.t_f is 0: give at least one step, which ends with the final mask"),
-        ({"interval": 0}, r"method.interval is 0, less than one of the 30 steps: give at least 1"),
+        ({"interval": 0}, r"method.interval is 0, 0 of the 30 steps: give at least 1"),
         (
             {"interval": 40},
             r"method.t_i 4 and method.interval 40 leave no mask before the final one after 22",

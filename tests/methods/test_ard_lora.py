@@ -81,7 +81,7 @@ def test_commits_come_from_t_i_at_every_interval_and_at_the_last_step_before_t_f
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"interval": 0}, "method.interval is 0, less than one of the 20 steps: give at least 1"),
+        ({"interval": 0}, "method.interval is 0, 0 of the 20 steps: give at least 1"),
         ({"interval": 12}, r"method.t_i 3 \+ method.interval 12 leaves no commit before the last at step 15"),
         ({"t_i": 16}, r"leaves no commit before the last at step 15"),
         ({"t_f": 0}, "method.t_f is 0: give at least one step with whole ranks"),

@@ -120,7 +120,7 @@ def test_every_plan_masks_the_exact_count_of_the_lowest(
     [
         ({"target_rank": 6}, "method.target_rank 6 is not below adapter.rank 6: nothing would be pruned"),
         ({"rank": 1}, "method.target_rank 1 is not below adapter.rank 1"),
-        ({"interval": 0}, "method.interval is 0, less than one of the 20 steps: give at least 1"),
+        ({"interval": 0}, "method.interval is 0, 0 of the 20 steps: give at least 1"),
         ({"interval": 8}, r"method.interval 8 is longer than the 7 steps from method.t_i 3 to step 10"),
         ({"t_i": 12, "t_f": 9}, r"longer than the 0 steps"),
     ],

@@ -92,7 +92,7 @@ def test_equal_scores_move_exactly_as_many_as_asked_lower_block_and_triple_first
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"interval": 0}, r"method.interval is 0, less than one of the 30 steps: give at least 1"),
+        ({"interval": 0}, r"method.interval is 0, 0 of the 30 steps: give at least 1"),
         ({"interval": 40}, r"method.t_i 4 \+ method.interval 40 leaves no adjustment before step 24"),
         ({"t_i": 15, "t_f": 15}, r"leaves no adjustment before step 15"),
         ({"b": 1, "interval": 18}, r"leaves no adjustment before step 24"),  # 1 - 0.9^3 rounds to nothing

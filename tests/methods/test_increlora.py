@@ -90,7 +90,7 @@ def test_half_the_target_is_added_at_a_time_unless_given() -> None:
     ("config", "sentence"),
     [
         ({"rank": 4}, r"method.target_rank 4 is not above adapter.rank 4: nothing would grow"),
-        ({"interval": 0}, r"method.interval is 0, less than one of the 30 steps: give at least 1"),
+        ({"interval": 0}, r"method.interval is 0, 0 of the 30 steps: give at least 1"),
         (
             {"interval": 12},
             r"method.top_h 2 modules by 2 triples reach the target of 12 triples after 3 adjustments, but "

@@ -39,8 +39,8 @@ def test_the_papers_llama_run_adjusts_up_to_step_20000() -> None:
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"interval": 0}, r"method.interval is 0, less than one of the 20 steps: give at least 1"),
-        ({"interval": 0.01}, r"method.interval is 0.01, less than one of the 20 steps"),
+        ({"interval": 0}, r"method.interval is 0, 0 of the 20 steps: give at least 1"),
+        ({"interval": 0.01}, r"method.interval is 0.01, 0 of the 20 steps"),
         ({"interval": 40}, r"method.t_i 4 \+ method.interval 40 leaves no adjustment before step 15"),
         ({"t_i": 12, "t_f": 8}, r"leaves no adjustment before step 12 \(train steps 20 less method.t_f\)"),
         ({"t_i": 15, "t_f": 15}, r"leaves no adjustment before step 5"),
