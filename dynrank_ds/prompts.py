@@ -3,6 +3,8 @@
 Each template is a contract with published numbers: change none, add a new name instead.
 """
 
+import re
+
 _ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
@@ -14,9 +16,16 @@ PROMPTS: dict[str, str] = {
     "metamath": _ALPACA + " Let's think step by step.",
     # Stanford Alpaca without input; PiSSA trains and evaluates with it.
     "alpaca": _ALPACA,
+    # Stanford Alpaca with input.
+    "alpaca_input": (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    ),
 }
 
 
-def render(name: str, instruction: str) -> str:
-    """The prompt called `name` around `instruction`, which may itself contain braces."""
-    return PROMPTS[name].replace("{instruction}", instruction)
+def render(name: str, instruction: str, input: str = "") -> str:
+    """The prompt called `name` around its texts, which may themselves contain braces."""
+    texts = {"{instruction}": instruction, "{input}": input}
+    return re.sub(r"\{instruction\}|\{input\}", lambda place: texts[place.group()], PROMPTS[name])

@@ -26,6 +26,7 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Scalar = str | int | float | bool
 
 
 class _Section(BaseModel):
@@ -41,10 +42,16 @@ class ModelSection(_Section):
 
 class DataSection(_Section):
     source: str
-    """JSONL file, folder, or hub id of a data set."""
+    """JSONL or Parquet file, folder, hub id of a data set, or `generated:gsm_symbolic`."""
     split: str | None = None
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set; a commit makes sure that it never changes."""
+    streaming: bool = False
+    """Read a hub data set while downloading, without a copy of it on disk."""
+    filter: dict[str, Scalar | tuple[Scalar, ...]] = {}
+    """Take only rows whose fields have these values (or one of several)."""
     limit: int | None = Field(default=None, ge=1)
-    """Take only the first rows."""
+    """Take only the first rows, of those that pass the filter."""
     format: str = "metamathqa"
     max_length: int = Field(default=512, ge=2)
     """Longest sample in tokens, prompt and answer together; longer rows are dropped and counted."""

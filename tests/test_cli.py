@@ -68,7 +68,7 @@ def test_a_right_recipe_is_described(values: dict[str, Any], capsys: pytest.Capt
         ("method", {"interval": 0}, "method.interval is 0, 0 of the 20 steps"),
         ("data", {"source": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
         ("data", {"source": "empty.jsonl"}, "empty.jsonl: the data set is empty"),
-        ("data", {"format": "alpaca"}, "data.format is 'alpaca': known are"),
+        ("data", {"format": "alpacca"}, "data.format is 'alpacca': known are alpaca, chat, codefeedback"),
         ("model", {"path": "./nowhere"}, "model.path ./nowhere does not exist"),
         ("model", {"path": "."}, "model.path . has no config.json"),
         ("deepspeed", {"config": "batch.json"}, "deepspeed.config batch.json sets 'train_batch_size'"),

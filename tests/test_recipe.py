@@ -52,7 +52,7 @@ def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_pat
         ("trian", {}, "unknown key 'trian': did you mean 'train'?"),
         ("train.lerning_rate", 1, "unknown key 'train.lerning_rate': did you mean 'learning_rate'?"),
         ("method.intervall", 3, "unknown key 'method.intervall': did you mean 'interval'?"),
-        ("data.xyzzy", 3, "unknown key 'data.xyzzy': known are format, limit, max_dropped, max_length,"),
+        ("data.xyzzy", 3, "unknown key 'data.xyzzy': known are filter, format,"),
         ("train.steps", "many", "'train.steps' is 'many': input should be a valid integer"),
         ("train.steps", 0, "'train.steps' is 0: input should be greater than or equal to 1"),
         (

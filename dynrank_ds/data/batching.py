@@ -91,9 +91,8 @@ def collate(dataset: TokenisedDataset, indices: NDArray[np.int64], pad_id: int) 
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for row, (ids, n_prompt) in enumerate(samples):
-        tokens = torch.from_numpy(ids.astype(np.int64))
-        input_ids[row, : len(tokens)] = tokens
-        attention_mask[row, : len(tokens)] = 1
-        labels[row, n_prompt : len(tokens)] = tokens[n_prompt:]
+    for row, (ids, targets) in enumerate(samples):
+        input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        attention_mask[row, : len(ids)] = 1
+        labels[row, : len(ids)] = torch.from_numpy(np.where(targets, ids, IGNORED).astype(np.int64))
     return Batch(input_ids, attention_mask, labels)

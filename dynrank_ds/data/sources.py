@@ -1,89 +1,217 @@
-"""Rows from a JSONL file, a folder or the hub."""
+"""Rows from JSONL and Parquet files, a folder, the hub, or a generator, one by one in the source's order."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from dynrank_ds.data.rows import Row
 from dynrank_ds.errors import DataError
+from dynrank_ds.tensorfile import file_sha256
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_JSONL_ENDINGS = {".jsonl", ".json"}
+_FILE_ENDINGS = {".jsonl", ".json", ".parquet"}
+_GENERATED_ROWS = 3200
+_LONGEST_LINE = 1 << 26
+GENERATED = "generated:gsm_symbolic"
+
+
+class Source(Protocol):
+    """Where rows come from."""
+
+    def rows(self) -> Iterator[Row]:
+        """All rows; DataError, naming file and line, where one cannot be read."""
+
+    def identity(self) -> str:
+        """What changes when the rows do."""
+
+
+def open_source(
+    source: str,
+    split: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    n_generated: int | None = None,
+    generated: Path = Path("generated"),
+) -> Source:
+    """The source that `source` names.
+
+    source: a JSONL file (one object a line, blank lines skipped) or a Parquet file; a folder, of which
+    `<split>.jsonl`, `<split>.parquet` or the shards `<split>-*.parquet` are read, also from its folder data/, and
+    which is given to `datasets.load_dataset` where it has none of these; the hub id of a data set; or
+    GENERATED, whose `n_generated` rows are written below the folder `generated`.
+    split: which part of a folder or hub data set; "train" where None.
+    revision: commit, tag or branch of a hub data set.
+    streaming: whether `datasets` reads while downloading, instead of storing the whole first.
+
+    Raises:
+        DataError: there is no such file, folder or possible hub id.
+    """
+    if source == GENERATED:
+        return FileSource((_generate(generated, n_generated or _GENERATED_ROWS),))
+    path, part = Path(source).expanduser(), split or "train"
+    if path.is_file():
+        return FileSource((path,))
+    if path.is_dir():
+        files = _split_files(path, part)
+        return FileSource(files) if files else FolderSource(path, part, streaming)
+    if _HUB_ID.fullmatch(source) and path.suffix not in _FILE_ENDINGS:
+        return HubSource(source, part, revision, streaming)
+    raise DataError(f"{source}: no such file or folder, and not a hub id either (owner/name)")
+
+
+def select(rows: Iterable[Row], wanted: Mapping[str, Any], limit: int | None) -> Iterator[Row]:
+    """The first `limit` (None: all) of the rows whose fields have one of the values `wanted` for them.
+
+    wanted: {field: value, or a tuple of values}. DataError naming a row that lacks such a field.
+    """
+    return islice((row for row in rows if _passes(row, wanted)), limit)
+
+
+def _passes(row: Row, wanted: Mapping[str, Any]) -> bool:
+    for field, values in wanted.items():
+        if field not in row.fields:
+            known = ", ".join(sorted(row.fields)) or "none"
+            raise DataError(
+                f"{row.origin}: data.filter names the field {field!r}, which is missing (fields there: {known})"
+            )
+        if row.fields[field] not in (values if isinstance(values, tuple) else (values,)):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row, and where it stands, so that an error about it can say so."""
+class FileSource:
+    """JSONL and Parquet files, one after another."""
 
-    fields: dict[str, Any]
-    origin: str
+    paths: tuple[Path, ...]
 
-    def text(self, field: str) -> str:
-        """The field without surrounding white space; DataError where it is missing, no text, or empty."""
-        if field not in self.fields:
-            known = ", ".join(sorted(self.fields)) or "none"
-            raise DataError(f"{self.origin}: field {field!r} is missing (fields there: {known})")
-        value = self.fields[field]
-        if not isinstance(value, str):
-            raise DataError(
-                f"{self.origin}: field {field!r} is {value!r} ({type(value).__name__}), it must be text"
-            )
-        if not value.strip():
-            raise DataError(f"{self.origin}: field {field!r} is empty, it must be text")
-        return value.strip()
+    def rows(self) -> Iterator[Row]:
+        for path in self.paths:
+            yield from read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
+
+    def identity(self) -> str:
+        """The hash of the files' content, whatever their names."""
+        return "files:" + ",".join(file_sha256(path) for path in self.paths)
 
 
-def load_rows(source: str, split: str | None = None, limit: int | None = None) -> list[Row]:
-    """The first `limit` rows (None: all) of `source`, in the source's order.
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder in a form that only the library `datasets` knows."""
 
-    source: a JSONL file (one object a line, blank lines skipped, `split` unused); a folder, read as
-    `<split>.jsonl` where that file is in it and by `datasets.load_dataset` otherwise; or a hub id.
-    split: which part of a folder or hub data set; "train" where None.
+    path: Path
+    split: str
+    streaming: bool
 
-    Raises DataError, naming file and line, for a missing source, broken JSON, or no rows at all.
-    """
-    path = Path(source).expanduser()
-    part = split or "train"
-    if path.is_file():
-        rows = list(islice(read_jsonl(path), limit))
-    elif (path / f"{part}.jsonl").is_file():
-        rows = list(islice(read_jsonl(path / f"{part}.jsonl"), limit))
-    elif path.is_dir() or (_HUB_ID.fullmatch(source) and path.suffix not in _JSONL_ENDINGS):
-        rows = _load_with_datasets(source, part, limit)
-    else:
-        raise DataError(f"{source}: no such file or folder, and not a hub id either (owner/name)")
-    if not rows:
-        raise DataError(f"{source}: the data set is empty, at least one row is needed")
-    return rows
+    def rows(self) -> Iterator[Row]:
+        return _load_with_datasets(str(self.path), self.split, None, self.streaming)
+
+    def identity(self) -> str:
+        """The hash of all files of the folder."""
+        files = sorted(path for path in self.path.rglob("*") if path.is_file())
+        named = (f"{path.relative_to(self.path)}={file_sha256(path)}" for path in files)
+        return f"folder:{self.split}:" + ",".join(named)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set of the hub."""
+
+    name: str
+    split: str
+    revision: str | None
+    streaming: bool
+
+    def rows(self) -> Iterator[Row]:
+        return _load_with_datasets(self.name, self.split, self.revision, self.streaming)
+
+    def identity(self) -> str:
+        """Id and revision, since content cannot be known without the hub; a commit as revision fixes it."""
+        return f"hub:{self.name}@{self.revision or 'main'}:{self.split}"
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """The rows of a JSONL file one by one; DataError with file and line for what is not a JSON object."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            origin = f"{path}, line {number}"
-            try:
-                fields = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
-            if not isinstance(fields, dict):
-                raise DataError(f"{origin}: a {type(fields).__name__}, but each line must be one JSON object")
-            yield Row(fields, origin)
+    """The rows of a JSONL file; DataError with file and line for what is not a JSON object."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE), b""), start=1):
+                origin = f"{path}, line {number}"
+                if len(line) == _LONGEST_LINE:
+                    raise DataError(
+                        f"{origin}: longer than {_LONGEST_LINE:,} bytes, so hardly one JSON object a line"
+                    )
+                if line.strip():
+                    yield Row(_json_object(line, origin), origin)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _load_with_datasets(source: str, split: str, limit: int | None) -> list[Row]:
+def _json_object(line: bytes, origin: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        raise DataError(f"{origin}: JSON that cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{origin}: a {type(fields).__name__}, but each line must be one JSON object")
+    return fields
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet file, read a batch at a time; DataError with file and row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    yield Row(fields, f"{path}, row {number}")
+                    number += 1
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(
+            f"{path}, after row {number}: not a readable Parquet file ({_first(error)})"
+        ) from error
+
+
+def _load_with_datasets(source: str, split: str, revision: str | None, streaming: bool) -> Iterator[Row]:
     import datasets
 
+    number = 0
     try:
-        dataset = datasets.load_dataset(source, split=split)
+        dataset = datasets.load_dataset(source, split=split, revision=revision, streaming=streaming)
+        for fields in dataset:
+            yield Row(fields, f"{source}, {split} row {number}")
+            number += 1
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{source}: split {split!r} cannot be loaded by datasets ({reason})") from error
-    return [Row(fields, f"{source}, {split} row {i}") for i, fields in enumerate(islice(dataset, limit))]
+        raise DataError(
+            f"{source}: split {split!r} cannot be loaded by datasets, after row {number} ({_first(error)})"
+        ) from error
+
+
+def _split_files(folder: Path, split: str) -> tuple[Path, ...]:
+    for place in (folder, folder / "data"):
+        for pattern in (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet"):
+            if found := tuple(sorted(place.glob(pattern))):
+                return found
+    return ()
+
+
+def _generate(folder: Path, n_rows: int) -> Path:
+    """Training rows of gsm_symbolic, whose same number gives the same bytes, written once."""
+    from dynrank_ds.data.gsm_symbolic import write_gsm_symbolic
+
+    path = folder / f"gsm_symbolic-{n_rows}" / "train.jsonl"
+    return path if path.is_file() else write_gsm_symbolic(path.parent, n_train=n_rows).train
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,123 +1,96 @@
-"""Rows to token ids, with the boundary between prompt and answer where generation will see it."""
+"""Rows to token ids, with the boundaries of the answers where generation will see them."""
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dynrank_ds.data.formats import Format
-from dynrank_ds.data.sources import Row
-from dynrank_ds.errors import DataError, ModelError
-
-logger = logging.getLogger(__name__)
+from dynrank_ds.data.formats import Format, Text
+from dynrank_ds.data.rows import Drops, Row, UnfitRowError
+from dynrank_ds.errors import ModelError
 
 _CHUNK = 4096
 
 
 class Sample(NamedTuple):
-    """Tokens (int32, prompt then answer then end-of-text) and how many of them are the prompt's."""
+    """One sample's tokens (int32), and which of them are targets of the loss (bool)."""
 
     ids: NDArray[np.int32]
-    n_prompt: int
+    targets: NDArray[np.bool_]
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens before the first target."""
+        return int(self.targets.argmax())
 
 
 @dataclass(frozen=True)
 class TokenisedDataset:
-    """All samples in flat arrays.
+    """All samples in flat arrays, which may be files mapped into memory.
 
-    tokens: (total,) int32; offsets: (n + 1,) int64, sample i is tokens[offsets[i]:offsets[i + 1]];
-    prompt_lengths: (n,) int64, the first tokens of each sample, which are no targets.
+    tokens: (total,) int32; targets: (total,) bool, the tokens that the loss is taken on; starts, lengths and
+    target_counts: (n,) int64; sample i is tokens[starts[i] : starts[i] + lengths[i]].
     """
 
     tokens: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    prompt_lengths: NDArray[np.int64]
+    targets: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    target_counts: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """(n,) tokens of each sample, prompt included."""
-        return np.diff(self.offsets)
-
-    @property
-    def target_counts(self) -> NDArray[np.int64]:
-        """(n,) tokens of each sample that the loss is taken on: the answer's and the end-of-text token."""
-        return self.lengths - self.prompt_lengths
+        return len(self.starts)
 
     def sample(self, index: int) -> Sample:
-        return Sample(
-            self.tokens[self.offsets[index] : self.offsets[index + 1]], int(self.prompt_lengths[index])
+        """The tokens and targets of one sample."""
+        place = slice(self.starts[index], self.starts[index] + self.lengths[index])
+        return Sample(self.tokens[place], self.targets[place])
+
+    def select(self, indices: NDArray[np.int64]) -> "TokenisedDataset":
+        """Only these samples, in this order; the tokens stay where they are."""
+        return replace(
+            self,
+            starts=self.starts[indices],
+            lengths=self.lengths[indices],
+            target_counts=self.target_counts[indices],
         )
 
 
 def tokenise(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     format: Format,
     max_length: int,
-    max_dropped: float = 0.01,
-) -> TokenisedDataset:
-    """Each row as the prompt's tokens, the answer's tokens and one end-of-text token.
+    drops: Drops,
+) -> Iterator[list[Sample]]:
+    """The samples of each chunk of rows, in their order; the tokenizer works on a chunk with all cores.
 
-    The prompt's tokens are exactly those of `tokenizer(prompt)`, which is what an evaluator feeds the model,
-    with the one beginning-of-text token that it prepends where the tokenizer has that habit. The answer's
-    are the rest of `tokenizer(prompt + answer)`: what the model should write next. Tokenising the answer
-    alone would be wrong for SentencePiece (a second leading space) and, for byte-level BPE, wherever a
-    tokenizer treats the start of a text in its own way.
+    A prompt's tokens are exactly those of `tokenizer(prompt)`, which is what an evaluator feeds the model, with
+    the one beginning-of-text token that it prepends where the tokenizer has that habit. The answer's are the
+    rest of `tokenizer(prompt + answer)`, then one end-of-text token: what the model should write next. Tokenising
+    the answer alone would be wrong for SentencePiece (a second leading space) and, for byte-level BPE, wherever a
+    tokenizer treats the start of a text in its own way. In a chat, the end-of-text token is the special token
+    that the template ends a turn with.
 
-    Rows longer than max_length tokens are dropped, never cut, since a cut answer teaches not to stop; a
-    warning tells how many. Raises DataError where more than the fraction max_dropped of the rows is too
-    long, where none is left, and for a row whose text holds a special token or whose boundary is unstable;
-    ModelError for a tokenizer without end-of-text token or that appends it to prompts.
+    Rows that cannot be trained on are left out and counted in `drops`: longer than max_length tokens (never cut,
+    since a cut answer teaches not to stop), without a text, with a special token in their text, or with a prompt
+    whose last token changes when the answer follows. Raises ModelError for a tokenizer without end-of-text
+    token or that appends it to prompts, or without the chat template that the format needs.
     """
-    if not rows:
-        raise DataError("the data set is empty, at least one row is needed")
-    _check_tokenizer(tokenizer)
-    kept: list[NDArray[np.int32]] = []
-    prompt_lengths: list[int] = []
-    for start in range(0, len(rows), _CHUNK):
-        for ids, n_prompt in _tokenise_chunk(rows[start : start + _CHUNK], tokenizer, format):
-            if len(ids) <= max_length:
-                kept.append(np.asarray(ids, dtype=np.int32))
-                prompt_lengths.append(n_prompt)
-    _check_dropped(len(rows) - len(kept), len(rows), max_length, max_dropped)
-    return TokenisedDataset(
-        tokens=np.concatenate(kept),
-        offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
-        prompt_lengths=np.asarray(prompt_lengths, dtype=np.int64),
-    )
+    check_tokenizer(tokenizer, format)
+    encoder = _Encoder(tokenizer, format, max_length)
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, _CHUNK)):
+        drops.n_rows += len(chunk)
+        yield list(encoder.samples(chunk, drops))
 
 
-def _tokenise_chunk(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, format: Format
-) -> list[tuple[list[int], int]]:
-    prompts, answers = zip(*(format.texts(row) for row in rows), strict=True)
-    prompt_ids = tokenizer(list(prompts))["input_ids"]
-    whole_ids = tokenizer([p + a for p, a in zip(prompts, answers, strict=True)])["input_ids"]
-    specials = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    samples = []
-    for row, prompt, whole in zip(rows, prompt_ids, whole_ids, strict=True):
-        if whole[: len(prompt)] != prompt:
-            raise DataError(
-                f"{row.origin}: the prompt's last token changes when the answer follows it, so the model "
-                "would be trained on a boundary it never sees: the prompt must end with a whole token"
-            )
-        begins = int(whole[0] == tokenizer.bos_token_id)
-        found = specials.intersection(whole[begins:])
-        if found:
-            names = ", ".join(repr(t) for t in tokenizer.convert_ids_to_tokens(sorted(found)))
-            raise DataError(f"{row.origin}: the text holds the tokenizer's special token {names}, remove it")
-        samples.append(([*whole, tokenizer.eos_token_id], len(prompt)))
-    return samples
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, format: Format) -> None:
+    """Raises ModelError for a tokenizer that cannot be trained with."""
     if tokenizer.eos_token_id is None:
         raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token, training needs one")
     if tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
@@ -125,14 +98,73 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             f"tokenizer {tokenizer.name_or_path!r} appends its end-of-text token to every text, "
             "so no prompt could be continued; set add_eos_token to false in its tokenizer_config.json"
         )
-
-
-def _check_dropped(n_dropped: int, n_rows: int, max_length: int, max_dropped: float) -> None:
-    if n_dropped == 0:
-        return
-    told = f"{n_dropped} of {n_rows} rows are longer than {max_length} tokens"
-    if n_dropped == n_rows or n_dropped > max_dropped * n_rows:
-        raise DataError(
-            f"{told}, at most {max_dropped:.1%} may be: raise the maximum length or shorten the rows"
+    if format.templated and tokenizer.chat_template is None:
+        raise ModelError(
+            f"data.format needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none: "
+            "take a chat model, or another format"
         )
-    logger.warning("%s and were dropped", told)
+
+
+class _Encoder:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, format: Format, max_length: int) -> None:
+        self.tokenizer, self.format, self.max_length = tokenizer, format, max_length
+        self.specials = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+    def samples(self, rows: Sequence[Row], drops: Drops) -> Iterator[Sample]:
+        """The samples of the rows that can be trained on."""
+        texts: list[tuple[Row, Text]] = []
+        for row in rows:
+            try:
+                texts.append((row, self.format.text(row, self.tokenizer)))
+            except UnfitRowError as error:
+                drops.add(error)
+        parts = [part for _, text in texts for part in (text.text, *text.prompts)]
+        if not parts:
+            return
+        # One call: the tokenizer's threads share out the texts of a call.
+        encoded = iter(self.tokenizer(parts, add_special_tokens=not self.format.templated)["input_ids"])
+        for row, text in texts:
+            whole, *prompts = islice(encoded, 1 + len(text.prompts))
+            try:
+                yield self._sample(row, whole, prompts)
+            except UnfitRowError as error:
+                drops.add(error)
+
+    def _sample(self, row: Row, ids: list[int], prompts: list[list[int]]) -> Sample:
+        if not self.format.templated:
+            self._refuse_specials(row, ids)
+            ids = [*ids, self.tokenizer.eos_token_id]
+        if len(ids) > self.max_length:
+            raise row.unfit(
+                "too long", f"{len(ids)} tokens, more than the {self.max_length} of data.max_length"
+            )
+        targets = np.zeros(len(ids), dtype=np.bool_)
+        for prompt in prompts:
+            start = len(prompt)
+            if ids[:start] != prompt:
+                raise row.unfit(
+                    "no stable boundary",
+                    "the prompt's last token changes when the answer follows it, so the model would be trained "
+                    "on a boundary it never sees: the prompt must end with a whole token",
+                )
+            targets[start : self._end_of_turn(row, ids, start)] = True
+        return Sample(np.asarray(ids, dtype=np.int32), targets)
+
+    def _end_of_turn(self, row: Row, ids: list[int], start: int) -> int:
+        """Behind the first special token from `start` on: no text holds one, so it ends the turn."""
+        for place in range(start, len(ids)):
+            if ids[place] in self.specials:
+                return place + 1
+        raise row.unfit(
+            "no end of turn",
+            "the chat template ends the assistant's turn without special token, so the model would not learn to stop",
+        )
+
+    def _refuse_specials(self, row: Row, ids: list[int]) -> None:
+        begins = int(ids[0] == self.tokenizer.bos_token_id)
+        found = self.specials.intersection(ids[begins:])
+        if found:
+            names = ", ".join(repr(t) for t in self.tokenizer.convert_ids_to_tokens(sorted(found)))
+            raise row.unfit(
+                "holds a special token", f"the text holds the tokenizer's special token {names}, remove it"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -11,28 +12,56 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import Block
+from dynrank_ds.data import store
 from dynrank_ds.data.formats import FORMATS
-from dynrank_ds.data.sources import load_rows
-from dynrank_ds.data.tokenising import TokenisedDataset, tokenise
-from dynrank_ds.errors import RecipeError
+from dynrank_ds.data.sources import open_source, select
+from dynrank_ds.data.tokenising import TokenisedDataset
+from dynrank_ds.errors import DataError, RecipeError
 from dynrank_ds.methods import build_method, method_class
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.model import check_model_folder, load_tokenizer
 from dynrank_ds.zero.config import load_config
 
+logger = logging.getLogger(__name__)
+
 
 def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
     """The tokenised samples and the padding token's id.
 
+    What was tokenised before, with the same content, tokenizer and format, is taken from the cache, by every process
+    of a machine; the source is not asked then, so that a hub is needed only the first time.
+
     Raises:
         DataError, ModelError, RecipeError: what is missing or malformed.
     """
-    if recipe.data.format not in FORMATS:
-        raise RecipeError(f"data.format is '{recipe.data.format}': known are {', '.join(sorted(FORMATS))}")
-    tokenizer = load_tokenizer(recipe.model.path)
     data = recipe.data
-    rows = load_rows(data.source, data.split, data.limit)
-    dataset = tokenise(rows, tokenizer, FORMATS[data.format], data.max_length, data.max_dropped)
+    if data.format not in FORMATS:
+        raise RecipeError(f"data.format is '{data.format}': known are {', '.join(sorted(FORMATS))}")
+    tokenizer = load_tokenizer(recipe.model.path)
+    folder = store.cache_folder()
+    source = open_source(
+        data.source, data.split, data.revision, data.streaming, data.limit, folder / "generated"
+    )
+    name = store.fingerprint(
+        tokenizer,
+        FORMATS[data.format],
+        source=source.identity(),
+        filter=data.filter,
+        limit=data.limit,
+        max_length=data.max_length,
+    )
+    entry = folder / "tokenised" / name
+    with store.locked(entry) as missing:
+        if missing:
+            rows = select(source.rows(), data.filter, data.limit)
+            store.write(entry, rows, tokenizer, FORMATS[data.format], data.max_length)
+    dataset, drops = store.read(entry)
+    if drops.n_rows == 0:
+        chosen = " that passes data.filter" if data.filter else ""
+        raise DataError(f"{data.source}: the data set is empty, at least one row{chosen} is needed")
+    drops.check(data.max_dropped)
+    if drops.n_dropped:
+        logger.warning("%s and were dropped", drops.told())
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return dataset, pad_id
 

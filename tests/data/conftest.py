@@ -1,12 +1,18 @@
 """A small tokenizer with SmolLM2's habits (no beginning-of-text token, pad = eos) or LLaMA's (with one)."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dynrank_ds.data import store
+from dynrank_ds.data.formats import Format
+from dynrank_ds.data.rows import Row
+from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.prompts import PROMPTS
 
 TEXT = [
@@ -14,6 +20,21 @@ TEXT = [
     "She has 5 apples and 12 pears.\nThe answer is: 17",
     "naïve 漢字 \u20ac3.50 x_1 + y",
 ] * 3
+
+
+def tokenised(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    format: Format,
+    max_length: int = 10_000,
+    max_dropped: float = 0.01,
+) -> TokenisedDataset:
+    """The rows by way of an entry on disk, as a run has them; DataError where too many were dropped."""
+    with TemporaryDirectory() as folder:
+        store.write(Path(folder) / "entry", iter(rows), tokenizer, format, max_length)
+        dataset, drops = store.read(Path(folder) / "entry")
+    drops.check(max_dropped)
+    return dataset
 
 
 def _byte_level_bpe(prepends_bos: bool) -> PreTrainedTokenizerFast:

@@ -69,8 +69,10 @@ def test_equal_lengths_are_dealt_in_the_same_way_whatever_the_order() -> None:
 def test_a_batch_is_padded_on_the_right() -> None:
     dataset = TokenisedDataset(
         tokens=np.array([5, 6, 2, 7, 8, 9, 2], dtype=np.int32),
-        offsets=np.array([0, 3, 7]),
-        prompt_lengths=np.array([1, 2]),
+        targets=np.array([0, 1, 1, 0, 0, 1, 1], dtype=np.bool_),
+        starts=np.array([0, 3]),
+        lengths=np.array([3, 4]),
+        target_counts=np.array([2, 2]),
     )
     batch = collate(dataset, np.array([1, 0]), pad_id=2)
     assert torch.equal(batch.input_ids, torch.tensor([[7, 8, 9, 2], [5, 6, 2, 2]]))

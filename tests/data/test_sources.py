@@ -1,14 +1,21 @@
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from dynrank_ds.data.formats import FORMATS
-from dynrank_ds.data.sources import Row, load_rows
+from dynrank_ds.data.rows import Row
+from dynrank_ds.data.sources import GENERATED, open_source, select
 from dynrank_ds.errors import DataError
 
 
+def load_rows(source: str, limit: int | None = None, **choices: object) -> list[Row]:
+    return list(select(open_source(source, **choices).rows(), {}, limit))
+
+
 def write(path: Path, *lines: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return str(path)
 
@@ -33,18 +40,87 @@ def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
     assert load_rows(str(tmp_path), split="test")[0].fields == {"query": "e"}
 
 
-def test_a_folder_of_parquet_is_read_through_datasets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_rows_that_pass_the_filter_count_towards_the_limit(tmp_path: Path) -> None:
+    langs = ["python", "sql", "python", "rust", "python"]
+    rows = [Row({"lang": lang, "n": n}, f"row {n}") for n, lang in enumerate(langs)]
+    assert [r.fields["n"] for r in select(rows, {"lang": "python"}, 2)] == [0, 2]
+    assert [r.fields["n"] for r in select(rows, {"lang": ("sql", "rust")}, None)] == [1, 3]
+    assert [r.fields["n"] for r in select(rows, {"lang": "python", "n": 4}, None)] == [4]
+    with pytest.raises(DataError, match=r"row 0: data.filter names the field 'language', which is missing"):
+        list(select(rows, {"language": "python"}, None))
+
+
+def test_parquet_files_and_their_shards_are_read_row_by_row(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "data").mkdir()
+    shards = [tmp_path / "data" / f"train-0000{i}-of-00002.parquet" for i in range(2)]
+    for i, shard in enumerate(shards):
+        parquet.write_table(pyarrow.table({"query": [f"{i}a", f"{i}b"]}), shard)
+    rows = load_rows(str(tmp_path))
+    assert [row.fields["query"] for row in rows] == ["0a", "0b", "1a", "1b"]
+    assert rows[3].origin == f"{shards[1]}, row 1"
+    assert load_rows(str(shards[1]))[0].fields == {"query": "1a"}
+    shards[1].write_bytes(shards[1].read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"00001-of-00002.parquet, after row 0: not a readable Parquet file"):
+        load_rows(str(tmp_path))
+
+
+@pytest.fixture
+def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The library, with a cache of its own."""
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return library
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_folders_are_read_through_datasets(
+    datasets: ModuleType, tmp_path: Path, streaming: bool
 ) -> None:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()
-    datasets.Dataset.from_list([{"query": "a"}, {"query": "b"}]).to_parquet(folder / "train.parquet")
-    rows = load_rows(str(folder), limit=1)
-    assert rows == [Row({"query": "a"}, f"{folder}, train row 0")]
+    (folder / "train.csv").write_text("query,response\na,1\nb,2\n")
+    rows = load_rows(str(folder), limit=1, streaming=streaming)
+    assert rows == [Row({"query": "a", "response": 1}, f"{folder}, train row 0")]
     with pytest.raises(DataError, match="split 'nothing' cannot be loaded"):
-        load_rows(str(folder), split="nothing")
+        load_rows(str(folder), split="nothing", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_is_asked_for_by_id_split_and_revision(
+    datasets: ModuleType, tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is played by a folder: the rest is the library's real loading."""
+    write(tmp_path / "hub" / "train.jsonl", '{"query": "a"}', '{"query": "b"}')
+    real, asked = datasets.load_dataset, []
+
+    def from_folder(name: str, **choices: object) -> object:
+        asked.append((name, choices.pop("revision")))
+        return real(str(tmp_path / "hub"), **choices)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    source = open_source("owner/name", revision="abc", streaming=streaming)
+    assert [row.fields for row in source.rows()] == [{"query": "a"}, {"query": "b"}]
+    assert next(source.rows()).origin == "owner/name, train row 0"
+    assert set(asked) == {("owner/name", "abc")}
+
+
+def test_what_a_source_holds_is_told_by_content_not_by_place(tmp_path: Path) -> None:
+    first, same = (write(tmp_path / name, '{"query": "a"}') for name in ("1.jsonl", "2.jsonl"))
+    other = write(tmp_path / "3.jsonl", '{"query": "b"}')
+    identities = [open_source(source).identity() for source in (first, same, other)]
+    assert identities[0] == identities[1] != identities[2]
+    assert open_source("a/b").identity() != open_source("a/b", revision="v2").identity()
+    assert open_source("a/b").identity() != open_source("a/b", split="test").identity()
+
+
+def test_generated_rows_are_made_once_and_fit_the_metamathqa_format(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    rows = list(open_source(GENERATED, n_generated=16, generated=tmp_path).rows())
+    assert len(rows) == 16 and FORMATS["metamathqa"].text(rows[0], None).text.count("The answer is: ") == 1
+    made = [path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")]
+    open_source(GENERATED, n_generated=16, generated=tmp_path)
+    assert made == [path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +128,8 @@ def test_a_folder_of_parquet_is_read_through_datasets(
     [
         ('{"query": "a"', r"line 2: not valid JSON \(Expecting ',' delimiter at column \d+\)"),
         ("[1, 2]", "line 2: a list, but each line must be one JSON object"),
+        ("[" * 200_000, "line 2: JSON that cannot be read"),
+        ('{"query": ' + "9" * 5000 + "}", "line 2: JSON that cannot be read"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -80,12 +158,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_trained_on_is_named(tmp_path: Path, fields: dict, message: str) -> None:
     row = load_rows(write(tmp_path / "rows.jsonl", json.dumps(fields)))[0]
     with pytest.raises(DataError, match=f"rows.jsonl, line 1: {message}"):
-        FORMATS["metamathqa"].texts(row)
-
-
-def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the data set is empty"):
-        load_rows(write(tmp_path / "rows.jsonl", ""))
+        FORMATS["metamathqa"].text(row, None)
 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "nowhere/rows.jsonl", "./set"])
@@ -94,17 +167,9 @@ def test_a_missing_file_is_refused_without_asking_the_hub(source: str) -> None:
         load_rows(source)
 
 
-def test_a_hub_data_set_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+def test_a_hub_data_set_that_cannot_be_reached_is_one_sentence(
+    datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"nobody/nothing-at-all: split 'train' cannot be loaded by datasets"):
         load_rows("nobody/nothing-at-all")
-
-
-def test_the_text_of_a_row_is_metamaths(data_dir: Path) -> None:
-    rows = load_rows(str(data_dir / "metamathqa" / "metamathqa-40k.excerpt.jsonl"))
-    assert len(rows) == 10
-    prompt, answer = FORMATS["metamathqa"].texts(rows[1])
-    assert prompt.startswith("Below is an instruction that describes a task.")
-    assert prompt.endswith("\n\n### Response: Let's think step by step.")
-    assert answer.startswith(" If the coffee shop sold 6 teas") and answer.endswith("The answer is: 32")

@@ -1,4 +1,3 @@
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +7,22 @@ from hypothesis import strategies as st
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from dynrank_ds.data.batching import IGNORED, collate
-from dynrank_ds.data.formats import FORMATS, Format
-from dynrank_ds.data.sources import Row, load_rows
-from dynrank_ds.data.tokenising import tokenise
+from dynrank_ds.data.formats import FORMATS, Format, Text
+from dynrank_ds.data.rows import Row
+from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.errors import DataError, ModelError
+from tests.data.conftest import tokenised
 
 METAMATH = FORMATS["metamathqa"]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
     lambda text: text.strip() and "<" not in text
 )
+
+
+def split(row: Row) -> tuple[str, str]:
+    """The prompt of a row of MetaMathQA's, and its answer."""
+    text = METAMATH.text(row, None)
+    return text.prompts[0], text.text.removeprefix(text.prompts[0])
 
 
 def row(query: str, response: str, line: int = 1) -> Row:
@@ -29,12 +35,12 @@ def test_targets_are_the_answer_and_one_end_of_text_and_nothing_else(
     tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
 ) -> None:
     """Also where pad = eos, which is this tokenizer's case."""
-    dataset = tokenise([row(q, r) for q, r in pairs], tokenizer, METAMATH, max_length=10_000)
+    dataset = tokenised([row(q, r) for q, r in pairs], tokenizer, METAMATH, max_length=10_000)
     batch = collate(dataset, np.arange(len(pairs)), tokenizer.pad_token_id)
     for (query, response), ids, mask, labels in zip(
         pairs, batch.input_ids.tolist(), batch.attention_mask.tolist(), batch.labels.tolist(), strict=True
     ):
-        prompt, answer = METAMATH.texts(row(query, response))
+        prompt, answer = split(row(query, response))
         n_prompt = len(tokenizer(prompt)["input_ids"])
         n_tokens = sum(mask)
         assert mask == [1] * n_tokens + [0] * (len(ids) - n_tokens)
@@ -48,58 +54,73 @@ def test_targets_are_the_answer_and_one_end_of_text_and_nothing_else(
 
 
 def test_the_prompt_is_what_the_evaluator_feeds_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
-    dataset = tokenise([row("How many?", "Five.")], tokenizer, METAMATH, max_length=500)
-    ids, n_prompt = dataset.sample(0)
-    assert ids[:n_prompt].tolist() == tokenizer(METAMATH.texts(row("How many?", "Five."))[0])["input_ids"]
+    dataset = tokenised([row("How many?", "Five.")], tokenizer, METAMATH, max_length=500)
+    ids, targets = dataset.sample(0)
+    prompt = tokenizer(split(row("How many?", "Five."))[0])["input_ids"]
+    assert ids[~targets].tolist() == prompt and not targets[: len(prompt)].any()
     assert np.count_nonzero(ids == tokenizer.bos_token_id) == (ids[0] == tokenizer.bos_token_id)
 
 
 def test_lengths_and_target_counts_are_those_of_the_samples(tokenizer: PreTrainedTokenizerFast) -> None:
-    dataset = tokenise([row("a", "b " * n) for n in (1, 9, 4)], tokenizer, METAMATH, max_length=500)
+    dataset = tokenised([row("a", "b " * n) for n in (1, 9, 4)], tokenizer, METAMATH, max_length=500)
     samples = [dataset.sample(i) for i in range(len(dataset))]
     assert dataset.lengths.tolist() == [len(s.ids) for s in samples]
     assert dataset.target_counts.tolist() == [len(s.ids) - s.n_prompt for s in samples]
+    assert [s.targets.sum() for s in samples] == dataset.target_counts.tolist()
     assert dataset.tokens.dtype == np.int32 and dataset.lengths.dtype == np.int64
 
 
-def test_too_long_rows_are_dropped_whole_and_counted(
-    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = [row("a", "short"), row("b", "long " * 400), row("c", "short")]
-    with caplog.at_level(logging.WARNING):
-        dataset = tokenise(rows, tokenizer, METAMATH, max_length=400, max_dropped=0.5)
-    assert len(dataset) == 2
-    assert "1 of 3 rows are longer than 400 tokens and were dropped" in caplog.text
-    with pytest.raises(DataError, match=r"1 of 3 rows are longer than 400 tokens, at most 1.0% may be"):
-        tokenise(rows, tokenizer, METAMATH, max_length=400)
+def test_too_long_rows_are_dropped_whole_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [row("a", "short"), row("b", "long " * 400, line=2), row("c", "short")]
+    assert len(tokenised(rows, tokenizer, METAMATH, max_length=400, max_dropped=0.5)) == 2
+    refused = r"1 of 3 rows cannot be trained on \(1: rows.jsonl, line 2: \d+ tokens, more than the 400 .* 1.0% may be"
+    with pytest.raises(DataError, match=refused):
+        tokenised(rows, tokenizer, METAMATH, max_length=400)
     with pytest.raises(DataError, match="3 of 3 rows"):
-        tokenise(rows, tokenizer, METAMATH, max_length=3, max_dropped=1.0)
+        tokenised(rows, tokenizer, METAMATH, max_length=3, max_dropped=1.0)
+
+
+def test_each_reason_to_drop_rows_is_counted_and_shown_by_its_first_row(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = [
+        Row({"query": "q"}, "rows.jsonl, line 1"),
+        row("q", "", line=2),
+        Row({"response": "r"}, "rows.jsonl, line 3"),
+        row("q", "</s>", line=4),
+        row("q", "half \ud83d", line=5),
+    ]
+    with pytest.raises(DataError) as caught:
+        tokenised(rows, tokenizer, METAMATH)
+    assert str(caught.value).startswith(
+        "5 of 5 rows cannot be trained on (2: rows.jsonl, line 1: field 'response'"
+    )
+    for reason in ("1: rows.jsonl, line 2: ", "1: rows.jsonl, line 4: ", "1: rows.jsonl, line 5: "):
+        assert reason in str(caught.value)
+    assert len(tokenised([*rows, row("q", "r", line=6)], tokenizer, METAMATH, max_dropped=0.9)) == 1
 
 
 def test_special_tokens_in_a_rows_text_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl, line 7: the text holds .* special token '</s>'"):
-        tokenise([row("a", "ends here</s> or not", line=7)], tokenizer, METAMATH, max_length=500)
+        tokenised([row("a", "ends here</s> or not", line=7)], tokenizer, METAMATH, max_length=500)
 
 
 def test_a_boundary_that_generation_would_not_see_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     class Glued(Format):
-        def texts(self, row: Row) -> tuple[str, str]:
-            return row.text("query"), row.text("response")
+        def text(self, row: Row, tokenizer: PreTrainedTokenizerFast) -> Text:
+            return Text(row.text("query") + row.text("response"), (row.text("query"),))
 
-    glued = Glued(prompt="metamath", question="query", answer="response")
+        def definition(self) -> str:
+            return "glued"
+
     with pytest.raises(DataError, match="line 1: the prompt's last token changes"):
-        tokenise([row("The ans", "wer is")], tokenizer, glued, max_length=500)
-
-
-def test_no_rows_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match="empty"):
-        tokenise([], tokenizer, METAMATH, max_length=500)
+        tokenised([row("The ans", "wer is")], tokenizer, Glued(), max_length=500)
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ModelError, match="no end-of-text token"):
-        tokenise([row("a", "b")], bare, METAMATH, max_length=500)
+        tokenised([row("a", "b")], bare, METAMATH, max_length=500)
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +136,15 @@ def test_llama2_samples_are_sentencepieces_tokens_of_the_whole_text(
     sentencepiece = pytest.importorskip("sentencepiece")
     model = str(data_dir / "tokenizers" / "llama2-tokenizer.model")
     reference = sentencepiece.SentencePieceProcessor(model_file=model)
-    rows = load_rows(str(data_dir / "metamathqa" / "metamathqa-40k.excerpt.jsonl"))
-    dataset = tokenise(rows, llama2, METAMATH, max_length=1024)
+    rows = list(read_jsonl(data_dir / "metamathqa" / "metamathqa-40k.excerpt.jsonl"))
+    dataset = tokenised(rows, llama2, METAMATH, max_length=1024)
     assert len(dataset) == len(rows)
     for index, each in enumerate(rows):
-        prompt, answer = METAMATH.texts(each)
+        prompt, answer = split(each)
         if "  " in prompt:
             continue  # transformers 5.19 merges two spaces in another order than sentencepiece does
-        ids, n_prompt = dataset.sample(index)
+        ids, _ = dataset.sample(index)
+        n_prompt = dataset.sample(index).n_prompt
         assert ids.tolist() == [1, *reference.encode(prompt + answer), 2]
         assert ids[:n_prompt].tolist() == [1, *reference.encode(prompt)]
 
@@ -131,4 +153,4 @@ def test_a_tokenizer_that_ends_prompts_is_refused(llama2: LlamaTokenizer, tmp_pa
     llama2.save_pretrained(tmp_path)
     closing = LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=True, add_eos_token=True)
     with pytest.raises(ModelError, match="appends its end-of-text token"):
-        tokenise([row("a", "b")], closing, METAMATH, max_length=500)
+        tokenised([row("a", "b")], closing, METAMATH, max_length=500)

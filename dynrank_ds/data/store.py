@@ -1,0 +1,146 @@
+"""Tokenised data on disk: written once, mapped into memory by every process of every run that needs it.
+
+An entry is a folder named by a hash of all that the tokens depend on: the source's content, what is chosen of it,
+the format and its prompts, the tokenizer with its chat template, and the versions of the tokenising libraries.
+Rows stream through, so that neither writing nor reading ever holds a whole data set in memory.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import transformers
+from filelock import FileLock
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dynrank_ds.data.formats import Format
+from dynrank_ds.data.rows import Drops, Row
+from dynrank_ds.data.tokenising import Sample, TokenisedDataset, tokenise
+from dynrank_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_ABOUT = "about.json"
+_ARRAYS = {"tokens": np.int32, "targets": np.bool_, "lengths": np.int64, "target_counts": np.int64}
+
+
+def cache_folder() -> Path:
+    """Where entries lie: $DYNRANK_CACHE, else dynrank_ds in the user's cache folder."""
+    if chosen := os.environ.get("DYNRANK_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynrank_ds"
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase, format: Format, **choices: Any) -> str:
+    """The name of an entry: a hash of the tokenizer, the format, and whatever else the tokens depend on."""
+    about = {
+        "store": _FORMAT,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "format": format.definition(),
+        "libraries": [transformers.__version__, tokenizers.__version__],
+        **choices,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what the tokenizer does, wherever it was loaded from: its pipeline, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    about = [
+        type(tokenizer).__name__,
+        backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        tokenizer.chat_template,
+    ]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def locked(entry: Path) -> Iterator[bool]:
+    """Whether the entry is still to be written; nobody else writes it meanwhile."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{entry}.lock"):
+        yield not (entry / _ABOUT).is_file()
+
+
+def write(
+    entry: Path,
+    rows: Iterator[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    format: Format,
+    max_length: int,
+) -> None:
+    """Tokenises all rows into the folder `entry`, under a temporary name until it is whole.
+
+    Raises:
+        DataError, ModelError: a row that cannot be read, no row at all, or a tokenizer that cannot be trained with.
+    """
+    unfinished = entry.with_name(entry.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    drops = Drops()
+    try:
+        n_samples, n_tokens = _write_arrays(unfinished, tokenise(rows, tokenizer, format, max_length, drops))
+        about = {"samples": n_samples, "tokens": n_tokens, "drops": asdict(drops)}
+        (unfinished / _ABOUT).write_text(json.dumps(about))
+        unfinished.rename(entry)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_arrays(folder: Path, chunks: Iterator[list[Sample]]) -> tuple[int, int]:
+    n_samples = n_tokens = 0
+    with (
+        (folder / "tokens").open("wb") as tokens,
+        (folder / "targets").open("wb") as targets,
+        (folder / "lengths").open("wb") as lengths,
+        (folder / "target_counts").open("wb") as target_counts,
+        tqdm(unit=" samples", desc="tokenising", leave=False, disable=None) as bar,
+    ):
+        for chunk in chunks:
+            for sample in chunk:
+                sample.ids.tofile(tokens)
+                sample.targets.tofile(targets)
+            sizes = np.array([len(sample.ids) for sample in chunk], dtype=np.int64)
+            sizes.tofile(lengths)
+            np.array([sample.targets.sum() for sample in chunk], dtype=np.int64).tofile(target_counts)
+            n_samples, n_tokens = n_samples + len(chunk), n_tokens + int(sizes.sum())
+            bar.update(len(chunk))
+    return n_samples, n_tokens
+
+
+def read(entry: Path) -> tuple[TokenisedDataset, Drops]:
+    """The samples of a written entry, mapped, and what was left out of them.
+
+    Raises:
+        DataError: there are none, or the entry is damaged.
+    """
+    try:
+        about = json.loads((entry / _ABOUT).read_text())
+        drops = Drops(**about["drops"])
+        sizes = {"tokens": about["tokens"], "targets": about["tokens"]}
+        arrays = {name: _mapped(entry / name, sizes.get(name, about["samples"])) for name in _ARRAYS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{entry}: the tokenised data is damaged ({error}), delete this folder") from error
+    starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
+    return TokenisedDataset(starts=starts, **arrays), drops
+
+
+def _mapped(path: Path, size: int) -> NDArray[Any]:
+    dtype = np.dtype(_ARRAYS[path.name])
+    if path.stat().st_size != size * dtype.itemsize:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size * dtype.itemsize}")
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype=dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype)

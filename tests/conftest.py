@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_of_tokenised_data(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Tests neither read nor fill the user's cache; processes that they start inherit this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
