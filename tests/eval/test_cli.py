@@ -354,6 +354,14 @@ sys.exit(code)
     assert done.returncode == 0, done.stderr
 
 
+def test_the_eval_extra_brings_no_training_packages() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    brought = [*project["dependencies"], *project["optional-dependencies"]["eval"]]
+    assert not [name for name in brought if name.startswith(("deepspeed", "bitsandbytes"))]
+    assert any(name.startswith("math-verify") for name in brought)
+
+
 @pytest.mark.parametrize("command", [[], ["run"], ["generate"], ["score"], ["compare"], ["sandbox-check"]])
 def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

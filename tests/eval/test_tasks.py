@@ -55,7 +55,7 @@ def test_few_shot_prompts_equal_lm_evals(data_dir: Path) -> None:
     assert contexts[1] + protocol.render(problem.text) == expected
 
 
-@pytest.mark.parametrize("name", ["metamath-v1", "chat-v1"])
+@pytest.mark.parametrize("name", ["metamath-v1", pytest.param("chat-v1", marks=pytest.mark.slow)])
 def test_math_500_gold_answers_all_pass(name: str, data_dir: Path) -> None:
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     task, protocol = get_task("math"), load_protocol(name, "math")
