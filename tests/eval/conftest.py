@@ -1,5 +1,6 @@
 """A tiny random LLaMA, an adapter for it, and real data where there are some."""
 
+import json
 import os
 from pathlib import Path
 
@@ -45,3 +46,23 @@ def data_dir() -> Path:
     if folder is None:
         pytest.skip("DYNRANK_DATA_DIR is not set: no real data")
     return Path(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, n in (("gsm_symbolic", 6), ("gsm_symbolic_unseen", 3)):
+        rows = [{"task_id": f"{name}-{i}", "question": f"{i} + 1?", "answer": str(i + 1)} for i in range(n)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def generations(tmp_path: Path) -> Path:
+    """Of gsm_symbolic: four right, one wrong, one without an answer."""
+    texts = [f"The answer is: {i + 1}" for i in range(4)] + ["The answer is: 0", "I do not know."]
+    rows = [{"task_id": f"gsm_symbolic-{i}", "completion": text} for i, text in enumerate(texts)]
+    path = tmp_path / "generations.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
