@@ -79,6 +79,10 @@ class PEDyRA(SensitivityMethod):
                 f"method.t_i {self.t_i} + method.interval {self.interval} leaves no adjustment before step {self.end} "
                 f"(train steps {total_steps} less method.t_f): ranks would never change"
             )
+        if config.moves != "expand" and next(iter(blocks.values())).initial_rank == 1:
+            raise RecipeError(
+                "adapter.rank is 1: pe_dyra leaves every module one triple, so none could move; give at least 2"
+            )
         if config.conserve == "parameters" and (config.moves != "both" or config.k == "auto"):
             raise RecipeError(
                 f"method.conserve is parameters with method.moves {config.moves} and method.k {config.k}: it needs "

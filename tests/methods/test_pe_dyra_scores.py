@@ -98,7 +98,7 @@ def test_scores_from_shards_are_those_of_the_formula(size: int, normalise: str) 
     expected = formula(weights, gradients, smoothed, uncertainty, energy, 0.3, normalise == "mean")
     for scores in run_pretend(size, work):
         for ours, theirs in zip(scores, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 
 
 def test_scores_after_steps_on_three_processes_follow_the_recursions() -> None:

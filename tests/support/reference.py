@@ -90,6 +90,8 @@ class Settings:
     end: int = 0
     k: int = 0
     gamma: float = 0.0
+    b_rate: float = 1.0
+    """What b's learning rate is multiplied by (LoRA+)."""
 
 
 class Reference:
@@ -114,13 +116,21 @@ class Reference:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, linear)
                 self.linears[name] = linear
-        self.optimizer = torch.optim.AdamW(self._parameters(), lr=0.0, weight_decay=0.0)
+        self.optimizer = self._optimizer()
         self.plans: list[dict[str, tuple[list[int], int]]] = []
 
     def _parameters(self) -> list[nn.Parameter]:
         return [
             p for linear in self.linears.values() for t in linear.triples for p in t.parameters().values()
         ]
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        """b in a group of its own."""
+        triples = [t for linear in self.linears.values() for t in linear.triples]
+        others = [p for t in triples for p in (t.a, t.e) if p is not None]
+        return torch.optim.AdamW(
+            [{"params": others}, {"params": [t.b for t in triples]}], lr=0.0, weight_decay=0.0
+        )
 
     def step(
         self, step: int, samples: list[tuple[list[int], int]], lr: float, max_norm: float, plan=None
@@ -156,7 +166,8 @@ class Reference:
         due = s.k and s.t_i < step < s.end and (step - s.t_i) % s.interval == 0
         own = self._plan() if due else None
         torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm)
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group, rate in zip(self.optimizer.param_groups, (1.0, s.b_rate), strict=True):
+            group["lr"] = lr * rate
         self.optimizer.step()
         if own is not None:
             self.plans.append(own)
@@ -225,7 +236,7 @@ class Reference:
                 linear.triples += fresh
         alive = self._parameters()
         state = {p: self.optimizer.state[p] for p in alive if p in self.optimizer.state}
-        self.optimizer = torch.optim.AdamW(alive, lr=0.0, weight_decay=0.0)
+        self.optimizer = self._optimizer()
         self.optimizer.state.update(state)
 
     def ranks(self) -> dict[str, int]:

@@ -49,7 +49,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(
-    recipe_file: Path, plans: list[dict] | None = None, method: str = "pe_dyra"
+    recipe_file: Path, plans: list[dict] | None = None, method: str = "pe_dyra", b_rate: float = 1.0
 ) -> tuple[list[float], Reference]:
     """Losses of the plain run; `plans` from ranks.jsonl take the place of its own."""
     recipe = load_recipe(str(recipe_file))
@@ -70,7 +70,7 @@ def reference(
         ]
 
     model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
-    settings = Settings(5, 7, STEPS - 5, K, 0.1) if method == "pe_dyra" else Settings()
+    settings = Settings(5, 7, STEPS - 5, K, 0.1) if method == "pe_dyra" else Settings(b_rate=b_rate)
     plain = Reference(model, set(recipe.adapter.targets), RANK, ALPHA / RANK, new_triples, settings)
     batches = GlobalBatches(len(dataset), 6, 0)
     queue = [
@@ -133,10 +133,12 @@ def test_scores_and_plans_equal_those_that_plain_training_computes(
     assert lines(run / "ranks.jsonl")[-1]["after"] == plain.ranks()
 
 
-def test_lora_losses_equal_plain_training(recipe_file: Path) -> None:
-    folder = recipe_file.parent / "lora"
+@pytest.mark.parametrize(("config", "b_rate"), [("zero3", 1), ("zero2", 2)], ids=["LoRA", "LoRA+"])
+def test_lora_losses_equal_plain_training(recipe_file: Path, config: str, b_rate: int) -> None:
+    folder = recipe_file.parent / f"lora{b_rate}"
     recipe = yaml.safe_load(recipe_file.read_text()) | {"method": {"name": "lora"}}
     (recipe_file.parent / "lora.yaml").write_text(yaml.safe_dump(recipe))
-    train(2, recipe_file.parent / "lora.yaml", f"output.dir={folder}")
-    losses, _ = reference(recipe_file, method="lora")
+    overrides = [f"deepspeed.config={config}", f"train.lora_b_rate={b_rate}"]
+    train(2, recipe_file.parent / "lora.yaml", f"output.dir={folder}", *overrides)
+    losses, _ = reference(recipe_file, method="lora", b_rate=b_rate)
     assert largest_difference(folder, losses) <= 1e-6
