@@ -57,6 +57,8 @@ class DataSection(_Section):
     """Longest sample in tokens, prompt and answer together; longer rows are dropped and counted."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
     """Largest share of rows that may be dropped without failing."""
+    packing: bool = False
+    """Lay the samples of a micro-batch one after another without padding, each seeing only itself."""
 
 
 class AdapterSection(_Section):

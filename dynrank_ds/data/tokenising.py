@@ -141,6 +141,11 @@ class _Encoder:
         targets = np.zeros(len(ids), dtype=np.bool_)
         for prompt in prompts:
             start = len(prompt)
+            if not prompt:
+                raise row.unfit(
+                    "no prompt",
+                    "the prompt is no token to this tokenizer, so nothing could predict an answer",
+                )
             if ids[:start] != prompt:
                 raise row.unfit(
                     "no stable boundary",

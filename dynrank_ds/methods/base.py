@@ -51,12 +51,20 @@ class MicroBatch:
 
     token_mask: Tensor = field(default_factory=lambda: torch.ones(1, 1))
     """(batch, tokens): 1 for tokens, 0 for padding."""
+    packed: tuple[int, ...] = ()
+    """Lengths of the samples that stand one after another in the only row; () where each row is a sample."""
     share: float = 1.0
     """1 / accumulation steps: what one micro-batch adds of a term that belongs to the whole step."""
     step: int = 0
     """The optimizer step (from 1) that it belongs to."""
     first: bool = True
     """Whether it is the first of its step on this process."""
+
+    @property
+    def sample_sizes(self) -> list[int]:
+        """Positions of each sample, padding included, in the order of the flat input."""
+        samples, tokens = self.token_mask.shape
+        return list(self.packed) or [tokens] * samples
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class IncreLoRA(Method):
     def _block_work(self, index: int, penalise: BackwardWork) -> BackwardWork:
         def work(backward: BlockBackward) -> None:
             if self.growing:
-                self._sums[index] += product_sensitivity(backward, self.micro_batch.token_mask.shape[0])
+                self._sums[index] += product_sensitivity(backward, self.micro_batch.sample_sizes)
             penalise(backward)
 
         return work
@@ -157,16 +157,17 @@ class IncreLoRA(Method):
         self.uncertainty.copy_(values["uncertainty"])
 
 
-def product_sensitivity(backward: BlockBackward, samples: int) -> Tensor:
+def product_sensitivity(backward: BlockBackward, sizes: list[int]) -> Tensor:
     """() fp64: sum over a micro-batch's samples of sum |dW * dL/dW|, with dW = s B^T diag(e) A and dL/dW of one sample.
 
-    By samples, so that it does not matter how a batch is cut into micro-batches and dealt to processes.
+    sizes: positions of each sample. By samples, so that it does not matter how a batch is cut into micro-batches,
+    packed, and dealt to processes.
     """
     dtype = torch.promote_types(backward.x.dtype, torch.float32)
     assert backward.gate is not None
     gated = backward.lora_b.to(dtype) * (backward.gate.to(dtype) * backward.scale)[:, None]
     product = gated.T @ backward.lora_a.to(dtype)
     total = product.new_zeros((), dtype=torch.float64)
-    for grad_y, x in zip(backward.grad_y.chunk(samples), backward.x.chunk(samples), strict=True):
+    for grad_y, x in zip(backward.grad_y.split(sizes), backward.x.split(sizes), strict=True):
         total += (grad_y.to(dtype).T @ x.to(dtype)).mul_(product).abs_().sum(dtype=torch.float64)
     return total

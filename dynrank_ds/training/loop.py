@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import block_generator
-from dynrank_ds.data.batching import IGNORED, GlobalBatches, collate, local_micro_batches
+from dynrank_ds.data.batching import GlobalBatches
+from dynrank_ds.data.layouts import Packed, Padded
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.methods.base import Method, StepView
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -68,7 +69,9 @@ class Trainer:
         device: torch.device,
         run: RunDirectory,
     ) -> None:
-        self.recipe, self.dataset, self.pad_id = recipe, dataset, pad_id
+        self.recipe, self.dataset = recipe, dataset
+        self.layout = Packed() if recipe.data.packing else Padded(pad_id)
+        """How the samples of a micro-batch become tensors."""
         self.engine, self.method, self.progress = engine, method, progress
         self.total_steps, self.device, self.run = total_steps, device, run
         self.batches = GlobalBatches(len(dataset), recipe.train.global_batch_size, recipe.train.seed)
@@ -135,7 +138,7 @@ class Trainer:
 
     def _accumulate(self, indices: NDArray[Any], targets: int) -> Tensor:
         """Forward and backward over this process's micro-batches; its part of the batch's mean loss, fp64."""
-        micro_batches = local_micro_batches(
+        micro_batches = self.layout.micro_batches(
             indices,
             self.dataset.lengths,
             processes.rank(),
@@ -146,14 +149,10 @@ class Trainer:
         under_way = self.method.micro_batch
         under_way.share, under_way.step = 1 / len(micro_batches), self.progress.step + 1
         for number, chosen in enumerate(micro_batches, start=1):
-            batch = collate(self.dataset, chosen, self.pad_id)
-            rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)
+            batch = self.layout.collate(self.dataset, chosen)
             under_way.token_mask, under_way.first = batch.attention_mask.to(self.device), number == 1
-            summed = self.engine(
-                input_ids=batch.input_ids.to(self.device),
-                positions=(rows * batch.labels.shape[1] + columns - 1).to(self.device),
-                targets=batch.labels[rows, columns].to(self.device),
-            )
+            under_way.packed = batch.packed
+            summed = self.engine(**{name: value.to(self.device) for name, value in batch.inputs().items()})
             # The engine takes the mean over processes: this makes it the mean over all target tokens.
             self.engine.backward(summed * (processes.world_size() / targets))
             loss += summed.detach().double() / targets

@@ -72,7 +72,9 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
 class SummedLoss(nn.Module):
     """Cross entropy (fp32) summed over the targets of a micro-batch, fp64; whoever calls it knows what to divide by.
 
-    Padding is on the right, so under causal attention no token ever sees it and no mask is needed.
+    Padding is on the right, so under causal attention no token ever sees it and no mask is needed. Where samples are
+    packed into one row, their position ids restart: transformers then calls FlashAttention's kernel for samples of
+    unequal lengths, or with other attentions masks all but each sample's own tokens.
     Logits are made only where there is a target: they are the largest tensors of a step.
     """
 
@@ -80,9 +82,14 @@ class SummedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        """input_ids (samples, tokens); positions (n,), flat, of the tokens that predict; targets (n,); all int64."""
-        hidden = self.model.get_decoder()(input_ids=input_ids).last_hidden_state
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, targets: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """input_ids (samples, tokens); positions (n,), flat, of the tokens that predict; targets (n,); all int64.
+
+        position_ids (1, tokens): for packed samples, counted from 0 in each.
+        """
+        hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids).last_hidden_state
         logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions])
         # Summed in fp64: in fp32 the sum over a long batch is off by more than 1e-6 of its mean.
         return F.cross_entropy(logits.float(), targets, reduction="none").double().sum()

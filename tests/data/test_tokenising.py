@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from dynrank_ds.data.batching import IGNORED, collate
 from dynrank_ds.data.formats import FORMATS, Format, Text
+from dynrank_ds.data.layouts import IGNORED, Padded
 from dynrank_ds.data.rows import Row
 from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.errors import DataError, ModelError
@@ -36,7 +36,7 @@ def test_targets_are_the_answer_and_one_end_of_text_and_nothing_else(
 ) -> None:
     """Also where pad = eos, which is this tokenizer's case."""
     dataset = tokenised([row(q, r) for q, r in pairs], tokenizer, METAMATH, max_length=10_000)
-    batch = collate(dataset, np.arange(len(pairs)), tokenizer.pad_token_id)
+    batch = Padded(tokenizer.pad_token_id).collate(dataset, np.arange(len(pairs)))
     for (query, response), ids, mask, labels in zip(
         pairs, batch.input_ids.tolist(), batch.attention_mask.tolist(), batch.labels.tolist(), strict=True
     ):

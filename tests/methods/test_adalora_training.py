@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from dynrank_ds.adapters.initial import block_generator, svd_factors
-from dynrank_ds.data.batching import GlobalBatches, collate
+from dynrank_ds.data.batching import GlobalBatches
+from dynrank_ds.data.layouts import Padded
 from dynrank_ds.recipe import Recipe, load_recipe
 from dynrank_ds.training.prepare import prepare_data
 from tests.support.launch import train
@@ -86,7 +87,7 @@ def peft_training(recipe: Recipe) -> tuple[list[float], dict[int, dict[str, list
     batches = GlobalBatches(len(dataset), recipe.train.global_batch_size, 0)
     losses, masked = [], {}
     for global_step in range(STEPS):
-        loss: Tensor = model(collate(dataset, batches.indices(global_step), pad_id)).loss
+        loss: Tensor = model(Padded(pad_id).collate(dataset, batches.indices(global_step))).loss
         losses.append(loss.item())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)

@@ -1,0 +1,95 @@
+"""Samples packed into one row give the losses, gradients and statistics of padded ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dynrank_ds.data.layouts import Layout, Packed, Padded
+from dynrank_ds.data.tokenising import TokenisedDataset
+from dynrank_ds.methods import build_method
+from dynrank_ds.recipe import check_recipe
+from dynrank_ds.training.model import SummedLoss, load_model
+from dynrank_ds.training.prepare import adapt, prepare_data
+from tests.support.tiny import write_data, write_model
+
+METHODS = {
+    "pe_dyra": {"name": "pe_dyra", "t_i": 1, "interval": 3, "t_f": 2, "k": 5},
+    "increlora": {"name": "increlora", "target_rank": 8, "top_h": 14, "t_i": 1, "interval": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packing")
+    write_model(path / "model")
+    write_data(path / "data.jsonl")
+    return path
+
+
+def one_step(
+    folder: Path, layout: Layout, micro_batch_size: int, method_name: str, attention: str, checkpointing: bool
+) -> tuple[float, Tensor, Tensor]:
+    """Mean loss, adapter gradients and the method's statistics of backward, of one batch of 12 samples."""
+    recipe = check_recipe(
+        {
+            "model": {"path": str(folder / "model"), "dtype": "fp32", "attention": attention},
+            "data": {"source": str(folder / "data.jsonl"), "max_length": 200},
+            "adapter": {"rank": 4, "alpha": 16.0},
+            "method": METHODS[method_name],
+            "train": {"steps": 30, "global_batch_size": 12, "learning_rate": 1e-3},
+            "output": {"dir": "nowhere"},
+        },
+        "recipe",
+    )
+    dataset, _ = prepare_data(recipe)
+    indices = np.arange(12)
+    model = load_model(recipe.model, checkpointing)
+    blocks = adapt(model, recipe)
+    method = build_method(recipe.method, blocks, 30, torch.device("cpu"))
+    # B begins at zero in some methods: then most gradients would be zero, and equal whatever is wrong.
+    torch.manual_seed(0)
+    for block in blocks.values():
+        assert block.lora_B is not None
+        torch.nn.init.normal_(block.lora_B, std=0.1)
+    loss, n_targets = SummedLoss(model), int(dataset.target_counts[indices].sum())
+    total = 0.0
+    micro_batches = layout.micro_batches(indices, dataset.lengths, 0, 1, micro_batch_size)
+    method.micro_batch.share = 1 / len(micro_batches)
+    for chosen in micro_batches:
+        total += backward(dataset, layout, chosen, loss, method, n_targets)
+    gradients = torch.cat([p.grad.flatten() for block in blocks.values() for p in block.factors().values()])
+    sums = method.energy._sums if method_name == "pe_dyra" else method._sums  # type: ignore[attr-defined]
+    return total, gradients, sums
+
+
+def backward(dataset: TokenisedDataset, layout, chosen, loss, method, n_targets: int) -> float:
+    """As the loop does it."""
+    batch = layout.collate(dataset, chosen)
+    method.micro_batch.token_mask, method.micro_batch.packed = batch.attention_mask, batch.packed
+    mean = loss(**batch.inputs()) / n_targets
+    mean.backward()
+    return float(mean.detach())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("attention", "micro_batch_size", "checkpointing"),
+    [("sdpa", 4, False), ("eager", 12, False), ("sdpa", 12, True), ("eager", 1, False)],
+)
+def test_a_packed_batch_gives_loss_gradients_and_statistics_of_the_padded_one(
+    folder: Path, method: str, attention: str, micro_batch_size: int, checkpointing: bool
+) -> None:
+    loss, gradients, sums = one_step(folder, Padded(2), 3, method, attention, False)
+    packed = one_step(folder, Packed(), micro_batch_size, method, attention, checkpointing)
+    assert abs(packed[0] - loss) <= 1e-6 * loss
+    largest = float((packed[1] - gradients).abs().max() / gradients.abs().max())
+    print(
+        f"{method} {attention}: losses differ by {abs(packed[0] - loss):.1e}, gradients by {largest:.1e} of the largest"
+    )
+    assert largest <= 1e-6
+    torch.testing.assert_close(packed[2], sums, rtol=2e-5, atol=0)
