@@ -43,7 +43,7 @@ def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_pat
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(recipe.dump())
     assert load_recipe(str(resolved)) == recipe
-    load_config(recipe.deepspeed.config)
+    load_config(recipe.deepspeed.config, bf16=True)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,10 @@ def test_epochs_become_steps_of_the_global_batch() -> None:
         ),
         ('{"optimizer": {}}', "sets 'optimizer': remove it, the recipe's train decides it"),
         ('{"zero_optimization": {"stage": 0}}', "has zero_optimization.stage 0: give 1, 2 or 3"),
+        (
+            '{"zero_optimization": {"stage": 1}}',
+            "has zero_optimization.stage 1 with model.dtype bf16: give stage 2, or fp32",
+        ),
         ('{"zero_optimization": true}', "has zero_optimization.stage None: give 1, 2 or 3"),
         ("[]", "holds list, not a JSON object"),
         ("{", "is not JSON: "),
@@ -200,10 +204,10 @@ def test_a_deepspeed_configuration_that_cannot_be_used_is_told(
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(RecipeError) as error:
-        load_config(str(path))
+        load_config(str(path), bf16=True)
     assert str(error.value).startswith(f"deepspeed.config {path} {sentence}")
 
 
 def test_a_missing_deepspeed_configuration_is_told_with_those_there_are() -> None:
     with pytest.raises(RecipeError, match=r"deepspeed.config is 'zero9': neither a file nor one of .*zero3"):
-        load_config("zero9")
+        load_config("zero9", bf16=True)

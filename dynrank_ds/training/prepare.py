@@ -90,7 +90,7 @@ def validate(recipe: Recipe) -> str:
     Raises:
         DynrankError: what cannot be run.
     """
-    load_config(recipe.deepspeed.config)
+    load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
     recipe.accumulation(world_size=1)
     dataset, _ = prepare_data(recipe)
     check_model_folder(recipe.model.path)

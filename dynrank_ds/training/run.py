@@ -38,7 +38,7 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
     run = RunDirectory(Path(recipe.output.dir))
     check_output(run.path, resume)
     accumulation = recipe.accumulation(processes.world_size())
-    config = load_config(recipe.deepspeed.config)
+    config = load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
     dataset, pad_id = prepare_data(recipe)
     total_steps = recipe.total_steps(len(dataset))
     found = find_newest(run.path) if resume else None

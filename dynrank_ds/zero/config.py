@@ -21,11 +21,12 @@ _OWNED = {
 }
 
 
-def load_config(name: str) -> dict[str, Any]:
+def load_config(name: str, bf16: bool) -> dict[str, Any]:
     """A DeepSpeed configuration by the name of a shipped file (`zero3`) or by path.
 
     Raises:
-        RecipeError: no such file, not JSON, a key that the recipe owns, or no ZeRO stage from 1 to 3.
+        RecipeError: no such file, not JSON, a key that the recipe owns, or no ZeRO stage from 1 to 3;
+            stage 1 in bf16, for which DeepSpeed has another optimizer, without shards of its own to resize.
     """
     shipped = resources.files("dynrank_ds.ds_configs").joinpath(f"{name}.json")
     path = Path(name)
@@ -49,6 +50,10 @@ def load_config(name: str) -> dict[str, Any]:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (1, 2, 3):
         raise RecipeError(f"deepspeed.config {name} has zero_optimization.stage {stage}: give 1, 2 or 3")
+    if stage == 1 and bf16:
+        raise RecipeError(
+            f"deepspeed.config {name} has zero_optimization.stage 1 with model.dtype bf16: give stage 2, or fp32"
+        )
     return config
 
 
