@@ -36,6 +36,16 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
     validate.add_argument("overrides", nargs="*", help="section.key=value")
 
+    prepare = _command(
+        commands,
+        "prepare",
+        _prepare,
+        "fetch a recipe's model and data and tokenise it, for machines without internet",
+    )
+    prepare.epilog = "example: dynrank prepare --recipe quickstart; afterwards HF_HUB_OFFLINE=1 can be set"
+    prepare.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
+    prepare.add_argument("overrides", nargs="*", help="section.key=value")
+
     export = _command(commands, "export", _export, "write a run's newest checkpoint as an adapter")
     export.epilog = "example: dynrank export --run runs/quickstart --output adapter --format padded"
     export.add_argument("--run", required=True, type=Path, help="run directory")
@@ -72,6 +82,13 @@ def _validate(arguments: argparse.Namespace) -> None:
     from dynrank_ds.training.prepare import validate
 
     print(validate(load_recipe(arguments.recipe, arguments.overrides)))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.recipe import load_recipe
+    from dynrank_ds.training.prepare import prepare
+
+    print(prepare(load_recipe(arguments.recipe, arguments.overrides)))
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -126,7 +126,7 @@ def test_a_missing_run_or_adapter_is_named_and_nothing_is_made(
     assert "nowhere" in refused(arguments, capsys)
 
 
-@pytest.mark.parametrize("command", ["validate", "export", "merge", "report"])
+@pytest.mark.parametrize("command", ["validate", "prepare", "export", "merge", "report"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

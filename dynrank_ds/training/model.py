@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from dynrank_ds.errors import ModelError
 from dynrank_ds.recipe import ModelSection
 
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -25,6 +27,21 @@ def check_model_folder(path: str) -> None:
         raise ModelError(f"model.path {path} does not exist: give a model folder or a hub id")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"model.path {path} has no config.json: give the folder of a Hugging Face model")
+
+
+def fetch_model(path: str) -> Path:
+    """The model's folder; a hub id is downloaded into the hub's cache first: weights, configuration, tokenizer.
+
+    Raises:
+        ModelError: there is no model there, or the hub cannot be reached.
+    """
+    check_model_folder(path)
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=_MODEL_FILES))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {path} cannot be fetched from the hub: {_first(error)}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

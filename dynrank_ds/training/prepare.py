@@ -19,7 +19,7 @@ from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import DataError, RecipeError
 from dynrank_ds.methods import build_method, method_class
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.training.model import check_model_folder, load_tokenizer
+from dynrank_ds.training.model import check_model_folder, fetch_model, load_tokenizer
 from dynrank_ds.zero.config import load_config
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,24 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
     return dataset, pad_id
 
 
+def prepare(recipe: Recipe) -> str:
+    """Fetches the model and tokenises the data, so that a run with HF_HUB_OFFLINE=1 finds both; says what there is.
+
+    Raises:
+        DataError, ModelError, RecipeError: what is missing or malformed.
+    """
+    model = fetch_model(recipe.model.path)
+    dataset, _ = prepare_data(recipe)
+    return "\n".join([f"model       {model}", _described(dataset), f"cache       {store.cache_folder()}"])
+
+
+def _described(dataset: TokenisedDataset) -> str:
+    return (
+        f"data        {len(dataset):,} samples, {int(dataset.lengths.sum()):,} tokens, "
+        f"{int(dataset.target_counts.sum()):,} of them targets"
+    )
+
+
 def adapt(
     model: PreTrainedModel, recipe: Recipe, restored: Mapping[str, Mapping[str, Tensor]] | None = None
 ) -> dict[str, Block]:
@@ -105,8 +123,7 @@ def validate(recipe: Recipe) -> str:
     return "\n".join(
         [
             f"model       {recipe.model.path}: {base:,} parameters",
-            f"data        {len(dataset):,} samples, {int(dataset.lengths.sum()):,} tokens, "
-            f"{int(dataset.target_counts.sum()):,} of them targets",
+            _described(dataset),
             f"adapter     {linears} linears, total rank {recipe.adapter.rank * len(blocks)}, "
             f"{trainable:,} trainable parameters ({trainable / base:.3%})",
             f"method      {recipe.method.name}: {method.planned_adjustments()} adjustments in {steps} steps",

@@ -1,0 +1,151 @@
+"""What `dynrank prepare` leaves is enough without the hub, and nothing is tokenised twice."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from dynrank_ds.cli import main
+from dynrank_ds.data import store
+from dynrank_ds.errors import DataError, ModelError
+from dynrank_ds.recipe import Recipe, check_recipe
+from dynrank_ds.training import prepare as prepare_module
+from dynrank_ds.training.model import fetch_model
+from dynrank_ds.training.prepare import prepare_data
+from tests.support.tiny import write_data, write_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model and data, and an empty cache."""
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data.jsonl", samples=12, longest=20)
+    monkeypatch.setenv("DYNRANK_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def recipe(folder: Path, **data: Any) -> Recipe:
+    values = {
+        "model": {"path": str(folder / "model")},
+        "data": {"source": str(folder / "data.jsonl"), "max_length": 200, **data},
+        "method": {"name": "lora"},
+        "train": {"steps": 20, "global_batch_size": 4, "learning_rate": 1e-3},
+        "output": {"dir": str(folder / "run")},
+    }
+    return check_recipe(values, "recipe")
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The entries that were tokenised."""
+    entries: list[Path] = []
+    real = store.write
+
+    def noting(entry: Path, *arguments: Any) -> None:
+        entries.append(entry)
+        real(entry, *arguments)
+
+    monkeypatch.setattr(prepare_module.store, "write", noting)
+    return entries
+
+
+def test_data_is_tokenised_once_whatever_its_file_is_called(folder: Path, written: list[Path]) -> None:
+    first, _ = prepare_data(recipe(folder))
+    (folder / "data.jsonl").rename(folder / "moved.jsonl")
+    again, _ = prepare_data(recipe(folder, source=str(folder / "moved.jsonl"), max_dropped=0.5))
+    assert len(written) == 1 and np.array_equal(first.tokens, again.tokens)
+    assert isinstance(again.tokens, np.memmap) and isinstance(again.targets, np.memmap)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"limit": 5}, {"max_length": 100}, {"format": "alpaca", "max_dropped": 1.0}, {"filter": {"query": "x"}}],
+)
+def test_whatever_changes_the_tokens_makes_an_entry_of_its_own(
+    folder: Path, written: list[Path], change: dict[str, Any]
+) -> None:
+    prepare_data(recipe(folder))
+    try:
+        prepare_data(recipe(folder, **change))
+    except DataError:
+        assert change.keys() & {"format", "filter"}
+    assert len(set(written)) == 2
+
+
+def test_changed_rows_and_changed_tokenizers_are_tokenised_anew(folder: Path, written: list[Path]) -> None:
+    prepare_data(recipe(folder))
+    with (folder / "data.jsonl").open("a") as file:
+        file.write(json.dumps({"query": "w1", "response": "w2"}) + "\n")
+    assert len(prepare_data(recipe(folder))[0]) == 13
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder / "model")
+    prepare_data(recipe(folder))
+    assert len(set(written)) == 3
+
+
+def test_processes_that_start_together_tokenise_once(folder: Path, written: list[Path]) -> None:
+    sizes: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: sizes.append(len(prepare_data(recipe(folder))[0]))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sizes == [12] * 4 and len(written) == 1
+
+
+def test_an_interrupted_entry_is_written_again_and_a_damaged_one_is_named(
+    folder: Path, written: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "_write_arrays", _interrupted)
+        prepare_data(recipe(folder))
+    assert not written[0].exists()
+    prepare_data(recipe(folder))
+    tokens = written[0] / "tokens"
+    tokens.write_bytes(tokens.read_bytes()[:-4])
+    with pytest.raises(
+        DataError, match=r"the tokenised data is damaged \(tokens has \d+ bytes, not \d+\), delete"
+    ):
+        prepare_data(recipe(folder))
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_after_prepare_the_hub_is_not_asked_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    real = datasets.load_dataset
+    hub = folder / "hub"
+    hub.mkdir()
+    (folder / "data.jsonl").rename(hub / "train.jsonl")
+    (folder / "r.yaml").write_text(
+        json.dumps(recipe(folder, source="owner/name", limit=8).model_dump(mode="json"))
+    )
+    monkeypatch.chdir(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "hf"))
+        patch.setattr(datasets, "load_dataset", lambda _, revision, **choices: real(str(hub), **choices))
+        assert main(["prepare", "--recipe", "r.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "8 samples" in out and str(folder / "model") in out and str(folder / "cache") in out
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert main(["validate", "--recipe", "r.yaml"]) == 0
+    assert "8 samples" in capsys.readouterr().out
+
+
+def test_a_model_that_the_hub_does_not_give_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"model.path nobody/nothing cannot be fetched from the hub: "):
+        fetch_model("nobody/nothing")
