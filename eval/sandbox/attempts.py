@@ -22,7 +22,7 @@ _LIMITS = Limits(wall_seconds=2.0)
 
 @dataclass(frozen=True)
 class Attempt:
-    """`held`: it did not pass, and got a verdict that is right for it."""
+    """`held`: it did not pass, and got a verdict that is right for it. Outcome "not tried": it would destroy."""
 
     name: str
     aim: str
@@ -44,6 +44,10 @@ def attempt_all(
 ) -> Report:
     """Runs the escapes against targets put up for them, and an honest program that must pass."""
     isolation = isolation or detect()
+    # Programs of root's run as another user; an ordinary user's could end everything that the user runs.
+    exposed = os.geteuid() != 0 and "processes" in isolation.missing()
+    spared = [escape for escape in escapes if exposed and escape.kills]
+    escapes = [escape for escape in escapes if escape not in spared]
     with _Targets.put_up() as targets:
         honest = f"def solve(): return {targets.secret!r}"
         sources = [honest, *(targets.aimed(escape.source) for escape in escapes)]
@@ -58,6 +62,7 @@ def attempt_all(
         Attempt(escape.name, escape.aim, outcome, outcome in escape.outcomes)
         for escape, outcome in zip(escapes, outcomes[1:], strict=True)
     ]
+    attempts += [Attempt(escape.name, escape.aim, "not tried", False) for escape in spared]
     return Report(isolation, attempts, harm)
 
 

@@ -47,7 +47,7 @@ class Cell:
         confinement = isolation.confinement(folder)
         confinement |= {"uid": uid, "limits": _rlimits(limits, tasks)}
         self._process = subprocess.Popen(
-            [*isolation.command(limits, folder), "-s", "-S", str(INSIDE), str(folder)],
+            [*isolation.command(limits), "-s", "-S", str(INSIDE), str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -56,8 +56,8 @@ class Isolation:
     def missing(self) -> list[str]:
         return [aspect for aspect, mechanism in self.covers().items() if mechanism is None]
 
-    def command(self, limits: Limits, folder: Path) -> list[str]:
-        """The command line up to the interpreter's arguments. `folder` is used only without bubblewrap."""
+    def command(self, limits: Limits) -> list[str]:
+        """The command line up to the interpreter's arguments."""
         if self.bwrap is None:
             return [sys.executable]
         return [self.bwrap, *_bubblewrap_arguments(limits), "--", sys.executable]

@@ -51,32 +51,32 @@ def check(
 def accepted(
     result: Any, expected: Any, given: list[Any], task: str, entry_point: str, tolerance: float
 ) -> bool:
-    if task == "mbpp_plus":
-        special = _special(result, expected, given, entry_point, tolerance)
-        if special is not None:
-            return special
-    if result == expected:
+    if task == "mbpp_plus" and entry_point in _ONLY_WHETHER_NONE:
+        # EvalPlus' data hold whether the reference's result is None.
+        expected = expected is not None
+        exact = expected == (result if isinstance(result, bool) else result is not None)
+    elif task == "mbpp_plus" and entry_point in _SAME_AS_SETS:
+        exact = set(result) == set(expected)
+    else:
+        exact = result == expected or (
+            task == "mbpp_plus" and _accepts_too(result, given, entry_point, tolerance)
+        )
+    if exact:
         return True
     if tolerance == 0 and _is_floats(expected):
         tolerance = 1e-6
     return tolerance != 0 and type(result) is type(expected) and _close(result, expected, tolerance)
 
 
-def _special(result: Any, expected: Any, given: list[Any], entry_point: str, tolerance: float) -> bool | None:
-    """The verdict where a task has a rule of its own; None where the common one decides."""
-    if entry_point in _SAME_AS_SETS:
-        return set(result) == set(expected)
-    if entry_point in _ONLY_WHETHER_NONE:
-        # EvalPlus' data hold whether the reference's result is None.
-        found = expected is not None
-        return result == found if isinstance(result, bool) else (result is not None) == found
-    accepts_too = {
+def _accepts_too(result: Any, given: list[Any], entry_point: str, tolerance: float) -> bool:
+    """What some tasks take besides the reference's result."""
+    rules: dict[str, Callable[[], bool]] = {
         "are_equivalent": lambda: True,
-        "sum_div": lambda: result == 0,
-        "surface_Area": lambda: abs(result - _surface(*given)) <= tolerance,
-        "digit_distance_nums": lambda: result == _digit_distance(*given),
-    }.get(entry_point)
-    return True if accepts_too is not None and accepts_too() else None
+        "sum_div": lambda: bool(result == 0),
+        "surface_Area": lambda: bool(abs(result - _surface(*given)) <= tolerance),
+        "digit_distance_nums": lambda: bool(result == _digit_distance(*given)),
+    }
+    return entry_point in rules and rules[entry_point]()
 
 
 def _is_floats(value: Any) -> bool:

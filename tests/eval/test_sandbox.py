@@ -16,6 +16,7 @@ from dynrank_ds.errors import MachineError
 from dynrank_eval import sandbox
 from dynrank_eval.sandbox import Isolation, Limits, Outcome, Program, seccomp
 from dynrank_eval.sandbox.attempts import attempt_all
+from dynrank_eval.sandbox.escapes import ESCAPES
 from dynrank_eval.sandbox.isolation import NOTHING, detect, landlock_works
 
 SHORT = Limits(wall_seconds=1.0)
@@ -126,6 +127,28 @@ def test_all_escapes_are_held_when_an_ordinary_user_evaluates(way: str, temporar
     assert "HARM" not in done.stdout, done.stdout
 
 
+def test_an_attempt_that_succeeds_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without isolation these do; and as an ordinary user, those that kill are not even tried."""
+    names = [
+        "read-file",
+        "write-file",
+        "tcp-loopback",
+        "udp-loopback",
+        "unix-socket",
+        "abstract-socket",
+        "exit",
+    ]
+    some = [escape for escape in ESCAPES if escape.name in names]
+    report = attempt_all(2, NOTHING, some)
+    # Writing shows in the harm only.
+    assert [attempt.name for attempt in report.attempts if attempt.held] == ["exit", "write-file"]
+    assert report.harm == ["a file outside was made: written"]
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    killing = [escape for escape in ESCAPES if escape.kills]
+    report = attempt_all(2, NOTHING, killing)
+    assert {attempt.outcome for attempt in report.attempts} == {"not tried"} and len(killing) == 5
+
+
 def test_without_network_isolation_it_must_be_allowed() -> None:
     with pytest.raises(MachineError, match="--allow-network"):
         sandbox.require_network_isolation(NOTHING)
@@ -210,7 +233,7 @@ assert find('a') and not find('b')
 @pytest.mark.parametrize(
     ("claim", "limits"),
     [
-        ("bytearray(5 << 28) and 2", Limits(memory_bytes=1 << 30)),
+        ("len(__import__('mmap').mmap(-1, 5 << 28)) and 2", Limits(memory_bytes=1 << 30)),
         ("open('big', 'wb').write(bytes(9 << 20)) and 2", Limits(file_bytes=8 << 20)),
         ("[open('f', 'w') for _ in range(30)] and 2", Limits(open_files=32)),
         (

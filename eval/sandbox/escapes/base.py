@@ -11,12 +11,14 @@ class Escape:
         aim: what it is after, in a few words.
         source: the program.
         outcomes: the verdicts that are right for it.
+        kills: it would end the evaluator and the user's other processes where nothing keeps it from them.
     """
 
     name: str
     aim: str
     source: str
     outcomes: tuple[str, ...] = ("failed",)
+    kills: bool = False
 
 
 EITHER = ("failed", "timeout")

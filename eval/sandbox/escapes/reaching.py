@@ -95,12 +95,19 @@ OUTSIDE = [
             "    if libc.ptrace(16, pid, 0, 0) == 0:\n"
             "        libc.kill(pid, 9)"
         ),
+        kills=True,
     ),
-    Escape("kill-victim", "a process of the same user", solve("os.kill(@VICTIM@, 9)")),
-    Escape("kill-evaluator", "the evaluator", solve("os.kill(@EVALUATOR@, 9)")),
-    Escape("stop-parent", "the parent", solve("os.kill(os.getppid(), 19)\nos.kill(os.getppid(), 9)"), EITHER),
+    Escape("kill-victim", "a process of the same user", solve("os.kill(@VICTIM@, 9)"), kills=True),
+    Escape("kill-evaluator", "the evaluator", solve("os.kill(@EVALUATOR@, 9)"), kills=True),
+    Escape(
+        "stop-parent",
+        "the parent",
+        solve("os.kill(os.getppid(), 19)\nos.kill(os.getppid(), 9)"),
+        EITHER,
+        kills=True,
+    ),
     Escape("kill-group", "its process group", solve("os.kill(0, 9)")),
-    Escape("kill-everything", "every process it may", solve("os.kill(-1, 9)"), EITHER),
+    Escape("kill-everything", "every process it may", solve("os.kill(-1, 9)"), EITHER, kills=True),
 ]
 
 NETWORK = [
