@@ -75,6 +75,9 @@ def compare(first: Path, second: Path) -> list[Comparison]:
                     f"({values[0]}, {values[1]})."
                 )
     verdicts = [_solved(folder) for folder in (first, second)]
+    for task in shared:
+        if verdicts[0][task].keys() != verdicts[1][task].keys():
+            raise RunError(f"the samples.jsonl of {first} and {second} hold other problems of {task}.")
     return [_compare_one(task, verdicts[0][task], verdicts[1][task]) for task in shared]
 
 
@@ -92,11 +95,12 @@ def _solved(folder: Path) -> dict[str, dict[str, bool]]:
     """Per task, whether each problem was solved."""
     verdicts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for _, row in read_rows(folder / "samples.jsonl", ("task", "task_id", "verdict")):
-        verdicts[row["task"]][row["task_id"]].append(row["verdict"] == Verdict.CORRECT.value)
-    return {
+        verdicts[str(row["task"])][str(row["task_id"])].append(row["verdict"] == Verdict.CORRECT.value)
+    solved = {
         task: {task_id: 2 * sum(each) >= len(each) for task_id, each in problems.items()}
         for task, problems in verdicts.items()
     }
+    return defaultdict(dict, solved)
 
 
 def _compare_one(task: str, first: dict[str, bool], second: dict[str, bool]) -> Comparison:

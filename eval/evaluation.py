@@ -122,7 +122,7 @@ def read_generations(path: Path, jobs: Sequence[Job]) -> list[list[Generation]]:
     for line, row in read_rows(path, ("task_id", "completion")):
         if "task" not in row and len(jobs) > 1:
             raise DataError(f"{path}, line {line} lacks the key 'task', which several tasks need.")
-        name = row.get("task", jobs[0].task.name)
+        name = str(row.get("task", jobs[0].task.name))
         job = by_name.get(name)
         if job is None:
             continue

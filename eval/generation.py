@@ -124,7 +124,10 @@ def _begun(output: Path, settings: dict[str, Any]) -> set[tuple[str, str, int]]:
         if (output / SAMPLES).exists():
             raise RunError(f"--output {output} holds samples.jsonl of something else; name another folder.")
         return set()
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); name another --output or remove the folder.") from error
     changed = [key for key in settings if json.loads(json.dumps(settings[key])) != before.get(key)]
     if changed:
         raise RunError(

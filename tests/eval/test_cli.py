@@ -113,6 +113,14 @@ def test_mistakes_of_run_are_one_sentence_and_write_nothing(
             "line 6: 'completion' and 'prompt' must be texts",
         ),
         ('{"task_id": "gsm_symbolic-5", "completion": "x", "tokens": "y"}', "line 6: 'tokens' is 'y'"),
+        ('{"task_id": ["a"], "completion": "x"}', "line 6: gsm_symbolic has no task_id"),
+        ('{"task_id": ' + "9" * 5000 + ', "completion": "x"}', "line 6 is not valid JSON"),
+        ("[" * 100_000, "line 6 is not valid JSON"),
+        ('"text"', "line 6 is a JSON str, not an object"),
+        (
+            '{"task": ["gsm_symbolic"], "task_id": "gsm_symbolic-5", "completion": "x"}',
+            "lacks completions for 1",
+        ),
     ],
 )
 def test_mistakes_in_generations_name_the_line(
