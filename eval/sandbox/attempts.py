@@ -17,7 +17,7 @@ from dynrank_eval.sandbox.isolation import Isolation, detect
 from dynrank_eval.sandbox.limits import Limits, Program
 from dynrank_eval.sandbox.runner import run_programs
 
-_LIMITS = Limits(wall_seconds=2.0)
+_LIMITS = Limits(wall_seconds=3.0)
 
 
 @dataclass(frozen=True)
