@@ -23,8 +23,9 @@ Not covered:
 - side channels (timing, load), and memory and CPU of the machine up to the limits times the workers;
 - without bubblewrap: other files' names and sizes (stat), which Landlock leaves open; solutions that start
   processes are refused there and judged wrong, with bubblewrap they may pass;
-- with neither (run only with --allow-network): what the user may read, write and reach stays reachable, and an
-  ordinary user's orphaned processes outlive the run.
+- with bubblewrap but without pyseccomp: memory in file systems that the program mounts in a namespace of its own;
+- with neither (run only with --allow-network): what the user may read, write and reach stays reachable, an ordinary
+  user's orphaned processes outlive the run, and such a user's program may reach its judge's process.
 
 Linux 5.3 or newer. `dynrank-eval sandbox-check` tries it out.
 """
