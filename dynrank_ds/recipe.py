@@ -59,6 +59,8 @@ class DataSection(_Section):
     """Largest share of rows that may be dropped without failing."""
     packing: bool = False
     """Lay the samples of a micro-batch one after another without padding, each seeing only itself."""
+    held_out: int | float = Field(default=0, ge=0)
+    """Samples (or a share of them, below 1) that are never trained on, drawn by train.seed; their loss is logged."""
 
 
 class AdapterSection(_Section):
@@ -97,6 +99,8 @@ class TrainSection(_Section):
     activation_checkpointing: bool = False
     checkpoint_interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; the last step always writes one."""
+    held_out_interval: int | None = Field(default=None, ge=1)
+    """Steps between losses of data.held_out, after each of which the best checkpoint is kept; the last step has one."""
 
 
 class DeepSpeedSection(_Section):
@@ -174,6 +178,14 @@ def check_recipe(values: dict[str, Any], name: str) -> Recipe:
         raise RecipeError(f"{name}: {given} of train.steps and train.epochs is given: give exactly one")
     # Refused here: the schedule asks only once the run has begun.
     resolve_steps(recipe.train.warmup, 1, f"{name}: train.warmup")
+    if isinstance(recipe.data.held_out, float) and recipe.data.held_out >= 1:
+        raise RecipeError(
+            f"{name}: data.held_out is {recipe.data.held_out}: give whole samples, or a share below 1"
+        )
+    if recipe.train.held_out_interval is not None and not recipe.data.held_out:
+        raise RecipeError(
+            f"{name}: train.held_out_interval is given, but data.held_out is 0: no sample is held out"
+        )
     if recipe.adapter.max_rank is not None and recipe.adapter.max_rank < recipe.adapter.rank:
         raise RecipeError(
             f"{name}: adapter.max_rank {recipe.adapter.max_rank} is below adapter.rank {recipe.adapter.rank}"

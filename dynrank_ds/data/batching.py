@@ -33,6 +33,12 @@ class GlobalBatches:
         return chosen
 
 
+def draw_held_out(n_samples: int, count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The indices to train on, and the `count` held out; both in order, and a function of the arguments alone."""
+    drawn = np.random.default_rng([*b"held-out", seed]).permutation(n_samples)
+    return np.sort(drawn[count:]), np.sort(drawn[:count])
+
+
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, n_samples: int) -> NDArray[np.int64]:
     order = np.random.default_rng([seed, epoch]).permutation(n_samples)

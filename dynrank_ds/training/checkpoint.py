@@ -36,12 +36,19 @@ class Progress:
     """Global batches consumed: more than `step` by the discarded ones."""
 
 
-def save(run: Path, progress: Progress, engine: ZeroEngine, method: Method, about: Mapping[str, Any]) -> Path:
+def save(
+    run: Path,
+    progress: Progress,
+    engine: ZeroEngine,
+    method: Method,
+    about: Mapping[str, Any],
+    name: str | None = None,
+) -> Path:
     """Writes `checkpoints/step-N` under a temporary name, then renames it. Every process must call it.
 
-    about: what else goes into state.json.
+    about: what else goes into state.json. name: what the folder is called instead, which resuming passes over.
     """
-    final = run / "checkpoints" / f"step-{progress.step}"
+    final = run / "checkpoints" / (name or f"step-{progress.step}")
     folder = final.with_name(final.name + ".tmp")
     writer = _Writer(folder, engine, method) if processes.rank() == 0 else None
     names = ("master", *MOMENTS, *method.row_statistics())
@@ -51,13 +58,13 @@ def save(run: Path, progress: Progress, engine: ZeroEngine, method: Method, abou
     for block, factor, rows in engine.whole_rows(states):
         if writer:
             writer.rows(names, block, factor, rows)
-    for name, part in method.partial_statistics().items():
+    for statistic, part in method.partial_statistics().items():
         whole = processes.total(part.clone())
         if writer:
-            writer.file.write(f"statistics/{name}", whole)
+            writer.file.write(f"statistics/{statistic}", whole)
     if writer:
-        for name, value in method.replicated_state().items():
-            writer.file.write(f"replicated/{name}", value)
+        for key, value in method.replicated_state().items():
+            writer.file.write(f"replicated/{key}", value)
         writer.finish(final, {**asdict(progress), **about})
     processes.barrier()
     return final

@@ -27,6 +27,7 @@ from dynrank_ds.methods.base import Method, StepView
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.checkpoint import Progress
+from dynrank_ds.training.held_out import held_out_loss
 from dynrank_ds.training.rundir import RunDirectory
 from dynrank_ds.training.schedule import learning_rate
 from dynrank_ds.training.signals import StopRequest
@@ -52,6 +53,8 @@ class StepResult:
     """False where loss or gradient was not finite and the step was discarded everywhere."""
     tokens_per_second: float = 0.0
     """Tokens of the global batch, padding aside, by the step's whole time."""
+    held_out_loss: float | None = None
+    """After the update, at the steps that ask for it."""
 
 
 class Trainer:
@@ -61,6 +64,7 @@ class Trainer:
         self,
         recipe: Recipe,
         dataset: TokenisedDataset,
+        held_out: TokenisedDataset,
         pad_id: int,
         engine: ZeroEngine,
         method: Method,
@@ -69,7 +73,7 @@ class Trainer:
         device: torch.device,
         run: RunDirectory,
     ) -> None:
-        self.recipe, self.dataset = recipe, dataset
+        self.recipe, self.dataset, self.held_out = recipe, dataset, held_out
         self.layout = Packed() if recipe.data.packing else Padded(pad_id)
         """How the samples of a micro-batch become tensors."""
         self.engine, self.method, self.progress = engine, method, progress
@@ -95,11 +99,19 @@ class Trainer:
             self.progress.batch += 1
             seconds = time.perf_counter() - started
             result.tokens_per_second = float(self.dataset.lengths[indices].sum()) / seconds
+            if result.applied and self._evaluates_at(self.progress.step):
+                result.held_out_loss = held_out_loss(
+                    self.engine, self.held_out, self.layout, self.recipe.train.micro_batch_size, self.device
+                )
             self._log(result, seconds)
             after_step(result)
             if result.stop:
                 return False
         return True
+
+    def _evaluates_at(self, step: int) -> bool:
+        interval = self.recipe.train.held_out_interval or self.total_steps
+        return len(self.held_out) > 0 and (step % interval == 0 or step == self.total_steps)
 
     def _step(self, indices: NDArray[Any]) -> StepResult:
         step = self.progress.step + 1
@@ -211,6 +223,7 @@ class Trainer:
         if not self.is_first:
             return
         layout = self.engine.layout
+        evaluated = {} if result.held_out_loss is None else {"held_out_loss": result.held_out_loss}
         self.run.log_step(
             step=self.progress.step,
             loss=result.loss if math.isfinite(result.loss) else None,
@@ -223,6 +236,7 @@ class Trainer:
             trainable_parameters=layout.trainable_parameters,
             memory_gib=processes.peak_memory_gib(),
             seconds=seconds,
+            **evaluated,
         )
 
     def _log_adjustment(self, plan: RankPlan, before: Sequence[int], scores: Sequence[Tensor]) -> None:

@@ -13,6 +13,7 @@ from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import Block
 from dynrank_ds.data import store
+from dynrank_ds.data.batching import draw_held_out
 from dynrank_ds.data.formats import FORMATS
 from dynrank_ds.data.sources import open_source, select
 from dynrank_ds.data.tokenising import TokenisedDataset
@@ -66,6 +67,22 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
     return dataset, pad_id
 
 
+def split_held_out(dataset: TokenisedDataset, recipe: Recipe) -> tuple[TokenisedDataset, TokenisedDataset]:
+    """The samples to train on, and those of data.held_out.
+
+    Raises:
+        RecipeError: none would be left to train on, or data.held_out is a share that holds no sample.
+    """
+    wanted = recipe.data.held_out
+    count = wanted if isinstance(wanted, int) else round(wanted * len(dataset))
+    if count >= len(dataset) or (wanted and not count):
+        raise RecipeError(
+            f"data.held_out is {wanted}, {count} of {len(dataset)} samples: give at least 1 and fewer than all"
+        )
+    trained, held_out = draw_held_out(len(dataset), count, recipe.train.seed)
+    return dataset.select(trained), dataset.select(held_out)
+
+
 def prepare(recipe: Recipe) -> str:
     """Fetches the model and tokenises the data, so that a run with HF_HUB_OFFLINE=1 finds both; says what there is.
 
@@ -110,7 +127,7 @@ def validate(recipe: Recipe) -> str:
     """
     load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
     recipe.accumulation(world_size=1)
-    dataset, _ = prepare_data(recipe)
+    dataset, held_out = split_held_out(prepare_data(recipe)[0], recipe)
     check_model_folder(recipe.model.path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.model.path))
@@ -123,7 +140,7 @@ def validate(recipe: Recipe) -> str:
     return "\n".join(
         [
             f"model       {recipe.model.path}: {base:,} parameters",
-            _described(dataset),
+            _described(dataset) + (f"; {len(held_out):,} more are held out" if len(held_out) else ""),
             f"adapter     {linears} linears, total rank {recipe.adapter.rank * len(blocks)}, "
             f"{trainable:,} trainable parameters ({trainable / base:.3%})",
             f"method      {recipe.method.name}: {method.planned_adjustments()} adjustments in {steps} steps",

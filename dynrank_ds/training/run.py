@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dynrank_ds.checkpoints import find_newest
+from dynrank_ds.checkpoints import find_newest, read_state
 from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_checkpoint
 from dynrank_ds.methods import build_method
@@ -20,13 +21,16 @@ from dynrank_ds.training.adamw import RowAgedAdamW
 from dynrank_ds.training.checkpoint import Checkpoint, Progress
 from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.training.model import SummedLoss, load_model
-from dynrank_ds.training.prepare import adapt, prepare_data
+from dynrank_ds.training.prepare import adapt, prepare_data, split_held_out
 from dynrank_ds.training.rundir import RunDirectory, check_output
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.config import complete_config, load_config
 from dynrank_ds.zero.engine import ZeroEngine
 
 logger = logging.getLogger(__name__)
+
+BEST = "best"
+"""The checkpoint of the lowest held-out loss so far, beside step-N."""
 
 
 def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
@@ -39,7 +43,8 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
     check_output(run.path, resume)
     accumulation = recipe.accumulation(processes.world_size())
     config = load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
-    dataset, pad_id = prepare_data(recipe)
+    samples, pad_id = prepare_data(recipe)
+    dataset, held_out = split_held_out(samples, recipe)
     total_steps = recipe.total_steps(len(dataset))
     found = find_newest(run.path) if resume else None
     restored = Checkpoint(found) if found else None
@@ -82,7 +87,7 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
         run.cut_logs(progress.step)
         if restored:
             logger.info("resumed from %s", restored.path)
-    trainer = Trainer(recipe, dataset, pad_id, engine, method, progress, total_steps, device, run)
+    trainer = Trainer(recipe, dataset, held_out, pad_id, engine, method, progress, total_steps, device, run)
     _run(trainer, recipe, method.planned_adjustments())
 
 
@@ -95,7 +100,9 @@ def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:
         "base_model": recipe.model.path,
         "recipe": recipe.model_dump(mode="json"),
     }
-    save = partial(checkpoint.save, run.path, progress, trainer.engine, trainer.method, about)
+    save = partial(checkpoint.save, run.path, progress, trainer.engine, trainer.method)
+    best_path = run.path / "checkpoints" / BEST
+    best = read_state(best_path)["held_out_loss"] if best_path.is_dir() else math.inf
     interval = recipe.train.checkpoint_interval
 
     with tqdm(total=trainer.total_steps, initial=progress.step, unit="step", disable=not first) as bar:
@@ -105,9 +112,13 @@ def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:
                 f"loss {result.loss:.4f}, {result.tokens_per_second:.0f} tok/s, rank {trainer.engine.layout.total_rank}"
             )
             bar.update(progress.step - bar.n)
+            nonlocal best
+            if result.held_out_loss is not None and result.held_out_loss < best:
+                best = result.held_out_loss
+                save({**about, "held_out_loss": best}, BEST)
             due = interval is not None and progress.step % interval == 0 and result.applied
             if (due or result.stop) and progress.step < trainer.total_steps:
-                save()
+                save(about)
 
         finished = trainer.train(after_step)
     if not finished and progress.step < trainer.total_steps:
@@ -116,9 +127,17 @@ def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:
                 "stopped at step %d by a signal; resume with the same command and resume=auto", progress.step
             )
         return
-    last = save()
+    last = save(about)
     if first:
         export_checkpoint(last, run.path / "adapter")
+        if best_path.is_dir():
+            export_checkpoint(best_path, run.path / "adapter-best")
+            logger.info(
+                "the lowest held-out loss, %.4f, was that of step %d: %s",
+                best,
+                read_state(best_path)["step"],
+                run.path / "adapter-best",
+            )
         logger.info(
             "adapter written to %s; score it with\n    %s",
             run.path / "adapter",

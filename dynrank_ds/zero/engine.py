@@ -70,6 +70,14 @@ class ZeroEngine:
         """The model's forward."""
         return self._engine(**batch)
 
+    @torch.no_grad()
+    def evaluate(self, **batch: Tensor) -> Tensor:
+        """The model's forward outside training, between steps."""
+        self._engine.eval()
+        result = self._engine(**batch)
+        self._engine.train()
+        return result
+
     def backward(self, loss: Tensor) -> None:
         """Adds the data-parallel mean of the loss's gradient; losses of several micro-batches add up unscaled."""
         self._engine.backward(loss, scale_wrt_gas=False)

@@ -1,0 +1,46 @@
+"""The loss on samples that are never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dynrank_ds.data.layouts import Layout
+from dynrank_ds.data.tokenising import TokenisedDataset
+from dynrank_ds.zero import processes
+from dynrank_ds.zero.engine import ZeroEngine
+
+
+def held_out_loss(
+    engine: ZeroEngine,
+    dataset: TokenisedDataset,
+    layout: Layout,
+    micro_batch_size: int,
+    device: torch.device,
+) -> float:
+    """Mean cross entropy over all target tokens of `dataset`, the same on every process; one sum over processes."""
+    loss = torch.zeros(1, dtype=torch.float64, device=device)
+    for chosen, counts in _shares(
+        dataset.lengths, processes.rank(), processes.world_size(), micro_batch_size
+    ):
+        inputs = layout.collate(dataset, chosen).inputs()
+        summed = engine.evaluate(**{name: value.to(device) for name, value in inputs.items()})
+        loss += summed.double() * counts
+    return float(processes.total(loss)) / int(dataset.target_counts.sum())
+
+
+def _shares(
+    lengths: NDArray[np.int64], rank: int, world_size: int, micro_batch_size: int
+) -> Iterator[tuple[NDArray[np.int64], bool]]:
+    """(samples, whether they count) of each micro-batch: samples of like length together, each counted once.
+
+    A process that has no samples left computes one that does not count: under ZeRO-3 all must go forward together.
+    """
+    order = np.argsort(lengths, kind="stable")
+    together = world_size * micro_batch_size
+    for start in range(0, len(order), together):
+        mine = order[start : start + together][rank::world_size]
+        yield (mine, True) if len(mine) else (order[:1], False)
