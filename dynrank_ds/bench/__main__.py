@@ -1,0 +1,7 @@
+"""`python -m dynrank_ds.bench`."""
+
+import sys
+
+from dynrank_ds.bench.cli import main
+
+sys.exit(main())

@@ -1,0 +1,73 @@
+"""How fast rows are tokenised, global batches made, and how much of them is padding."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from unittest.mock import patch
+
+import numpy as np
+
+from dynrank_ds.data import store
+from dynrank_ds.data.batching import GlobalBatches
+from dynrank_ds.data.formats import FORMATS
+from dynrank_ds.data.layouts import Layout, Packed, Padded
+from dynrank_ds.data.rows import Drops, Row
+from dynrank_ds.data.sources import open_source
+from dynrank_ds.data.tokenising import TokenisedDataset, tokenise
+from dynrank_ds.recipe import Recipe
+from dynrank_ds.training.model import load_tokenizer
+from dynrank_ds.training.prepare import prepare_data
+
+GLOBAL_BATCH, MICRO_BATCH, PROCESSES = 128, 4, 8
+
+
+def measure_data(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
+    """(what, figure) of the recipe's tokenizer and rows, which are repeated to 512 (quick) or 8,192."""
+    data = recipe.data
+    generated = store.cache_folder() / "generated"
+    source = open_source(data.source, data.split, data.revision, data.streaming, data.limit, generated)
+    rows = list(islice(source.rows(), data.limit or 4096))
+    rows = list(islice(cycle(rows), 512 if quick else 8192))
+    for parallel, cores in (("false", "one core"), ("true", f"{os.cpu_count()} cores")):
+        with patch.dict(os.environ, {"TOKENIZERS_PARALLELISM": parallel}):
+            yield f"tokenising, {cores}", _tokenising_rate(recipe, rows)
+    dataset, pad_id = prepare_data(recipe)
+    for name, layout in (("grouped by length", Padded(pad_id)), ("packed", Packed())):
+        yield from _layout_figures(name, layout, dataset, steps=5 if quick else 50)
+
+
+def _tokenising_rate(recipe: Recipe, rows: list[Row]) -> str:
+    tokenizer = load_tokenizer(recipe.model.path)
+    started = time.perf_counter()
+    chunks = tokenise(rows, tokenizer, FORMATS[recipe.data.format], recipe.data.max_length, Drops())
+    tokens = sum(len(sample.ids) for chunk in chunks for sample in chunk)
+    seconds = time.perf_counter() - started
+    return f"{len(rows) / seconds:,.0f} rows/s, {tokens / seconds:,.0f} tokens/s"
+
+
+def _layout_figures(
+    name: str, layout: Layout, dataset: TokenisedDataset, steps: int
+) -> Iterator[tuple[str, str]]:
+    batches = GlobalBatches(len(dataset), GLOBAL_BATCH, seed=0)
+    tokens = computed = 0
+    started = time.perf_counter()
+    for step in range(steps):
+        indices = batches.indices(step)
+        sizes = [
+            [layout.collate(dataset, chosen).input_ids.numel() for chosen in dealt]
+            for dealt in (
+                layout.micro_batches(indices, dataset.lengths, rank, PROCESSES, MICRO_BATCH)
+                for rank in range(PROCESSES)
+            )
+        ]
+        computed += PROCESSES * int(np.max(sizes, axis=0).sum())
+        tokens += int(dataset.lengths[indices].sum())
+    seconds = time.perf_counter() - started
+    yield f"batches of {GLOBAL_BATCH}, {name}", f"{steps * GLOBAL_BATCH / seconds:,.0f} samples/s"
+    yield (
+        f"padding and waiting, {name}",
+        f"{1 - tokens / computed:.2%} at {PROCESSES} processes x {MICRO_BATCH}",
+    )
