@@ -53,6 +53,8 @@ def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_pat
         ("train.lerning_rate", 1, "unknown key 'train.lerning_rate': did you mean 'learning_rate'?"),
         ("method.intervall", 3, "unknown key 'method.intervall': did you mean 'interval'?"),
         ("data.xyzzy", 3, "unknown key 'data.xyzzy': known are filter, format,"),
+        ("data.held_out", 1.5, "data.held_out is 1.5: give whole samples, or a share below 1"),
+        ("train.held_out_interval", 5, "train.held_out_interval is given, but data.held_out is 0"),
         ("train.steps", "many", "'train.steps' is 'many': input should be a valid integer"),
         ("train.steps", 0, "'train.steps' is 0: input should be greater than or equal to 1"),
         (

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from dynrank_ds.data.formats import Format
 from dynrank_ds.data.rows import Drops, Row
 from dynrank_ds.data.tokenising import Sample, TokenisedDataset, tokenise
-from dynrank_ds.errors import DataError
+from dynrank_ds.errors import DataError, MachineError
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,27 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def locked(entry: Path) -> Iterator[bool]:
-    """Whether the entry is still to be written; nobody else writes it meanwhile."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{entry}.lock"):
+    """Whether the entry is still to be written; nobody else writes it meanwhile.
+
+    Raises:
+        MachineError: the cache folder cannot be written to.
+    """
+    # Asked first: a compute node may see its cache read-only.
+    if (entry / _ABOUT).is_file():
+        yield False
+        return
+    lock = FileLock(f"{entry}.lock")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise MachineError(
+            f"the cache folder {entry.parent} cannot be written ({error.strerror}): set DYNRANK_CACHE to one that can"
+        ) from error
+    try:
         yield not (entry / _ABOUT).is_file()
+    finally:
+        lock.release()
 
 
 def write(

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from dynrank_ds.cli import main
 from dynrank_ds.data import store
-from dynrank_ds.errors import DataError, ModelError
+from dynrank_ds.errors import DataError, MachineError, ModelError
 from dynrank_ds.recipe import Recipe, check_recipe
 from dynrank_ds.training import prepare as prepare_module
 from dynrank_ds.training.model import fetch_model
@@ -120,6 +120,15 @@ def test_an_interrupted_entry_is_written_again_and_a_damaged_one_is_named(
 
 def _interrupted(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "file").touch()
+    monkeypatch.setenv("DYNRANK_CACHE", str(folder / "file"))
+    with pytest.raises(
+        MachineError, match=r"the cache folder .*file/tokenised cannot be written .*set DYNRANK_CACHE"
+    ):
+        prepare_data(recipe(folder))
 
 
 def test_after_prepare_the_hub_is_not_asked_again(
