@@ -71,7 +71,7 @@ def train_command(recipe: Path, *overrides: str) -> list[str]:
 def run_worker(world_size: int, name: str, *arguments: str) -> None:
     """tests/zero/workers/NAME.py in `world_size` processes, which must succeed."""
     command = ["-m", f"tests.zero.workers.{name}", *arguments]
-    for process in run_processes(world_size, command):
+    for process in run_processes(world_size, command, timeout=1800):
         assert process.returncode == 0, process.output[-6000:]  # type: ignore[attr-defined]
 
 

@@ -19,6 +19,12 @@ def test_processes_with_different_plans_all_fail_before_anything_changes(shards:
     assert not (run / "ranks.jsonl").exists()
 
 
+def test_a_run_whose_ranks_never_changed_ends_with_a_warning(shards: Path) -> None:
+    first, second = outcomes(shards / "unchanged", "warnings", 2)
+    assert second == []
+    assert "ranks never changed although pe_dyra planned 5 adjustments" in first
+
+
 @pytest.fixture(scope="module", params=["pe_dyra", "weightlora", "dynamic_dora"])
 def run(request: pytest.FixtureRequest, shards: Path) -> Path:
     """A run in which two global batches met a NaN."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import BlockBackward
+from dynrank_ds.methods.pe_dyra import PEDyRA
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.zero import processes
@@ -164,6 +166,22 @@ def disagreement(folder: Path) -> None:
         write(run, "failure", str(error))
 
 
+def ranks_that_never_change(folder: Path) -> None:
+    """Every plan keeps everything as it is."""
+
+    def plan(self: PEDyRA, scores: Sequence[Tensor], state: RankState) -> RankPlan:
+        return RankPlan(tuple(tuple(range(rank)) for rank in state.ranks), (0,) * len(state.ranks))
+
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dynrank_ds").addHandler(handler)
+    with patch.object(PEDyRA, "plan", plan):
+        train_watched(folder / "recipe.yaml", Trainer, f"output.dir={folder / 'unchanged'}")
+    logging.getLogger("dynrank_ds").removeHandler(handler)
+    write(folder / "unchanged", "warnings", warnings)
+
+
 def nan_on_one_process(folder: Path) -> None:
     """Methods whose statistics are of elements, of blocks and of triples."""
     for method in ("pe_dyra", "weightlora", "dynamic_dora"):
@@ -173,4 +191,4 @@ def nan_on_one_process(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main([sizes, disagreement, nan_on_one_process])
+    main([sizes, disagreement, ranks_that_never_change, nan_on_one_process])
