@@ -122,7 +122,9 @@ class _Encoder:
         if not parts:
             return
         # One call: the tokenizer's threads share out the texts of a call.
-        encoded = iter(self.tokenizer(parts, add_special_tokens=not self.format.templated)["input_ids"])
+        adds_special = not self.format.templated
+        ids = self.tokenizer(parts, add_special_tokens=adds_special, return_attention_mask=False)["input_ids"]
+        encoded = iter(ids)
         for row, text in texts:
             whole, *prompts = islice(encoded, 1 + len(text.prompts))
             try:
