@@ -124,3 +124,24 @@ def gsm8k_lengths(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> N
     ]
     tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
     return tokenised(rows, tokenizer, FORMATS["metamathqa"]).lengths
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_global_batches_are_the_same_at_every_world_size_and_each_epoch_holds_each_sample_once(
+    layout: Layout,
+) -> None:
+    """Also when the run is taken up in the middle, at another world size."""
+    n_samples, batch = 60, 12
+    lengths = np.random.default_rng(2).integers(1, 300, size=n_samples)
+
+    def computed(step: int, world_size: int) -> list[int]:
+        indices = GlobalBatches(n_samples, batch, seed=7).indices(step)
+        dealt = [layout.micro_batches(indices, lengths, rank, world_size, 2) for rank in range(world_size)]
+        return sorted(int(i) for rank in dealt for chosen in rank for i in chosen)
+
+    steps = range(2 * n_samples // batch)
+    streams = {size: [computed(step, size) for step in steps] for size in (1, 2, 3)}
+    assert streams[1] == streams[2] == streams[3]
+    resumed = [computed(step, 1 if step < 3 else 3) for step in steps]
+    for epoch in (resumed[:5], resumed[5:]):
+        assert sorted(i for step in epoch for i in step) == list(range(n_samples))

@@ -154,6 +154,21 @@ def test_after_prepare_the_hub_is_not_asked_again(
     assert "8 samples" in capsys.readouterr().out
 
 
+def test_streamed_data_are_the_same_samples_in_the_same_order(folder: Path, written: list[Path]) -> None:
+    pytest.importorskip("datasets")
+    (folder / "set").mkdir()
+    (folder / "set" / "train.csv").write_text(
+        "query,response\n" + "".join(f"w{i},w{i} w1\n" for i in range(9))
+    )
+    stored, streamed = (
+        prepare_data(recipe(folder, source=str(folder / "set"), streaming=streaming, limit=limit))[0]
+        for streaming, limit in ((False, None), (True, 8))
+    )
+    assert len(written) == 2 and len(stored) == 9
+    assert np.array_equal(stored.tokens[: len(streamed.tokens)], streamed.tokens)
+    assert np.array_equal(stored.lengths[:8], streamed.lengths)
+
+
 def test_a_model_that_the_hub_does_not_give_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"model.path nobody/nothing cannot be fetched from the hub: "):
