@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHOD_NAMES, AnyMethodConfig
 from dynrank_ds.methods.base import resolve_steps
+from dynrank_ds.section import Section
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -29,18 +30,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Scalar = str | int | float | bool
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     path: str
     """Folder of a Hugging Face model, or its hub id."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 
 
-class DataSection(_Section):
+class DataSection(Section):
     source: str
     """JSONL or Parquet file, folder, hub id of a data set, or `generated:gsm_symbolic`."""
     split: str | None = None
@@ -48,7 +45,7 @@ class DataSection(_Section):
     """Commit, tag or branch of a hub data set; a commit makes sure that it never changes."""
     streaming: bool = False
     """Read a hub data set while downloading, without a copy of it on disk."""
-    filter: dict[str, Scalar | tuple[Scalar, ...]] = {}
+    filter: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
     """Take only rows whose fields have these values (or one of several)."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first rows, of those that pass the filter."""
@@ -63,7 +60,7 @@ class DataSection(_Section):
     """Samples (or a share of them, below 1) that are never trained on, drawn by train.seed; their loss is logged."""
 
 
-class AdapterSection(_Section):
+class AdapterSection(Section):
     rank: int = Field(default=4, ge=1)
     alpha: float = Field(default=8.0, gt=0)
     scaling: Literal["rank", "root_rank"] = "rank"
@@ -78,7 +75,7 @@ class AdapterSection(_Section):
         return self.alpha / (self.rank if self.scaling == "rank" else self.rank**0.5)
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     """Exactly one of steps and epochs."""
@@ -103,21 +100,21 @@ class TrainSection(_Section):
     """Steps between losses of data.held_out, after each of which the best checkpoint is kept; the last step has one."""
 
 
-class DeepSpeedSection(_Section):
+class DeepSpeedSection(Section):
     config: str = "zero3"
     """Name of a shipped configuration, or a path."""
 
 
-class OutputSection(_Section):
+class OutputSection(Section):
     dir: str
 
 
-class EvalSection(_Section):
+class EvalSection(Section):
     tasks: tuple[str, ...] = ()
     data_dir: str | None = None
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run."""
 
     model: ModelSection

@@ -56,6 +56,9 @@ def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_pat
         ("data.held_out", 1.5, "data.held_out is 1.5: give whole samples, or a share below 1"),
         ("train.held_out_interval", 5, "train.held_out_interval is given, but data.held_out is 0"),
         ("train.steps", "many", "'train.steps' is 'many': input should be a valid integer"),
+        ("train.steps", True, "'train.steps' is True: this key is not true or false"),
+        ("train.learning_rate", True, "'train.learning_rate' is True: this key is not true or false"),
+        ("method.interval", True, "'method.interval' is True: this key is not true or false"),
         ("train.steps", 0, "'train.steps' is 0: input should be greater than or equal to 1"),
         (
             "train.learning_rate",

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import Block, FactorInit
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.ranking.layout import BlockShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.section import Section
 
 SumOverProcesses = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes, in place, and returns it; one collective."""
@@ -25,10 +26,8 @@ SumOverProcesses = Callable[[Tensor], Tensor]
 Steps = Annotated[int | float, Field(ge=0, description="whole steps, or a fraction of training below 1")]
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Section):
     """Base of the methods' recipe sections; each stands beside its method."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def resolve_steps(value: int | float, total_steps: int, key: str, at_least: int = 0) -> int:
