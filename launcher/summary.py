@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynrank_eval.statistics import mcnemar_exact
+from dynrank_eval.comparison import compare
 
 
 def main() -> None:
@@ -23,9 +23,9 @@ def main() -> None:
         json.loads((output / f"eval-{n}/results.json").read_text())["tasks"] for n in ("base", "tuned")
     )
     print(f"{'task':<22}{'problems':>9}  {'base':<24}{'tuned':<24}McNemar p")
-    for task, base in before.items():
-        p = mcnemar_exact(*_discordant(output, task))
-        print(f"{task:<22}{base['n']:>9}  {_score(base):<24}{_score(after[task]):<24}{p:.2g}")
+    for pair in compare(output / "eval-base", output / "eval-tuned"):
+        scores = f"{_score(before[pair.task]):<24}{_score(after[pair.task]):<24}"
+        print(f"{pair.task:<22}{pair.n:>9}  {scores}{pair.p_value:.2g}")
     print(_ranks(output))
     for what, path in {
         "run (metrics, ranks, checkpoints)": "run",
@@ -40,17 +40,6 @@ def main() -> None:
 def _score(result: dict[str, Any]) -> str:
     low, high = result["interval"]
     return f"{100 * result['score']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _discordant(output: Path, task: str) -> tuple[int, int]:
-    """Problems that only the base solves, and only the tuned model."""
-    base, tuned = (_solved(output / f"eval-{name}/samples.jsonl", task) for name in ("base", "tuned"))
-    return len(base - tuned), len(tuned - base)
-
-
-def _solved(path: Path, task: str) -> set[str]:
-    rows = map(json.loads, path.read_text().splitlines())
-    return {row["task_id"] for row in rows if row["task"] == task and row["verdict"] == "correct"}
 
 
 def _ranks(output: Path) -> str:

@@ -14,22 +14,14 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import Block
-from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Steps, resolve_steps
-from dynrank_ds.methods.sensitivity import SensitivityConfig, SensitivityMethod
+from dynrank_ds.methods.sensitivity import MovesConfig, MovesMethod, refuse_rank_one
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples
 
 
-class ElaLoRAConfig(SensitivityConfig):
+class ElaLoRAConfig(MovesConfig):
     """Recipe section `method: {name: elalora, ...}`; the total rank stays len(modules) * adapter.rank."""
 
     name: Literal["elalora"] = "elalora"
-    t_i: Steps
-    """Initial steps without adjustment (the paper's warm-up)."""
-    interval: Steps
-    """Steps between adjustments; the first is at t_i + interval."""
-    t_f: Steps
-    """Final steps without adjustment (the paper's stabilisation)."""
     b: int = Field(default=4, ge=1)
     """Triples moved at an adjustment; the paper's Table 7 has 1 to 8, growing with the rank."""
     k: int = Field(default=2, ge=1)
@@ -39,34 +31,18 @@ class ElaLoRAConfig(SensitivityConfig):
     the paper recommends; or always b, the default of the authors' code."""
 
 
-class ElaLoRA(SensitivityMethod):
+class ElaLoRA(MovesMethod):
     """ElaLoRA (paper section 3, Algorithm 1)."""
 
     def __init__(
         self, config: ElaLoRAConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
         self.config = config
-        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
-        self.end = total_steps - resolve_steps(config.t_f, total_steps, "method.t_f")
-        self.last_observed = self.end - 1
-        if not self.planned_adjustments():
-            raise RecipeError(
-                f"method.t_i {self.t_i} + method.interval {self.interval} leaves no adjustment before step {self.end} "
-                f"(train steps {total_steps} less method.t_f): ranks would never change"
-            )
-        if next(iter(blocks.values())).initial_rank == 1:
-            raise RecipeError(
-                "adapter.rank is 1: elalora leaves every module one triple, so none could move; give at least 2"
-            )
+        super().__init__(config, blocks, total_steps, device)
+        refuse_rank_one(config.name, blocks)
 
     def adjusts_at(self, step: int) -> bool:
-        due = self.t_i < step < self.end and (step - self.t_i) % self.interval == 0
-        return due and self.moves(step) > 0
-
-    def planned_adjustments(self) -> int:
-        return sum(map(self.adjusts_at, range(self.t_i + self.interval, self.end, self.interval)))
+        return super().adjusts_at(step) and self.moves(step) > 0
 
     def moves(self, step: int) -> int:
         """b(t): how many triples an adjustment at `step` is to move. Halves go to the even number, as in the code."""

@@ -15,24 +15,18 @@ from torch import Tensor
 
 from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Steps, StepView, resolve_steps
+from dynrank_ds.methods.base import StepView
 from dynrank_ds.methods.penalties import orthogonality_work
-from dynrank_ds.methods.sensitivity import SensitivityConfig, SensitivityMethod
+from dynrank_ds.methods.sensitivity import MovesConfig, MovesMethod, refuse_rank_one
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples, spread_over_blocks
 from dynrank_ds.ranking.statistics import InputEnergy
 
 
-class PEDyRAConfig(SensitivityConfig):
+class PEDyRAConfig(MovesConfig):
     """Recipe section `method: {name: pe_dyra, ...}`."""
 
     name: Literal["pe_dyra"] = "pe_dyra"
-    t_i: Steps
-    """Initial steps without adjustment."""
-    interval: Steps
-    """Steps between adjustments; the first is at t_i + interval."""
-    t_f: Steps
-    """Final steps without adjustment (a count, not a stop step: it fits the paper's LLaMA runs exactly)."""
     k: Annotated[int, Field(ge=1)] | Literal["auto"] = 12
     """Triples pruned and added at each adjustment. `auto` (ours; the paper names it as future work) moves up to
     `k_max` triples at a time toward the allocation of Theorem 3.1, and none once that gains nothing."""
@@ -58,7 +52,7 @@ class PEDyRAConfig(SensitivityConfig):
     """`random` draws every score anew at each adjustment: the ablation that shows what scores are worth."""
 
 
-class PEDyRA(SensitivityMethod):
+class PEDyRA(MovesMethod):
     """PE-DyRA (paper sections 3.2 to 3.4) with physical rank changes."""
 
     def __init__(
@@ -70,19 +64,8 @@ class PEDyRA(SensitivityMethod):
     ) -> None:
         super().__init__(config, blocks, total_steps, device)
         self.config = config
-        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
-        self.end = total_steps - resolve_steps(config.t_f, total_steps, "method.t_f")
-        self.last_observed = self.end - 1
-        if not self.planned_adjustments():
-            raise RecipeError(
-                f"method.t_i {self.t_i} + method.interval {self.interval} leaves no adjustment before step {self.end} "
-                f"(train steps {total_steps} less method.t_f): ranks would never change"
-            )
-        if config.moves != "expand" and next(iter(blocks.values())).initial_rank == 1:
-            raise RecipeError(
-                "adapter.rank is 1: pe_dyra leaves every module one triple, so none could move; give at least 2"
-            )
+        if config.moves != "expand":
+            refuse_rank_one(config.name, blocks)
         if config.conserve == "parameters" and (config.moves != "both" or config.k == "auto"):
             raise RecipeError(
                 f"method.conserve is parameters with method.moves {config.moves} and method.k {config.k}: it needs "
@@ -109,12 +92,6 @@ class PEDyRA(SensitivityMethod):
 
     def discard_step(self) -> None:
         self.energy.discard()
-
-    def adjusts_at(self, step: int) -> bool:
-        return self.t_i < step < self.end and (step - self.t_i) % self.interval == 0
-
-    def planned_adjustments(self) -> int:
-        return max(0, (self.end - 1 - self.t_i) // self.interval)
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
         layout, weights = view.layout, view.weights

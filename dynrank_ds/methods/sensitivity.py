@@ -1,4 +1,7 @@
-"""What AdaLoRA and the methods built on it share: triples in SVD form, scored by smoothed sensitivity."""
+"""What AdaLoRA and the methods built on it share: triples in SVD form, scored by smoothed sensitivity.
+
+And what PE-DyRA and ElaLoRA share besides: when triples move.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from dynrank_ds.adapters.initial import svd_factors
 from dynrank_ds.adapters.linear import Block
-from dynrank_ds.methods.base import Method, MethodConfig, StepView
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
 from dynrank_ds.methods.penalties import orthogonality_work
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.statistics import Sensitivity
@@ -69,3 +73,50 @@ class SensitivityMethod(Method):
     def set_row_statistics(self, values: Mapping[str, Tensor]) -> None:
         self.sensitivity.smoothed = values["sensitivity"]
         self.sensitivity.uncertainty = values["uncertainty"]
+
+
+class MovesConfig(SensitivityConfig):
+    """Fields of the methods that move triples between modules at intervals."""
+
+    t_i: Steps
+    """Initial steps without adjustment."""
+    interval: Steps
+    """Steps between adjustments; the first is at t_i + interval."""
+    t_f: Steps
+    """Final steps without adjustment (a count, not a stop step: it fits PE-DyRA's LLaMA runs exactly)."""
+
+
+class MovesMethod(SensitivityMethod):
+    """Adjusts every `interval` steps between t_i and the last t_f; every module keeps at least one triple."""
+
+    def __init__(
+        self, config: MovesConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+    ) -> None:
+        super().__init__(config, blocks, total_steps, device)
+        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
+        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
+        self.end = total_steps - resolve_steps(config.t_f, total_steps, "method.t_f")
+        self.last_observed = self.end - 1
+        if not self.planned_adjustments():
+            raise RecipeError(
+                f"method.t_i {self.t_i} + method.interval {self.interval} leaves no adjustment before step {self.end} "
+                f"(train steps {total_steps} less method.t_f): ranks would never change"
+            )
+
+    def _due(self) -> range:
+        """The steps at which the schedule allows an adjustment."""
+        return range(self.t_i + self.interval, self.end, self.interval)
+
+    def adjusts_at(self, step: int) -> bool:
+        return step in self._due()
+
+    def planned_adjustments(self) -> int:
+        return sum(map(self.adjusts_at, self._due()))
+
+
+def refuse_rank_one(name: str, blocks: Mapping[str, Block]) -> None:
+    """Raises RecipeError where a method that leaves every module one triple would have none to take."""
+    if next(iter(blocks.values())).initial_rank == 1:
+        raise RecipeError(
+            f"adapter.rank is 1: {name} leaves every module one triple, so none could move; give at least 2"
+        )

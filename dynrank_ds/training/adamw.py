@@ -71,19 +71,16 @@ def _update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str,
     exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
     rates = group["lr"] * state["rates"]
     ages = state["step"] - state["births"]
-    decay, step_size, root2 = (
-        _per_element(per_run.to(param.dtype), state["run_lengths"], param)
-        for per_run in (
-            1 - rates * group["weight_decay"],
-            rates / (1 - beta1**ages),
-            (1 - beta2**ages).sqrt(),
-        )
-    )
-    param.mul_(decay)
+
+    def each(per_run: Tensor) -> Tensor:
+        return _per_element(per_run.to(param.dtype), state["run_lengths"], param)
+
+    if group["weight_decay"]:
+        param.mul_(each(1 - rates * group["weight_decay"]))
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(root2).add_(group["eps"])
-    param.sub_((exp_avg / denominator).mul_(step_size))
+    denominator = exp_avg_sq.sqrt().div_(each((1 - beta2**ages).sqrt())).add_(group["eps"])
+    param.sub_((exp_avg / denominator).mul_(each(rates / (1 - beta1**ages))))
 
 
 def _per_element(per_run: Tensor, lengths: Tensor, like: Tensor) -> Tensor:

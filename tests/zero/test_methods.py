@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from dynrank_ds.methods import build_method
-from dynrank_ds.ranking.plan import RankState
-from dynrank_ds.recipe import Recipe, load_recipe
-from dynrank_ds.training.prepare import adapt
+from dynrank_ds.recipe import load_recipe
 from tests.support.launch import run_worker
 from tests.support.methods import METHODS
-from tests.support.recipes import STEPS, lines, write_recipe
+from tests.support.recipes import lines, write_recipe
+from tests.support.replay import check_plans_follow_from_the_log
 
 # Configuration and overrides; 6 samples a step, so 3 micro-batches in one process and 3 or 1 in two.
 ALONE = "zero3,train.micro_batch_size=2"
@@ -89,29 +85,17 @@ def test_two_processes_plan_and_train_as_one_does(two_processes: Path, method: s
     check(two_processes, method, TOGETHER)
 
 
-def check_the_log(run: Path, recipe: Recipe) -> None:
-    """Logged scores and ranks give the logged plan, by the policy alone."""
-    blocks = adapt(AutoModelForCausalLM.from_pretrained(recipe.model.path), recipe)
-    policy = build_method(recipe.method, blocks, STEPS, torch.device("cpu"))
-    limits = tuple(min(block.in_features, block.out_features) for block in blocks.values())
-    adjustments = lines(run / "ranks.jsonl")
-    assert adjustments
-    for line in adjustments:
-        scores = [torch.tensor(line["scores"][name], dtype=torch.float64) for name in blocks]
-        before = tuple(line["before"][name] for name in blocks)
-        state = RankState(before, limits, recipe.adapter.rank, line["step"], STEPS)
-        assert policy.plan(scores, state).sha256() == line["plan_sha256"]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_adjustment_can_be_recomputed_from_the_log(folder: Path, method: str) -> None:
-    check_the_log(folder / f"{method}-1-{ALONE}", load_recipe(str(folder / f"{method}.yaml")))
+    check_plans_follow_from_the_log(
+        folder / f"{method}-1-{ALONE}", load_recipe(str(folder / f"{method}.yaml"))
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_plans_by_the_same_rule_and_trains_within_two_percent(bf16: Path, method: str) -> None:
-    check_the_log(bf16 / f"{method}-1-{BF16}", load_recipe(str(bf16 / f"{method}.yaml")))
+    check_plans_follow_from_the_log(bf16 / f"{method}-1-{BF16}", load_recipe(str(bf16 / f"{method}.yaml")))
     exact, rounded = (history(bf16, method, 1, setup)[0] for setup in (ALONE, BF16))
     difference = max(abs(a - b) / a for a, b in zip(exact, rounded, strict=True))
     print(f"{method}: largest relative difference {difference:.2%}")

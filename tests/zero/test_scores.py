@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from dynrank_ds.methods import build_method
-from dynrank_ds.ranking.plan import RankState
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.prepare import adapt
 from tests.support.launch import outcomes, run_worker
-from tests.support.recipes import STEPS, lines, write_recipe
+from tests.support.recipes import lines, write_recipe
+from tests.support.replay import check_plans_follow_from_the_log
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +43,7 @@ def test_every_process_makes_the_plan_that_is_logged(scored: tuple[Path, list[An
 def test_logged_scores_give_the_logged_plan_without_any_process_group(
     scored: tuple[Path, list[Any]], folder: Path
 ) -> None:
-    recipe = load_recipe(str(folder / "recipe.yaml"))
-    blocks = adapt(AutoModelForCausalLM.from_pretrained(recipe.model.path), recipe)
-    method = build_method(recipe.method, blocks, STEPS, torch.device("cpu"))
-    limits = tuple(min(block.in_features, block.out_features) for block in blocks.values())
-    for line in lines(scored[0] / "ranks.jsonl"):
-        scores = [torch.tensor(line["scores"][name], dtype=torch.float64) for name in blocks]
-        state = RankState(tuple(line["before"].values()), limits, 4, line["step"], STEPS)
-        assert method.plan(scores, state).sha256() == line["plan_sha256"]
+    check_plans_follow_from_the_log(scored[0], load_recipe(str(folder / "recipe.yaml")))
 
 
 @pytest.fixture(scope="module")
