@@ -19,7 +19,7 @@ def main() -> None:
     report = request["report"]
     try:
         confine(request["confinement"])
-    except Exception as error:
+    except (ImportError, OSError, ValueError) as error:
         os.write(report, f"failed: {type(error).__name__}: {error}\n".encode()[:500])
         sys.exit(1)
     os.write(report, b"ready\n")

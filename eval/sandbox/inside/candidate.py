@@ -52,10 +52,11 @@ class Objects:
         return reply
 
     def answer(self, action: Any) -> dict[str, Any]:
+        """What came of it. exit() and the like end this process, which the judge takes for the solution's end."""
         try:
             return {"value": self._encode(action())}
-        except BaseException as error:
-            # exit() too: the judge decides what it means.
+        except Exception as error:
+            # The solution's, whatever it is: the judge is told, and its tests decide what it means.
             return {"raised": [kind.__name__ for kind in type(error).__mro__]}
 
     def _encode(self, value: Any) -> Any:

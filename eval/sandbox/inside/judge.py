@@ -27,8 +27,8 @@ def verdict(prelude: str, names: list[str], tests: list[str], channel: Channel) 
             exec(compile(unit, "<tests>", "exec"), namespace)
     except Unparsable:
         return "unparsable"
-    except BaseException:
-        # Whatever it is, an assertion or a message that made no sense: the tests did not pass.
+    except (Exception, SolutionEnded):
+        # An assertion, the solution's own error, a message that made no sense: the tests did not pass.
         return "failed"
     return "passed"
 
