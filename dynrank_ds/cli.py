@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dynrank", description="Low-rank adapters whose ranks change, on DeepSpeed."
+        prog="dynrank",
+        description="Low-rank adapters whose ranks change, on DeepSpeed.",
+        epilog="example: dynrank validate --recipe quickstart; dynrank COMMAND --help has one for each command",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -33,8 +35,6 @@ def _parser() -> argparse.ArgumentParser:
         commands, "validate", _validate, "check a recipe, its model and its data, without a GPU"
     )
     validate.epilog = "example: dynrank validate --recipe quickstart train.steps=50"
-    validate.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
-    validate.add_argument("overrides", nargs="*", help="section.key=value")
 
     prepare = _command(
         commands,
@@ -43,8 +43,9 @@ def _parser() -> argparse.ArgumentParser:
         "fetch a recipe's model and data and tokenise it, for machines without internet",
     )
     prepare.epilog = "example: dynrank prepare --recipe quickstart; afterwards HF_HUB_OFFLINE=1 can be set"
-    prepare.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
-    prepare.add_argument("overrides", nargs="*", help="section.key=value")
+    for command in (validate, prepare):
+        command.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
+        command.add_argument("overrides", nargs="*", help="section.key=value")
 
     export = _command(commands, "export", _export, "write a run's newest checkpoint as an adapter")
     export.epilog = "example: dynrank export --run runs/quickstart --output adapter --format padded"

@@ -256,10 +256,10 @@ def _number(text: str) -> str | float:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    # Members of a union stand in the location too: methods, and the numbers that steps may be.
-    path = [str(p) for p in first["loc"] if p not in (*METHOD_NAMES, "int", "float")]
+    path = _path(first)
     where = ".".join(path)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    others = len({tuple(_path(one)) for one in error.errors()}) - 1
+    more = f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], _known_keys(first["loc"]), n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_known_keys(first['loc']))}"
@@ -269,6 +269,17 @@ def _sentence(error: ValidationError) -> str:
     if first["type"].startswith("union_tag"):
         return f"method.name is {first['input'].get('name')!r}: known are {', '.join(METHOD_NAMES)}{more}"
     return f"'{where}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+
+
+def _path(error: Any) -> list[str]:
+    """Where an error is, as keys: pydantic also names the members of a union (a method, int, constrained-int)."""
+    *above, last = error["loc"]
+    kept = [*above, last] if error["type"] == "extra_forbidden" else [p for p in (*above, last) if _is_key(p)]
+    return [str(p) for p in kept if p not in METHOD_NAMES]
+
+
+def _is_key(part: str | int) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part not in ("int", "float", "str", "bool"))
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:

@@ -56,6 +56,8 @@ def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_pat
         ("data.held_out", 1.5, "data.held_out is 1.5: give whole samples, or a share below 1"),
         ("train.held_out_interval", 5, "train.held_out_interval is given, but data.held_out is 0"),
         ("train.steps", "many", "'train.steps' is 'many': input should be a valid integer"),
+        ("method.k", 0, "'method.k' is 0: input should be greater than or equal to 1"),
+        ("train.learning-rate", 1, "unknown key 'train.learning-rate': did you mean 'learning_rate'?"),
         ("train.steps", True, "'train.steps' is True: this key is not true or false"),
         ("train.learning_rate", True, "'train.learning_rate' is True: this key is not true or false"),
         ("method.interval", True, "'method.interval' is True: this key is not true or false"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def fetch_model(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=_MODEL_FILES))
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path {path} cannot be fetched from the hub: {_first(error)}") from error
+        raise ModelError(f"model.path {path} cannot be fetched from the hub: {_short(error)}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -55,7 +56,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.path {path} holds no tokenizer that transformers can load: {_first(error)}"
+            f"model.path {path} holds no tokenizer that transformers can load: {_short(error)}"
         ) from error
 
 
@@ -71,7 +72,7 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
             section.path, dtype=DTYPES[section.dtype], attn_implementation=section.attention
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.path {section.path} is no causal language model: {_first(error)}") from error
+        raise ModelError(f"model.path {section.path} is no causal language model: {_short(error)}") from error
     for key, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0)):
         if getattr(model.config, key, neutral) != neutral:
             raise ModelError(
@@ -112,5 +113,6 @@ class SummedLoss(nn.Module):
         return F.cross_entropy(logits.float(), targets, reduction="none").double().sum()
 
 
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _short(error: Exception) -> str:
+    """The beginning of a message, in one line: transformers' first lines often end before they say anything."""
+    return textwrap.shorten(str(error), 240, placeholder=" ...")
