@@ -1,6 +1,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+SEED = 0
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws does not depend on the tests before it. pytest shows the seed where one fails."""
+    print(f"torch.manual_seed({SEED})")
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="session", autouse=True)
