@@ -1,20 +1,39 @@
-"""A checkpoint on disk: where the newest is, what it says, and whether it is whole.
+"""Checkpoints on disk: their names, which there are, and whether one is whole.
 
-`checkpoints/step-N/` holds `state.safetensors` (fp32, names like `master/BLOCK.lora_A`) and `state.json`.
-While being written it is called `step-N.tmp`. Training writes and restores it, export reads it.
+`checkpoints/step-N/` holds `state.safetensors` (fp32, names like `master/BLOCK.lora_A`), `state.json`, and
+`SHA256SUMS` of both, which `sha256sum -c` checks too. `best-N/` is that of the lowest held-out loss so far. A folder
+called `*.tmp` is unfinished or on its way out, one called `*.damaged` was found so. Training writes and restores
+checkpoints, export reads them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from dynrank_ds.errors import RunError
+from dynrank_ds.files import write_synced
 from dynrank_ds.tensorfile import file_sha256
 
-FORMAT = 1
-TENSORS, STATE = "state.safetensors", "state.json"
+FORMAT = 2
+TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+STEP, BEST = "step", "best"
+
+logger = logging.getLogger(__name__)
+
+
+def finished(run: Path, kind: str = STEP) -> list[Path]:
+    """The run's checkpoints of a kind, STEP or BEST, the newest first; damaged ones too."""
+    found = [(int(match[1]), path) for path in _folder(run) if (match := _name(path, kind))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def leftovers(run: Path) -> list[Path]:
+    """What a run that was killed left unfinished, of writing a checkpoint or of removing one."""
+    return [path for path in _folder(run) if path.suffix == ".tmp"]
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -23,47 +42,87 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         RunError: there is none.
     """
-    found = find_newest(run)
-    if found is None:
+    found = finished(run)
+    if not found:
         raise RunError(
             f"{run / 'checkpoints'} holds no finished checkpoint (step-N): name the folder of a training run"
         )
-    return found
+    return found[0]
 
 
-def find_newest(run: Path) -> Path | None:
-    """The finished checkpoint of the largest step, or None."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of state.json.
+def newest_whole(run: Path, kind: str = STEP) -> Path | None:
+    """The newest checkpoint that is as it was written, or None; a warning tells of each that is not.
 
     Raises:
-        RunError: it is missing, unreadable or of another format.
+        RunError: it is of another format.
     """
-    path = checkpoint / STATE
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(
-            f"{path} cannot be read, so {checkpoint} is not a finished checkpoint: {error}"
-        ) from error
-    if state.get("format") != FORMAT:
-        raise RunError(f"{path} has format {state.get('format')!r}: this version reads format {FORMAT}")
-    return state
+    for path in finished(run, kind):
+        try:
+            check(path)
+        except RunError as error:
+            logger.warning("%s; trying the one before", error)
+        else:
+            read_state(path)
+            return path
+    return None
 
 
-def check_tensors(checkpoint: Path, state: dict[str, Any]) -> Path:
-    """The path of the tensor file, whose checksum is that of state.json.
+def seal(checkpoint: Path) -> None:
+    """Writes SHA256SUMS of a checkpoint whose files are there."""
+    sums = [f"{file_sha256(checkpoint / name)}  {name}\n" for name in (TENSORS, STATE)]
+    write_synced(checkpoint / SUMS, "".join(sums))
+
+
+def check(checkpoint: Path) -> None:
+    """Compares every file with SHA256SUMS.
+
+    Raises:
+        RunError: one is missing or differs.
+    """
+    _check(checkpoint, STATE)
+    check_tensors(checkpoint)
+
+
+def check_tensors(checkpoint: Path) -> Path:
+    """The path of the tensor file, whose checksum is that of SHA256SUMS.
 
     Raises:
         RunError: it is missing or differs.
     """
-    path = checkpoint / TENSORS
-    if not path.is_file():
-        raise RunError(f"{path} does not exist: {checkpoint} is not a finished checkpoint")
-    if file_sha256(path) != state["sha256"]:
-        raise RunError(f"{path} differs from its sha256 in {STATE}: the checkpoint is damaged")
+    return _check(checkpoint, TENSORS)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of state.json, whose checksum is that of SHA256SUMS.
+
+    Raises:
+        RunError: it is missing, damaged or of another format.
+    """
+    state: dict[str, Any] = json.loads(_check(checkpoint, STATE).read_bytes())
+    if state.get("format") != FORMAT:
+        raise RunError(
+            f"{checkpoint / STATE} has format {state.get('format')!r}: this version reads format {FORMAT}"
+        )
+    return state
+
+
+def _folder(run: Path) -> list[Path]:
+    folder = run / "checkpoints"
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _name(path: Path, kind: str) -> re.Match[str] | None:
+    return re.fullmatch(rf"{kind}-(\d+)", path.name)
+
+
+def _check(checkpoint: Path, name: str) -> Path:
+    path = checkpoint / name
+    try:
+        lines = [line.split("  ") for line in (checkpoint / SUMS).read_text().splitlines()]
+        sums = {name: digest for digest, name in lines}
+        found = file_sha256(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"the checkpoint {checkpoint} is damaged: {error}") from error
+    if found != sums.get(name):
+        raise RunError(f"the checkpoint {checkpoint} is damaged: {name} differs from its sum in {SUMS}")
     return path

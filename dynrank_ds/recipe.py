@@ -96,6 +96,8 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     checkpoint_interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; the last step always writes one."""
+    checkpoints_kept: int = Field(default=2, ge=1)
+    """The newest are kept, so many; a second one is there to go on from should the newest be damaged."""
     held_out_interval: int | None = Field(default=None, ge=1)
     """Steps between losses of data.held_out, after each of which the best checkpoint is kept; the last step has one."""
 
@@ -103,6 +105,8 @@ class TrainSection(Section):
 class DeepSpeedSection(Section):
     config: str = "zero3"
     """Name of a shipped configuration, or a path."""
+    timeout: float = Field(default=1800, gt=0)
+    """Seconds for which a process may keep the others waiting before it is taken for hung and the run ends."""
 
 
 class OutputSection(Section):

@@ -170,8 +170,13 @@ class TensorFileReader:
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in memory of its own, on the CPU."""
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        self._file.seek(self._offsets[name])
+        return self.read_part(name, 0, math.prod(entry.shape)).view(entry.shape)
+
+    def read_part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """(stop - start,): these elements of the tensor `name`, in row-major order; nothing else is read."""
+        dtype = self.entries[name].dtype
+        tensor = torch.empty(stop - start, dtype=dtype)
+        self._file.seek(self._offsets[name] + start * dtype.itemsize)
         self._file.readinto(_bytes_of(tensor))
         return tensor
 

@@ -2,19 +2,20 @@
 
     deepspeed --num_gpus 8 launcher/train.py --recipe quickstart train.learning_rate=1e-3 resume=auto
 
-Exit codes: 0 done, or stopped by a signal after saving; 2 a mistake in the recipe, model, data or directory;
-1 anything else.
+Exit codes: 0 done, or stopped by a signal after saving; 2 a mistake in the recipe, model, data or directory, or a
+full disk; 1 anything else, such as another process's end.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
 
-from dynrank_ds.errors import DynrankError, RecipeError
-from dynrank_ds.recipe import load_recipe
+from dynrank_ds.errors import DynrankError, MachineError, RecipeError
+from dynrank_ds.recipe import Recipe, load_recipe
 
 
 def main() -> int:
@@ -33,18 +34,39 @@ def main() -> int:
     try:
         resume, overrides = _split_resume(arguments.overrides)
         recipe = load_recipe(arguments.recipe, overrides)
-        # Imported late: a mistake in the recipe is told before DeepSpeed loads.
-        from dynrank_ds.training.run import train
-        from dynrank_ds.zero import processes
-
-        device = processes.start()
-        train(recipe, resume, device)
-        processes.stop()
+        return _train(recipe, resume)
     except DynrankError as error:
         if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _tell(error)
         return 2
+
+
+def _train(recipe: Recipe, resume: bool) -> int:
+    # Imported late: a mistake in the recipe is told before DeepSpeed loads.
+    from dynrank_ds.training.run import train
+    from dynrank_ds.zero import processes
+    from dynrank_ds.zero.roll_call import LostProcessError, naming_the_lost
+
+    device = processes.start(recipe.deepspeed.timeout)
+    try:
+        with naming_the_lost():
+            train(recipe, resume, device)
+    except LostProcessError as error:
+        if error.speaks:
+            _tell(f"{error}; go on with resume=auto")
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise MachineError(
+            f"{recipe.output.dir}: {error.strerror}; checkpoints are whole: make room, then go on with resume=auto"
+        ) from error
+    processes.stop()
     return 0
+
+
+def _tell(error: object) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _split_resume(overrides: list[str]) -> tuple[bool, list[str]]:

@@ -60,7 +60,7 @@ class TrainedAdapter:
             block = _block(name, value)
             self._blocks.setdefault(block.part.linear if block.part else name, []).append(block)
         self.linears = {name: _linear(blocks) for name, blocks in self._blocks.items()}
-        self._path = check_tensors(checkpoint, state)
+        self._path = check_tensors(checkpoint)
         self._file = TensorFileReader(self._path)
 
     def triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,13 +1,13 @@
 """Output folders that appear whole or not at all, and are replaced only where they are our own."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dynrank_ds.errors import RunError
+from dynrank_ds.files import sync
 
 RECORD = "dynrank.json"
 
@@ -24,7 +24,7 @@ def staged_folder(output: Path, record: dict[str, object]) -> Iterator[Path]:
     """
     output = output.resolve()
     _refuse_foreign(output)
-    staging = output.with_name(f".{output.name}.tmp")
+    staging, replaced = (output.with_name(f".{output.name}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -32,11 +32,14 @@ def staged_folder(output: Path, record: dict[str, object]) -> Iterator[Path]:
         files = sorted([path.name for path in staging.iterdir()] + [RECORD])
         (staging / RECORD).write_text(json.dumps(record | {"files": files}, indent=2) + "\n")
         for path in [*staging.iterdir(), staging]:
-            _sync(path)
+            sync(path)
+        # Aside first: a folder half removed would be refused as foreign by the next call.
+        shutil.rmtree(replaced, ignore_errors=True)
         if output.exists():
-            shutil.rmtree(output)
+            output.rename(replaced)
         staging.rename(output)
-        _sync(output.parent)
+        sync(output.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -52,11 +55,3 @@ def _refuse_foreign(output: Path) -> None:
             f"The output folder {output} holds {foreign[0]}, which this command did not write: "
             "name a folder that is new or empty"
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,19 +8,22 @@ initial values are functions of the seed and the step.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynrank_ds.checkpoints import FORMAT, STATE, TENSORS, check_tensors, read_state
+from dynrank_ds.checkpoints import FORMAT, STATE, TENSORS, finished, read_state, seal
+from dynrank_ds.errors import RunError
+from dynrank_ds.files import sync, write_synced
 from dynrank_ds.methods.base import Method
-from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter, file_sha256
+from dynrank_ds.ranking.layout import Fragment
+from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.engine import ZeroEngine
 from dynrank_ds.zero.shards import MOMENTS
@@ -42,101 +45,135 @@ def save(
     engine: ZeroEngine,
     method: Method,
     about: Mapping[str, Any],
-    name: str | None = None,
-) -> Path:
-    """Writes `checkpoints/step-N` under a temporary name, then renames it. Every process must call it.
+    kept: int,
+    kind: str,
+) -> None:
+    """Writes a checkpoint under a temporary name, renames it, and removes all of its kind but the newest `kept`.
 
-    about: what else goes into state.json. name: what the folder is called instead, which resuming passes over.
+    Every process must call it. about: what else goes into state.json. kind: STEP, or BEST, which resuming passes over.
+
+    Raises:
+        RunError: on every process, if the first could not write it; what was there before is whole.
     """
-    final = run / "checkpoints" / (name or f"step-{progress.step}")
-    folder = final.with_name(final.name + ".tmp")
-    writer = _Writer(folder, engine, method) if processes.rank() == 0 else None
-    names = ("master", *MOMENTS, *method.row_statistics())
-    states = torch.stack(
-        [engine.weights(), *(engine.moments(m) for m in MOMENTS), *method.row_statistics().values()]
-    )
-    for block, factor, rows in engine.whole_rows(states):
+    final = run / "checkpoints" / f"{kind}-{progress.step}"
+    statistics = {name: engine.layout.split(value) for name, value in method.row_statistics().items()}
+    states = engine.states() | statistics
+    writer = _Writer(final, engine, method) if processes.rank() == 0 else None
+    for block, factor, rows in engine.whole_rows(list(states.values())):
         if writer:
-            writer.rows(names, block, factor, rows)
+            writer.attempt(writer.rows, tuple(states), block, factor, rows)
     for statistic, part in method.partial_statistics().items():
         whole = processes.total(part.clone())
         if writer:
-            writer.file.write(f"statistics/{statistic}", whole)
+            writer.attempt(writer.tensor, f"statistics/{statistic}", whole)
     if writer:
         for key, value in method.replicated_state().items():
-            writer.file.write(f"replicated/{key}", value)
-        writer.finish(final, {**asdict(progress), **about})
-    processes.barrier()
-    return final
+            writer.attempt(writer.tensor, f"replicated/{key}", value)
+        writer.attempt(writer.publish, {**asdict(progress), **about})
+        writer.attempt(remove, finished(run, kind)[kept:])
+    failed = torch.tensor(float(writer is not None and writer.error is not None), device=engine.layout.device)
+    # Also what all wait at until the checkpoint is there.
+    if processes.total(failed) > 0:
+        error = writer.error if writer else None
+        raise RunError(
+            f"the checkpoint {final} could not be written ({error}); the ones before it are whole: "
+            "make room or mend the disk, then go on with resume=auto"
+        ) from error
+
+
+def remove(checkpoints: Iterable[Path]) -> None:
+    """Removes folders; one that is half removed does not look like a checkpoint."""
+    for path in checkpoints:
+        unfinished = path.with_name(path.name.removesuffix(".tmp") + ".tmp")
+        path.rename(unfinished)
+        shutil.rmtree(unfinished)
+
+
+def set_aside(checkpoints: Iterable[Path], whole: Path | None) -> None:
+    """Takes damaged checkpoints, those before `whole`, out of the way of new ones; who wants can look at them."""
+    for path in takewhile(lambda path: path != whole, checkpoints):
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 class _Writer:
     """The first process's side of `save`."""
 
-    def __init__(self, folder: Path, engine: ZeroEngine, method: Method) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self.folder, self.engine, self.method = folder, engine, method
-        layout = engine.layout
+    def __init__(self, final: Path, engine: ZeroEngine, method: Method) -> None:
+        self.final, self.folder = final, final.with_name(final.name + ".tmp")
+        self.engine, self.method = engine, method
+        self.error: OSError | None = None
+        """Why the checkpoint cannot be written: nothing more is, but the other processes are not left waiting."""
+        self.attempt(self._open)
+
+    def attempt(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Does it unless something failed before."""
+        if self.error is not None:
+            return
+        try:
+            action(*arguments)
+        except OSError as error:
+            self.error = error
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _open(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        layout = self.engine.layout
         entries = [
             TensorEntry(f"{state}/{shape.name}.{factor}", torch.float32, _factor_shape(factor, rank, shape))
-            for state in ("master", *MOMENTS, *method.row_statistics())
+            for state in ("master", *MOMENTS, *self.method.row_statistics())
             for shape, rank in zip(layout.shapes, layout.ranks, strict=True)
             for factor in layout.factors
             if rank
         ]
         entries += [
             TensorEntry(f"statistics/{name}", torch.float32, tuple(part.shape))
-            for name, part in method.partial_statistics().items()
+            for name, part in self.method.partial_statistics().items()
         ]
         entries += [
             TensorEntry(f"replicated/{name}", value.dtype, tuple(value.shape))
-            for name, value in method.replicated_state().items()
+            for name, value in self.method.replicated_state().items()
         ]
-        self.file = TensorFileWriter(folder / TENSORS, entries)
+        self.file = TensorFileWriter(self.folder / TENSORS, entries)
 
-    def rows(self, states: tuple[str, ...], block: int, factor: str, rows: Tensor) -> None:
+    def tensor(self, name: str, value: Tensor) -> None:
+        self.file.write(name, value)
+
+    def rows(self, states: Sequence[str], block: int, factor: str, rows: Tensor) -> None:
         shape = self.engine.layout.shapes[block]
+        target = _factor_shape(factor, self.engine.layout.ranks[block], shape)
         for state, value in zip(states, rows, strict=True):
-            target = _factor_shape(factor, self.engine.layout.ranks[block], shape)
             self.file.write(f"{state}/{shape.name}.{factor}", value.reshape(target))
 
-    def finish(self, final: Path, about: dict[str, Any]) -> None:
+    def publish(self, about: dict[str, Any]) -> None:
+        """Everything on the disk, then the name that says so."""
         self.file.close()
-        layout = self.engine.layout
-        about |= {
-            "format": FORMAT,
-            "blocks": {
-                shape.name: {
-                    "rank": rank,
-                    "scale": block.scale,
-                    "in_features": shape.in_features,
-                    "out_features": shape.out_features,
-                    "births": births.tolist(),
-                    "gate": None if gate is None else gate.expand(rank).tolist(),
-                    "part": None if block.part is None else asdict(block.part),
-                }
-                for shape, rank, block, births, gate in zip(
-                    layout.shapes,
-                    layout.ranks,
-                    self.engine.blocks,
-                    self.engine.births,
-                    self.method.gates(),
-                    strict=True,
-                )
-            },
-            "sha256": file_sha256(self.folder / TENSORS),
+        write_synced(self.folder / STATE, json.dumps(about | {"format": FORMAT, "blocks": self._blocks()}))
+        seal(self.folder)
+        sync(self.folder)
+        remove([self.final] if self.final.exists() else [])
+        self.folder.rename(self.final)
+        sync(self.final.parent)
+
+    def _blocks(self) -> dict[str, dict[str, Any]]:
+        layout, engine = self.engine.layout, self.engine
+        blocks = zip(
+            layout.shapes, layout.ranks, engine.blocks, engine.births, self.method.gates(), strict=True
+        )
+        return {
+            shape.name: {
+                "rank": rank,
+                "scale": block.scale,
+                "in_features": shape.in_features,
+                "out_features": shape.out_features,
+                "births": births.tolist(),
+                "gate": None if gate is None else gate.expand(rank).tolist(),
+                "part": None if block.part is None else asdict(block.part),
+            }
+            for shape, rank, block, births, gate in blocks
         }
-        with (self.folder / STATE).open("w") as file:
-            json.dump(about, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        self.folder.rename(final)
-        directory = os.open(final.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
 
 
 def _factor_shape(factor: str, rank: int, shape: Any) -> tuple[int, ...]:
@@ -144,16 +181,15 @@ def _factor_shape(factor: str, rank: int, shape: Any) -> tuple[int, ...]:
 
 
 class Checkpoint:
-    """A checkpoint read back, tensor by tensor.
+    """A checkpoint that was checked, read back tensor by tensor.
 
     Raises:
-        RunError: it is damaged, or of another format.
+        RunError: state.json is damaged, or of another format.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.about = read_state(path)
-        self._tensors = check_tensors(path, self.about)
 
     @property
     def progress(self) -> Progress:
@@ -163,7 +199,7 @@ class Checkpoint:
     def factors(self) -> dict[str, dict[str, Tensor]]:
         """{block: {factor: fp32 weights}}, to build the adapters at the ranks they had."""
         out: dict[str, dict[str, Tensor]] = {name: {} for name in self.about["blocks"]}
-        with TensorFileReader(self._tensors) as file:
+        with TensorFileReader(self.path / TENSORS) as file:
             for name in file.entries:
                 state, _, parameter = name.partition("/")
                 if state == "master":
@@ -173,19 +209,21 @@ class Checkpoint:
 
     def restore(self, engine: ZeroEngine, method: Method) -> None:
         """Puts everything into an engine that was built at these ranks, and a method that was started."""
-        with TensorFileReader(self._tensors) as file:
+        layout = engine.layout
+        with TensorFileReader(self.path / TENSORS) as file:
 
-            def flat(state: str) -> Tensor:
-                layout = engine.layout
-                pieces = [
-                    file.read(f"{state}/{layout.shapes[f.block].name}.{f.factor}").flatten()[f.start : f.stop]
-                    for f in layout.fragments
-                ]
-                return torch.cat(pieces).to(layout.device)
+            def part(state: str, of: Fragment) -> Tensor:
+                return file.read_part(
+                    f"{state}/{layout.shapes[of.block].name}.{of.factor}", of.start, of.stop
+                )
 
             births = [torch.tensor(b["births"], dtype=torch.int64) for b in self.about["blocks"].values()]
-            engine.load(flat("master"), {m: flat(m) for m in MOMENTS}, births, self.progress.step)
-            method.set_row_statistics({name: flat(name) for name in method.row_statistics()})
+            engine.load(births, self.progress.step, part)
+            statistics = {name: torch.empty_like(value) for name, value in method.row_statistics().items()}
+            for name, flat in statistics.items():
+                for of, view in zip(layout.fragments, layout.split(flat), strict=True):
+                    view.copy_(part(name, of))
+            method.set_row_statistics(statistics)
             # A sum of parts: the first process takes the whole, the others nothing.
             mine = float(processes.rank() == 0)
             method.set_partial_statistics(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import math
 import shlex
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from dynrank_ds.checkpoints import find_newest, read_state
+from dynrank_ds.checkpoints import BEST, finished, leftovers, newest_whole, read_state
 from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_checkpoint
 from dynrank_ds.methods import build_method
@@ -19,18 +21,17 @@ from dynrank_ds.recipe import Recipe
 from dynrank_ds.training import checkpoint
 from dynrank_ds.training.adamw import RowAgedAdamW
 from dynrank_ds.training.checkpoint import Checkpoint, Progress
+from dynrank_ds.training.identity import identity, refuse_changes
 from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.training.model import SummedLoss, load_model
 from dynrank_ds.training.prepare import adapt, prepare_data, split_held_out
 from dynrank_ds.training.rundir import RunDirectory, check_output
+from dynrank_ds.training.saving import Saving
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.config import complete_config, load_config
 from dynrank_ds.zero.engine import ZeroEngine
 
 logger = logging.getLogger(__name__)
-
-BEST = "best"
-"""The checkpoint of the lowest held-out loss so far, beside step-N."""
 
 
 def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
@@ -46,15 +47,17 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
     samples, pad_id = prepare_data(recipe)
     dataset, held_out = split_held_out(samples, recipe)
     total_steps = recipe.total_steps(len(dataset))
-    found = find_newest(run.path) if resume else None
-    restored = Checkpoint(found) if found else None
+    now = identity(recipe, samples)
+    about = {
+        "method": recipe.method.name,
+        "base_model": recipe.model.path,
+        "recipe": recipe.model_dump(mode="json"),
+        "identity": now,
+    }
+    restored = _restored(run.path, recipe, now, device) if resume else None
 
     model = load_model(recipe.model, recipe.train.activation_checkpointing)
     blocks = adapt(model, recipe, restored.factors() if restored else None)
-    if restored and restored.about["blocks"].keys() != blocks.keys():
-        raise RunError(
-            f"checkpoint {restored.path} adapts other linears than adapter.targets does in this model"
-        )
     method = build_method(recipe.method, blocks, total_steps, device)
     engine = ZeroEngine(
         SummedLoss(model),
@@ -88,23 +91,36 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
         if restored:
             logger.info("resumed from %s", restored.path)
     trainer = Trainer(recipe, dataset, held_out, pad_id, engine, method, progress, total_steps, device, run)
-    _run(trainer, recipe, method.planned_adjustments())
+    _run(trainer, recipe, about, method.planned_adjustments())
 
 
-def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:
+def _restored(run: Path, recipe: Recipe, now: Mapping[str, str], device: torch.device) -> Checkpoint | None:
+    """The newest whole checkpoint, if it is of this run; what is damaged or unfinished is put out of the way."""
+    found, best = newest_whole(run), newest_whole(run, BEST)
+    # Each process has looked for itself: they must have seen the same folder, before anything is moved there.
+    seen = hashlib.sha256(f"{found} {best}".encode()).hexdigest()
+    processes.agree(seen, f"the checkpoints in {run}", device)
+    if found is None and finished(run):
+        raise RunError(
+            f"every checkpoint in {run} is damaged: give a new output.dir, or remove them to begin anew"
+        )
+    restored = Checkpoint(found) if found else None
+    if restored:
+        refuse_changes(restored.path, restored.about, recipe, now)
+    processes.barrier()
+    if processes.rank() == 0:
+        # A best checkpoint without one to go on from is of a run that begins anew.
+        checkpoint.remove([*leftovers(run), *([] if found else finished(run, BEST))])
+        checkpoint.set_aside(finished(run), found)
+        checkpoint.set_aside(finished(run, BEST), best)
+    return restored
+
+
+def _run(trainer: Trainer, recipe: Recipe, about: Mapping[str, Any], planned_adjustments: int) -> None:
     """The loop with its progress bar and checkpoints, then the adapter."""
     first = processes.rank() == 0
     run, progress = trainer.run, trainer.progress
-    about = {
-        "method": recipe.method.name,
-        "base_model": recipe.model.path,
-        "recipe": recipe.model_dump(mode="json"),
-    }
-    save = partial(checkpoint.save, run.path, progress, trainer.engine, trainer.method)
-    best_path = run.path / "checkpoints" / BEST
-    best = read_state(best_path)["held_out_loss"] if best_path.is_dir() else math.inf
-    interval = recipe.train.checkpoint_interval
-
+    saving = Saving(trainer, recipe.train, about)
     with tqdm(total=trainer.total_steps, initial=progress.step, unit="step", disable=not first) as bar:
 
         def after_step(result: StepResult) -> None:
@@ -112,44 +128,48 @@ def _run(trainer: Trainer, recipe: Recipe, planned_adjustments: int) -> None:
                 f"loss {result.loss:.4f}, {result.tokens_per_second:.0f} tok/s, rank {trainer.engine.layout.total_rank}"
             )
             bar.update(progress.step - bar.n)
-            nonlocal best
-            if result.held_out_loss is not None and result.held_out_loss < best:
-                best = result.held_out_loss
-                save({**about, "held_out_loss": best}, BEST)
-            due = interval is not None and progress.step % interval == 0 and result.applied
-            if (due or result.stop) and progress.step < trainer.total_steps:
-                save(about)
+            saving.after_step(result)
 
-        finished = trainer.train(after_step)
-    if not finished and progress.step < trainer.total_steps:
+        trainer.train(after_step)
+    if progress.step < trainer.total_steps:
         if first:
             logger.warning(
                 "stopped at step %d by a signal; resume with the same command and resume=auto", progress.step
             )
         return
-    last = save(about)
+    last = saving.last()
     if first:
-        export_checkpoint(last, run.path / "adapter")
-        if best_path.is_dir():
-            export_checkpoint(best_path, run.path / "adapter-best")
-            logger.info(
-                "the lowest held-out loss, %.4f, was that of step %d: %s",
-                best,
-                read_state(best_path)["step"],
-                run.path / "adapter-best",
-            )
-        logger.info(
-            "adapter written to %s; score it with\n    %s",
-            run.path / "adapter",
-            _eval_command(recipe, run.path),
-        )
-        if planned_adjustments and not any(a["pruned"] or a["added"] for a in run.adjustments()):
+        _finish(run, last, recipe, planned_adjustments)
+        if progress.batch > progress.step:
             logger.warning(
-                "ranks never changed although %s planned %d adjustments",
-                recipe.method.name,
-                planned_adjustments,
+                "%d of %d batches were discarded: their loss or gradient was not finite",
+                progress.batch - progress.step,
+                progress.batch,
             )
     processes.barrier()
+
+
+def _finish(run: RunDirectory, last: Path, recipe: Recipe, planned_adjustments: int) -> None:
+    """The adapters of the last checkpoint and the best, and what to know of the run."""
+    export_checkpoint(last, run.path / "adapter")
+    for best in finished(run.path, BEST)[:1]:
+        state = read_state(best)
+        export_checkpoint(best, run.path / "adapter-best")
+        logger.info(
+            "the lowest held-out loss, %.4f, was that of step %d: %s",
+            state["held_out_loss"],
+            state["step"],
+            run.path / "adapter-best",
+        )
+    logger.info(
+        "adapter written to %s; score it with\n    %s", run.path / "adapter", _eval_command(recipe, run.path)
+    )
+    if planned_adjustments and not any(a["pruned"] or a["added"] for a in run.adjustments()):
+        logger.warning(
+            "ranks never changed although %s planned %d adjustments",
+            recipe.method.name,
+            planned_adjustments,
+        )
 
 
 def _eval_command(recipe: Recipe, run: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -10,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dynrank_ds.errors import RunError
+from dynrank_ds.files import replace_text
 from dynrank_ds.recipe import Recipe
 
+RECIPE, METRICS, RANKS = "recipe.resolved.yaml", "metrics.jsonl", "ranks.jsonl"
 _PACKAGES = ("dynrank-ds", "torch", "deepspeed", "transformers", "datasets", "peft", "safetensors")
+
+logger = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -23,34 +29,44 @@ class RunDirectory:
 
     def create(self, recipe: Recipe, world_size: int) -> None:
         """Makes the directory with the resolved recipe and the environment."""
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (self.path / "recipe.resolved.yaml").write_text(recipe.dump())
-        (self.path / "environment.json").write_text(json.dumps(_environment(world_size), indent=2) + "\n")
+        self.path.mkdir(parents=True, exist_ok=True)
+        # First of all, since by it the directory is known for a run's: one that is killed here can go on.
+        replace_text(self.path / RECIPE, recipe.dump())
+        replace_text(self.path / "environment.json", json.dumps(_environment(world_size), indent=2) + "\n")
+        (self.path / "checkpoints").mkdir(exist_ok=True)
 
     def cut_logs(self, step: int) -> None:
-        """Drops what an interrupted run logged after the checkpoint of `step`."""
-        for name in ("metrics.jsonl", "ranks.jsonl"):
+        """Drops what an interrupted run logged after the checkpoint of `step`, its last line cut short too."""
+        for name in (METRICS, RANKS):
             path = self.path / name
             if path.is_file():
-                kept = [
-                    line
-                    for line in path.read_text().splitlines()
-                    if line and json.loads(line)["step"] <= step
-                ]
-                path.write_text("".join(line + "\n" for line in kept))
+                kept = [line for line in self._lines(name) if line["step"] <= step]
+                replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log_step(self, **values: Any) -> None:
         """Appends a line to metrics.jsonl."""
-        self._append("metrics.jsonl", values)
+        self._append(METRICS, values)
 
     def log_adjustment(self, **values: Any) -> None:
         """Appends a line to ranks.jsonl."""
-        self._append("ranks.jsonl", values)
+        self._append(RANKS, values)
 
     def adjustments(self) -> list[dict[str, Any]]:
         """The lines of ranks.jsonl."""
-        path = self.path / "ranks.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return self._lines(RANKS) if (self.path / RANKS).is_file() else []
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """Up to the first line that is no JSON, as the last one of a run that was killed may be."""
+        found = []
+        for line in (self.path / name).read_text(errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                logger.warning(
+                    "%s: line %d is cut short, from there on it is left out", self.path / name, len(found) + 1
+                )
+                break
+        return found
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with (self.path / name).open("a") as file:
@@ -67,12 +83,13 @@ def check_output(path: Path, resume: bool) -> None:
         return
     if not path.is_dir():
         raise RunError(f"output.dir {path} is a file: give a new folder")
-    is_run = (path / "recipe.resolved.yaml").is_file()
+    is_run = (path / RECIPE).is_file()
     if is_run and not resume:
         raise RunError(
             f"output.dir {path} already holds a run: add resume=auto to go on with it, or give a new folder"
         )
-    if not is_run and any(path.iterdir()):
+    # A run killed at its very start leaves the recipe's temporary name.
+    if not is_run and any(not name.endswith(".tmp") for name in os.listdir(path)):
         raise RunError(f"output.dir {path} is not empty and holds no run: give a new folder")
 
 

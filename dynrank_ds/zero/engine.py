@@ -17,10 +17,10 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from dynrank_ds.adapters.linear import Block
-from dynrank_ds.ranking.layout import BlockShape, FragmentOf, ShardLayout
+from dynrank_ds.ranking.layout import BlockShape, Fragment, FragmentOf, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import processes
-from dynrank_ds.zero.migrate import BLOCKS_AT_ONCE, NewRows, gather_blocks, migrate, pieces
+from dynrank_ds.zero.migrate import NewRows, gather_blocks, migrate, portions
 from dynrank_ds.zero.shards import MOMENTS, Shards, Zero2Shards, Zero3Shards
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -108,13 +108,21 @@ class ZeroEngine:
         """`exp_avg` or `exp_avg_sq`."""
         return torch.cat(self._shards.moments[name])
 
-    def load(
-        self, weights: Tensor, moments: Mapping[str, Tensor], births: Sequence[Tensor], updates: int
-    ) -> None:
-        """Sets master weights, moments and ages, as from a checkpoint whose weights the blocks already have."""
+    def states(self) -> dict[str, list[Tensor]]:
+        """Views of the master weights and of both moments, one for each fragment of `layout`."""
+        return {"master": self._shards.masters, **self._shards.moments}
+
+    @torch.no_grad()
+    def load(self, births: Sequence[Tensor], updates: int, read: Callable[[str, Fragment], Tensor]) -> None:
+        """Sets master weights, moments and ages, as from a checkpoint whose weights the blocks already have.
+
+        read: gives the elements of a fragment of one of `states`; it is asked for one at a time.
+        """
         self.births, self.updates = list(births), updates
         self._shards.seed(self.births, self._rates, updates)
-        self._write(weights, moments)
+        for state, views in self.states().items():
+            for fragment, view in zip(self.layout.fragments, views, strict=True):
+                view.copy_(read(state, fragment))
 
     # --- ranks
 
@@ -149,11 +157,19 @@ class ZeroEngine:
         with torch.no_grad():
             self._shards.zero_gates(masked)
 
-    def whole_rows(self, states: Tensor) -> Iterator[tuple[int, str, Tensor]]:
-        """(block, factor, (n, rank, row_length)) of `states` (n, numel), gathered a few blocks at a time."""
-        local, rules = pieces(states, self.layout), self._rules(self.layout.ranks)
-        for start in range(0, len(self.blocks), BLOCKS_AT_ONCE):
-            some = range(start, min(start + BLOCKS_AT_ONCE, len(self.blocks)))
+    def whole_rows(self, states: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int, str, Tensor]]:
+        """(block, factor, (n, rank, row_length)) of n states, each of one piece a fragment.
+
+        Gathered a few blocks at a time.
+        """
+        rules = self._rules(self.layout.ranks)
+        for some in portions(range(len(self.blocks)), self.layout, len(states)):
+            chosen = set(some)
+            local = {
+                (f.factor, f.block): torch.stack([state[number] for state in states])
+                for number, f in enumerate(self.layout.fragments)
+                if f.block in chosen
+            }
             whole = gather_blocks(local, self.layout, some, rules, processes.gather_flat)
             for (factor, block), rows in whole.items():
                 yield block, factor, rows

@@ -8,7 +8,7 @@ stacked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ GatherFlat = Callable[[Tensor], Tensor]
 NewRows = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
 """(block, fp32 rows (rank, row_length) of all its triples by factor) -> fp32 rows of its new triples."""
 
-BLOCKS_AT_ONCE = 32
-"""Changed blocks gathered together: bounds what a process holds beyond its shards."""
+GATHERED_AT_ONCE = 2**23
+"""fp32 elements of blocks gathered together, 32 MiB: bounds what a process holds beyond its shards."""
 
 
 def migrate(
@@ -44,8 +44,7 @@ def migrate(
     moved_pieces: dict[tuple[str, int], Tensor] = {}
     changed = set(plan.changed(old.ranks))
     moving = sorted(changed | _moved(old, rules))
-    for start in range(0, len(moving), BLOCKS_AT_ONCE):
-        blocks = moving[start : start + BLOCKS_AT_ONCE]
+    for blocks in portions(moving, old, states.shape[0]):
         full = gather_blocks(old_pieces, old, blocks, rules[0], gather)
         for block in blocks:
             rows = {f: full[f, block] for f in old.factors if old.ranks[block]}
@@ -101,6 +100,21 @@ def pieces(states: Tensor, layout: ShardLayout) -> dict[tuple[str, int], Tensor]
     """{(factor, block): (n, local elements)}: `states` (n, numel) by fragment."""
     parts = states.split([f.stop - f.start for f in layout.fragments], dim=1)
     return {(f.factor, f.block): part for f, part in zip(layout.fragments, parts, strict=True)}
+
+
+def portions(blocks: Iterable[int], layout: ShardLayout, n: int) -> Iterator[list[int]]:
+    """`blocks` in groups whose `n` states have at most GATHERED_AT_ONCE elements, or of one block that has more."""
+    group: list[int] = []
+    held = 0
+    for block in blocks:
+        size = n * layout.ranks[block] * layout.shapes[block].triple_parameters(layout.factors)
+        if group and held + size > GATHERED_AT_ONCE:
+            yield group
+            group, held = [], 0
+        group.append(block)
+        held += size
+    if group:
+        yield group
 
 
 def gather_blocks(

@@ -19,8 +19,10 @@ from dynrank_ds.errors import MachineError
 _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 
 
-def start(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+def start(timeout: float = 1800) -> torch.device:
     """Joins the process group, started by `deepspeed`, `torchrun`, bare `srun` or alone.
+
+    timeout: seconds for which a collective waits for a process.
 
     Returns this process's device.
 
@@ -37,7 +39,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+    backend = accelerator.communication_backend_name()
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout), verbose=False)
     return torch.device(accelerator.current_device_name())
 
 

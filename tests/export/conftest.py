@@ -1,6 +1,5 @@
 """A run directory as training leaves it, written without the package, and the model that it stands for."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynrank_ds.checkpoints import FORMAT, seal
 
 LAYERS = 13
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -88,9 +89,9 @@ def save_checkpoint(checkpoint: Path, base: Path, blocks: dict[str, Block], meth
                 tensors[f"master/{name}.{factor}"] = value
                 tensors[f"exp_avg/{name}.{factor}"] = torch.zeros_like(value)
     save_file(tensors, checkpoint / "state.safetensors")
-    digest = hashlib.sha256((checkpoint / "state.safetensors").read_bytes()).hexdigest()
-    state = dict(format=1, step=int(checkpoint.name.split("-")[1]), method=method, base_model=str(base))
-    (checkpoint / "state.json").write_text(json.dumps(state | {"blocks": shapes, "sha256": digest}))
+    state = dict(format=FORMAT, step=int(checkpoint.name.split("-")[1]), method=method, base_model=str(base))
+    (checkpoint / "state.json").write_text(json.dumps(state | {"blocks": shapes}))
+    seal(checkpoint)
 
 
 def uneven_ranks() -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Adapters whose heads are blocks, exported and merged: the logits are those of the model that was trained."""
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from transformers import LlamaForCausalLM
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.initial import lora_factors
 from dynrank_ds.adapters.inject import inject
+from dynrank_ds.checkpoints import FORMAT, seal
 from dynrank_ds.export import export_checkpoint, merge_adapter
 from dynrank_ds.export.layouts import write_padded, write_peft
 
@@ -55,9 +55,9 @@ def trained(tmp_path_factory):
     checkpoint = root / "step-4"
     checkpoint.mkdir()
     save_file(tensors, checkpoint / "state.safetensors")
-    digest = hashlib.sha256((checkpoint / "state.safetensors").read_bytes()).hexdigest()
-    about = {"format": 1, "step": 4, "method": "ard_lora", "base_model": str(base), "sha256": digest}
-    (checkpoint / "state.json").write_text(json.dumps(about | {"blocks": entries}))
+    about = {"format": FORMAT, "step": 4, "method": "ard_lora", "base_model": str(base), "blocks": entries}
+    (checkpoint / "state.json").write_text(json.dumps(about))
+    seal(checkpoint)
     return base, model, checkpoint
 
 

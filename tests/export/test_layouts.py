@@ -7,6 +7,7 @@ from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from dynrank_ds.checkpoints import seal
 from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_adapter, export_checkpoint
 
@@ -130,28 +131,33 @@ def test_a_value_that_is_not_finite_is_named(tmp_path, factor):
 def test_a_missing_or_damaged_checkpoint_is_told(tmp_path):
     with pytest.raises(RunError, match="no finished checkpoint"):
         export_adapter(tmp_path, tmp_path / "adapter", "peft")
-    with pytest.raises(RunError, match="not a finished checkpoint"):
+    with pytest.raises(RunError, match="is damaged"):
         export_checkpoint(tmp_path, tmp_path / "adapter")
     checkpoint = one_block(tmp_path)
     state = json.loads((checkpoint / "state.json").read_text())
     weights = checkpoint / "state.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(RunError, match="checkpoint is damaged"):
+    with pytest.raises(RunError, match="is damaged: state.safetensors differs"):
         export_checkpoint(checkpoint, tmp_path / "adapter")
-    (checkpoint / "state.json").write_text(json.dumps(state | {"format": 2}))
-    with pytest.raises(RunError, match="has format 2"):
+    rewrite_state(checkpoint, state | {"format": 1})
+    with pytest.raises(RunError, match="has format 1: this version reads format 2"):
         export_checkpoint(checkpoint, tmp_path / "adapter")
+
+
+def rewrite_state(checkpoint, state):
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint)
 
 
 def test_a_checkpoint_that_disagrees_with_its_description_is_refused(tmp_path):
     checkpoint = one_block(tmp_path)
     state = json.loads((checkpoint / "state.json").read_text())
     state["blocks"]["proj"]["rank"] = 3
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    rewrite_state(checkpoint, state)
     with pytest.raises(RunError, match=r"master/proj\.lora_A is .*state\.json says"):
         export_checkpoint(checkpoint, tmp_path / "adapter")
     state["blocks"]["other"] = state["blocks"].pop("proj")
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    rewrite_state(checkpoint, state)
     with pytest.raises(RunError, match=r"lacks the tensor master/other\.lora_A"):
         export_checkpoint(checkpoint, tmp_path / "adapter")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynrank_ds.ranking.layout import BlockShape, ShardLayout
+from dynrank_ds.ranking.layout import BlockShape, ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import migrate as moving
-from dynrank_ds.zero.migrate import migrate
+from dynrank_ds.zero.migrate import migrate, portions
 from dynrank_ds.zero.shards import zero2_rules, zero3_rules
 from tests.ranking.pretend import PretendProcess, run_pretend, shard
 
@@ -79,11 +79,11 @@ def rows_of_plan(block: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-@pytest.mark.parametrize("blocks_at_once", [1, 32])
+@pytest.mark.parametrize("gathered_at_once", [1, 2**23])
 def test_migrating_shards_equals_indexing_whole_tensors(
-    stage: int, size: int, blocks_at_once: int, monkeypatch: pytest.MonkeyPatch
+    stage: int, size: int, gathered_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moving, "BLOCKS_AT_ONCE", blocks_at_once)
+    monkeypatch.setattr(moving, "GATHERED_AT_ONCE", gathered_at_once)
     full = whole_states(BEFORE)
     expected = indexed(full)
     rules_of, held = STAGES[stage]
@@ -112,3 +112,14 @@ def test_survivors_keep_their_rows_and_new_rows_have_zero_moments() -> None:
     assert torch.equal(a[:, :2], full["lora_A", 0][:, [0, 2]])
     assert torch.equal(a[0, 2:], new_rows(0, 2)["lora_A"])
     assert not a[1:, 2:].any()
+
+
+def test_blocks_are_gathered_in_groups_of_bounded_size_and_larger_ones_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = [BlockShape(str(i), 3, 1) for i in range(5)]
+    layout = ShardLayout(shapes, (2, 1, 0, 9, 1), ("lora_A", "lora_B"), whole)
+    monkeypatch.setattr(moving, "GATHERED_AT_ONCE", 24)
+    # Two states of 4 elements a triple: 16, 8, 0, 72 and 8 elements.
+    assert list(portions(range(5), layout, 2)) == [[0, 1, 2], [3], [4]]
+    assert list(portions([4, 0], layout, 2)) == [[4, 0]]

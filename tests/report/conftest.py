@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dynrank_ds.checkpoints import FORMAT, seal
+
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 START = {f"model.layers.{layer}.{module}": 4 for layer in range(12) for module in MODULES}
 AFTER_10 = START | {"model.layers.11.mlp.down_proj": 6, "model.layers.0.self_attn.q_proj": 2}
@@ -34,8 +36,10 @@ def write_run(run: Path, final: dict[str, int], method: str) -> Path:
     checkpoint = run / "checkpoints/step-30"
     checkpoint.mkdir(parents=True)
     shapes = {name: dict(rank=rank, scale=1.0, in_features=8, out_features=8) for name, rank in final.items()}
-    state = dict(format=1, step=30, method=method, base_model="<tiny>", blocks=shapes, sha256="")
+    state = dict(format=FORMAT, step=30, method=method, base_model="<tiny>", blocks=shapes)
     (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "state.safetensors").touch()
+    seal(checkpoint)
     write_lines(run / "metrics.jsonl", [metric(step, 3.0 - step / 30) for step in range(1, 31)])
     return run
 

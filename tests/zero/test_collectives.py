@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dynrank_ds.zero.migrate import BLOCKS_AT_ONCE
 from tests.support.launch import outcomes, run_worker
 from tests.support.recipes import lines, write_recipe
 from tests.support.tiny import write_model
@@ -45,20 +43,16 @@ def test_a_step_without_adjustment_adds_one_reduction_of_scalars(folder: Path, n
 
 
 @pytest.mark.parametrize("name", ["pe_dyra", "deep"])
-def test_an_adjustment_adds_two_reductions_a_plan_check_and_a_gather_per_32_changed_blocks(
-    folder: Path, name: str
-) -> None:
-    assert BLOCKS_AT_ONCE == 32
+def test_an_adjustment_adds_two_reductions_a_plan_check_and_a_gather(folder: Path, name: str) -> None:
     adjustments = [step for step in steps(folder, name) if step["adjusts"]]
     logged = lines(folder / name / "run" / "ranks.jsonl")
     for step, line in zip(adjustments, logged, strict=True):
-        changed = len(line["pruned"].keys() | line["added"].keys())
+        changed = bool(line["pruned"] or line["added"])
         scalars, first, second, check, *gathers = step["ours"]
         assert scalars == SCALARS and check == PLAN_CHECK
         assert first[0] == second[0] == "all_reduce"
-        assert len(gathers) == math.ceil(changed / 32)
+        assert len(gathers) == changed  # of all blocks together: they are small
         assert all(kind == "all_gather_into_tensor" for kind, _ in gathers)
-        assert (name, len(gathers)) in (("pe_dyra", 1), ("deep", 2))
 
 
 def test_between_adjustments_pe_dyra_issues_as_many_collectives_as_lora(folder: Path) -> None:

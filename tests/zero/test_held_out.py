@@ -77,8 +77,8 @@ def test_the_best_checkpoint_is_kept_with_its_adapter_beside_the_last(
     evaluated = {x["step"]: x["held_out_loss"] for x in plain if "held_out_loss" in x}
     best = min(evaluated, key=evaluated.__getitem__)
     checkpoints = folder / "plain" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["best", f"step-{STEPS}"]
-    state = json.loads((checkpoints / "best" / "state.json").read_text())
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"best-{best}", f"step-{STEPS}"]
+    state = json.loads((checkpoints / f"best-{best}" / "state.json").read_text())
     assert (state["step"], state["held_out_loss"]) == (best, evaluated[best])
     assert transformers_loss(folder, folder / "plain" / "adapter-best") == pytest.approx(
         evaluated[best], abs=1e-5
@@ -118,9 +118,10 @@ def test_a_resumed_run_keeps_its_best_checkpoint_and_the_held_out_losses(
     run(folder, "resumed", 3, *options)
     checkpoints = folder / "resumed" / "checkpoints"
     (checkpoints / f"step-{STEPS}").rename(folder / "away")
-    before = (checkpoints / "best" / "state.json").read_text()
+    [best] = checkpoints.glob("best-*/state.json")
+    before = best.read_text()
     again = run(folder, "resumed", 3, *options, "resume=auto")
     assert [x["step"] for x in again] == [x["step"] for x in plain]
     assert largest_difference(plain, again, "held_out_loss") <= 1e-6
     assert largest_difference(plain, again, "loss") <= 1e-6
-    assert (checkpoints / "best" / "state.json").read_text() == before
+    assert best.read_text() == before

@@ -1,4 +1,4 @@
-"""Gates and weights that live outside the engine come back from a checkpoint, before and after ranks became final."""
+"""Every method goes on from a checkpoint as if it had not stopped, before and after its last adjustment."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.support.launch import run_worker
 from tests.support.methods import METHODS
 from tests.support.recipes import STEPS, lines, write_recipe
 
-NAMES = ("dynamic_dora", "weightlora", "weightlora_plus", "ard_lora")
-# A checkpoint while gates still move, and one after the last adjustment.
+NAMES = ("lora", *METHODS)
+# A checkpoint while ranks and gates still move, and one after the last adjustment.
 POINTS = (6, 18)
-EVERY_SIX = "train.checkpoint_interval=6"
+EVERY_SIX = "train.checkpoint_interval=6,train.checkpoints_kept=10"
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     write_recipe(folder)
     for name in NAMES:
-        (folder / f"{name}.yaml").write_text(json.dumps({"base": "recipe.yaml", "method": METHODS[name]}))
+        (folder / f"{name}.yaml").write_text(
+            json.dumps({"base": "recipe.yaml", "method": METHODS.get(name, {"name": name})})
+        )
     run_worker(1, "resuming", str(folder), *NAMES, EVERY_SIX)
     for name in NAMES:
         for point in POINTS:

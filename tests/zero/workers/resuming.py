@@ -1,4 +1,4 @@
-"""Runs of one process group, begun or gone on with: FOLDER, names of runs METHOD or METHOD-POINT, an override."""
+"""Runs of one process group, begun or gone on with: FOLDER, names of runs METHOD or METHOD-POINT, overrides joined by commas."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from tests.support.watching import main
 
 
 def runs(folder: Path) -> None:
-    *names, override = sys.argv[2:]
+    *names, overrides = sys.argv[2:]
     for name in names:
         method = name.partition("-")[0]
-        recipe = load_recipe(str(folder / f"{method}.yaml"), [override, f"output.dir={folder / name}"])
+        recipe = load_recipe(
+            str(folder / f"{method}.yaml"), [*overrides.split(","), f"output.dir={folder / name}"]
+        )
         run.train(recipe, True, torch.device("cpu"))
 
 

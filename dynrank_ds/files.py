@@ -1,0 +1,27 @@
+"""Files that a kill or a power cut leaves whole: the old content or the new, never half of one."""
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a file that nobody reads yet, and waits until the disk has it."""
+    path.write_text(text)
+    sync(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Gives a file, new or old, this content at once."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    write_synced(unfinished, text)
+    unfinished.replace(path)
+    sync(path.parent)
