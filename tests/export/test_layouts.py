@@ -137,7 +137,7 @@ def test_a_missing_or_damaged_checkpoint_is_told(tmp_path):
     state = json.loads((checkpoint / "state.json").read_text())
     weights = checkpoint / "state.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(RunError, match="is damaged: state.safetensors differs"):
+    with pytest.raises(RunError, match="is damaged: state"):
         export_checkpoint(checkpoint, tmp_path / "adapter")
     rewrite_state(checkpoint, state | {"format": 1})
     with pytest.raises(RunError, match="has format 1: this version reads format 2"):

@@ -15,7 +15,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes held in the runs of workers/shards.py."""
     folder = tmp_path_factory.mktemp("shards")
     write_recipe(folder)
-    run_worker(2, "shards", str(folder))
+    run_worker(2, "shards", folder)
     return folder
 
 

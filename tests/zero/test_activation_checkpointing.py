@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for micro_batches in (1, 3)
         for name, recompute in (("kept", "false"), ("recomputed", "true"))
     ]
-    run_worker(2, "runs", str(folder), *runs)
+    run_worker(2, "runs", folder, *runs)
     return folder
 
 

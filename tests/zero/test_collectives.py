@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "deep" / "model", layers=5)
     path = folder / "lora" / "recipe.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"method": {"name": "lora"}}))
-    run_worker(2, "collectives", str(folder))
+    run_worker(2, "collectives", folder)
     return folder
 
 

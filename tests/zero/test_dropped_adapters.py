@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = yaml.safe_load(write_recipe(folder).read_text())
     recipe["method"] = {"name": "weightlora", "k": 4, "disconnect_at": 3}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run_worker(1, "dropped_adapters", str(folder))
+    run_worker(1, "dropped_adapters", folder)
     return folder
 
 

@@ -35,25 +35,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_recipe(folder)
     for name, method in METHODS.items():
         (folder / f"{name}.yaml").write_text(json.dumps({"base": "recipe.yaml", "method": method}))
-    run_worker(1, "methods", str(folder), ALONE)
+    run_worker(1, "methods", folder, ALONE)
     return folder
 
 
 @pytest.fixture(scope="module")
 def bf16(folder: Path) -> Path:
-    run_worker(1, "methods", str(folder), BF16)
+    run_worker(1, "methods", folder, BF16)
     return folder
 
 
 @pytest.fixture(scope="module")
 def two_processes(folder: Path) -> Path:
-    run_worker(2, "methods", str(folder), *TOGETHER)
+    run_worker(2, "methods", folder, *TOGETHER)
     return folder
 
 
 @pytest.fixture(scope="module")
 def more_setups(folder: Path) -> Path:
-    run_worker(2, "methods", str(folder), *MORE)
+    run_worker(2, "methods", folder, *MORE)
     return folder
 
 

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method, key in (("pe_dyra", "orthogonality"), ("dynamic_dora", "variance")):
         section = METHODS[method] | {key: COEFFICIENT}
         (folder / f"{method}.yaml").write_text(json.dumps({"base": "recipe.yaml", "method": section}))
-    run_worker(2, "penalties", str(folder))
+    run_worker(2, "penalties", folder)
     return folder
 
 

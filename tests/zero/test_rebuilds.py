@@ -18,7 +18,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]
     """For each of two processes, what was counted after each of its adjustments."""
     folder = tmp_path_factory.mktemp("rebuilds")
     write_recipe(folder)
-    run_worker(2, "rebuilds", str(folder))
+    run_worker(2, "rebuilds", folder)
     return outcomes(folder / "rebuilds", "counts", 2)
 
 

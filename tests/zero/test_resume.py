@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -58,14 +59,14 @@ def test_each_step_is_logged_once(resumed: tuple[int, Path]) -> None:
 def test_a_signal_to_one_process_saves_and_ends_all_and_the_run_can_go_on(uninterrupted: Path) -> None:
     run = uninterrupted / "stopped"
     command = train_command(uninterrupted / "recipe.yaml", EVERY_TEN, f"output.dir={run}", "resume=auto")
-    processes = start_processes(2, command)
+    processes = start_processes(2, command, uninterrupted / "logs")
     metrics = run / "metrics.jsonl"
     while not (metrics.is_file() and len(lines(metrics)) >= 2):
-        assert all(process.poll() is None for process in processes)
+        assert all(process.returncode is None for process in processes)
         time.sleep(0.02)
-    processes[1].send_signal(signal.SIGTERM)
+    os.kill(processes[1].pid, signal.SIGTERM)
     wait(processes)
-    outputs = [process.output for process in processes]  # type: ignore[attr-defined]
+    outputs = [process.output for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     told = [line for output in outputs for line in output.splitlines() if "resume=auto" in line]
     assert len(told) == 1, outputs

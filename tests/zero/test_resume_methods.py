@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.yaml").write_text(
             json.dumps({"base": "recipe.yaml", "method": METHODS.get(name, {"name": name})})
         )
-    run_worker(1, "resuming", str(folder), *NAMES, EVERY_SIX)
+    run_worker(1, "resuming", folder, *NAMES, EVERY_SIX)
     for name in NAMES:
         for point in POINTS:
             run = folder / f"{name}-{point}"
@@ -38,9 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for checkpoint in (run / "checkpoints").iterdir():
                 if int(checkpoint.name.removeprefix("step-")) > point:
                     shutil.rmtree(checkpoint)
-    run_worker(
-        1, "resuming", str(folder), *(f"{name}-{point}" for name in NAMES for point in POINTS), EVERY_SIX
-    )
+    run_worker(1, "resuming", folder, *(f"{name}-{point}" for name in NAMES for point in POINTS), EVERY_SIX)
     return folder
 
 

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=[2, 3])
 def scored(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, list[Any]]:
     """The run directory and what each process noted."""
-    run_worker(request.param, "scores", str(folder))
+    run_worker(request.param, "scores", folder)
     run = folder / f"scores{request.param}"
     return run, outcomes(run, "scores", request.param)
 
@@ -49,7 +49,7 @@ def test_logged_scores_give_the_logged_plan_without_any_process_group(
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Path:
     """The same run in one process."""
-    run_worker(1, "runs", str(folder), f"output.dir={folder / 'alone'}")
+    run_worker(1, "runs", folder, f"output.dir={folder / 'alone'}")
     return folder / "alone"
 
 

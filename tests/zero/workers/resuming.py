@@ -1,4 +1,4 @@
-"""Runs of one process group, begun or gone on with: FOLDER, names of runs METHOD or METHOD-POINT, overrides joined by commas."""
+"""Runs of one process group, begun or resumed: FOLDER, names of runs METHOD or METHOD-POINT, overrides with commas."""
 
 from __future__ import annotations
 
