@@ -191,6 +191,12 @@ def check_recipe(values: dict[str, Any], name: str) -> Recipe:
         raise RecipeError(
             f"{name}: adapter.max_rank {recipe.adapter.max_rank} is below adapter.rank {recipe.adapter.rank}"
         )
+    target = getattr(recipe.method, "target_rank", None)
+    if recipe.adapter.max_rank is not None and target is not None and recipe.adapter.max_rank < target:
+        raise RecipeError(
+            f"{name}: adapter.max_rank {recipe.adapter.max_rank} is below method.target_rank {target}, the mean rank "
+            f"that {recipe.method.name} ends with"
+        )
     return recipe
 
 

@@ -6,6 +6,7 @@ every adapted linear. What the authors' code does otherwise is said in README.md
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -20,6 +21,8 @@ from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resol
 from dynrank_ds.methods.penalties import orthogonality_work
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
+
+logger = logging.getLogger(__name__)
 
 LARGEST_BASE = 1_000_000_000
 """Parameters of adapted linears up to which dense gradients are formed."""
@@ -119,6 +122,12 @@ class IncreLoRA(Method):
             sensitivity = summed[:-1] / summed[-1] / self._sizes.sqrt()
             self.smoothed.lerp_(sensitivity, 1 - self.config.beta1)
             self.uncertainty.lerp_((sensitivity - self.smoothed).abs(), 1 - self.config.beta2)
+            if view.step == self.total_steps:
+                logger.warning(
+                    "increlora ends at %d of its %d triples: modules at their largest rank left too little room",
+                    self.total_rank,
+                    self.target_total,
+                )
         self.discard_step()
 
     def discard_step(self) -> None:

@@ -24,26 +24,31 @@ _DIVERGING = LinearSegmentedColormap.from_list("change", colormaps["RdBu_r"](np.
 _NOWHERE = -1  # the layer of a module outside the numbered layers
 
 _LAYER = re.compile(r"(?:^|.*?\.)(?P<layer>\d+)\.(?P<kind>.+)")
+_HEAD = re.compile(r"(?P<linear>.+)\.blocks\.(?P<head>\d+)")
 # The order of a transformer layer's linears; other modules follow in the order of their names.
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module stands: its layer (-1 outside of layers) and its kind, e.g. `self_attn.q_proj`."""
+    """Where a block stands: its layer (-1 outside of layers), its linear's kind, e.g. `self_attn.q_proj`, and which of
+    its heads it is (-1 where it is the whole linear)."""
 
     layer: int
     kind: str
+    head: int = -1
 
 
 def place(block: str) -> Place:
-    """The place of `model.layers.3.self_attn.q_proj` is layer 3, kind self_attn.q_proj."""
-    match = _LAYER.fullmatch(block)
-    return Place(int(match["layer"]), match["kind"]) if match else Place(_NOWHERE, block)
+    """`model.layers.3.self_attn.q_proj` is in layer 3, of kind self_attn.q_proj; with `.blocks.2` behind it, head 2."""
+    of_head = _HEAD.fullmatch(block)
+    linear, head = (of_head["linear"], int(of_head["head"])) if of_head else (block, -1)
+    match = _LAYER.fullmatch(linear)
+    return Place(int(match["layer"]), match["kind"], head) if match else Place(_NOWHERE, linear, head)
 
 
 def _kinds(blocks: Iterable[str]) -> list[str]:
-    """The kinds of modules that occur, in the order of a transformer layer."""
+    """The kinds of linears that occur, in the order of a transformer layer."""
     kinds = {place(block).kind for block in blocks}
     return sorted(kinds, key=lambda kind: (_ORDER.index(_last(kind)) if _last(kind) in _ORDER else 99, kind))
 
@@ -59,16 +64,19 @@ def _last(kind: str) -> str:
 
 
 def rank_heatmap(start: Mapping[str, int], end: Mapping[str, int]) -> Figure:
-    """Final rank (the number) and change since the start (the colour) of every module, kind by layer."""
-    kinds = _kinds(end)
-    layers = sorted({place(block).layer for block in end})
-    ranks = np.full((len(kinds), len(layers)), np.nan)
+    """Final rank (the number) and change since the start (the colour) of every module, kind by layer.
+
+    Heads that have ranks of their own are rows below each other.
+    """
+    kinds, places = _kinds(end), {block: place(block) for block in end}
+    rows = sorted({(kinds.index(p.kind), p.head) for p in places.values()})
+    layers = sorted({p.layer for p in places.values()})
+    ranks = np.full((len(rows), len(layers)), np.nan)
     changes = np.full_like(ranks, np.nan)
-    for block, rank in end.items():
-        where = place(block)
-        cell = kinds.index(where.kind), layers.index(where.layer)
-        ranks[cell], changes[cell] = rank, rank - start[block]
-    figure, [axes] = _canvas(width=2.6 + 0.36 * max(len(layers), 16), height=1.7 + 0.4 * len(kinds))
+    for block, where in places.items():
+        cell = rows.index((kinds.index(where.kind), where.head)), layers.index(where.layer)
+        ranks[cell], changes[cell] = end[block], end[block] - start[block]
+    figure, [axes] = _canvas(width=2.6 + 0.36 * max(len(layers), 16), height=1.7 + 0.4 * len(rows))
     image = _diverging(axes, changes)
     for row, column in np.argwhere(~np.isnan(ranks)):
         dark = abs(changes[row, column]) > 0.6 * _reach(changes)
@@ -77,9 +85,12 @@ def rank_heatmap(start: Mapping[str, int], end: Mapping[str, int]) -> Figure:
             column, row, f"{ranks[row, column]:.0f}", ha="center", va="center", fontsize=8, color=colour
         )
     axes.set_xticks(range(len(layers)), ["none" if layer == _NOWHERE else str(layer) for layer in layers])
-    axes.set_yticks(range(len(kinds)), _labels(kinds))
+    names = _labels(kinds)
+    axes.set_yticks(
+        range(len(rows)), [names[kind] if head < 0 else f"{names[kind]} {head}" for kind, head in rows]
+    )
     axes.set_xticks(np.arange(-0.5, len(layers)), minor=True)
-    axes.set_yticks(np.arange(-0.5, len(kinds)), minor=True)
+    axes.set_yticks(np.arange(-0.5, len(rows)), minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.set_xlabel("layer")
@@ -91,13 +102,14 @@ def rank_heatmap(start: Mapping[str, int], end: Mapping[str, int]) -> Figure:
 def rank_history(adjustments: Sequence[tuple[int, Mapping[str, int]]], start: Mapping[str, int]) -> Figure:
     """Change of every module's rank since the start: one row per adjustment, given as (step, ranks after it)."""
     kinds = _kinds(start)
-    columns = sorted(start, key=lambda block: (kinds.index(place(block).kind), place(block).layer, block))
+    places = {block: place(block) for block in start}
+    columns = sorted(start, key=lambda b: (kinds.index(places[b].kind), places[b].layer, places[b].head))
     changes = np.array(
         [[after[block] - start[block] for block in columns] for _, after in adjustments], float
     )
     figure, [axes] = _canvas(width=11, height=1.9 + 0.24 * min(max(len(adjustments), 6), 30))
     image = _diverging(axes, changes)
-    groups = [sum(place(block).kind == kind for block in columns) for kind in kinds]
+    groups = [sum(p.kind == kind for p in places.values()) for kind in kinds]
     ends = np.cumsum(groups)
     for end in ends[:-1]:
         axes.axvline(end - 0.5, color=_INK, linewidth=0.7)

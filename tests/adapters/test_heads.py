@@ -33,7 +33,7 @@ def headed(side: str, ranks: tuple[int, ...] = RANKS, gate: str = "none") -> Hea
         if gate == "e":
             factors["lora_E"] = torch.randn(rank, dtype=torch.float64)
         block.set_factors(factors if rank else {})
-        block.gate = {"soft": torch.rand(rank), "weight": torch.rand(1)}.get(gate)
+        block.gate = {"soft": torch.rand(rank).double(), "weight": torch.rand(1).double()}.get(gate)
     return linear
 
 
@@ -71,25 +71,25 @@ def test_output_and_gradients_are_those_of_the_dense_matrix(
         for block in blocks_of(linear)
     ]
     gates = [
-        None if block.gate is None else block.gate.double().expand(rank).clone().requires_grad_()
+        None if block.gate is None else block.gate.expand(rank).clone().requires_grad_()
         for block, rank in zip(blocks_of(linear), RANKS, strict=True)
     ]
     x = torch.randn(*shape, SIDES[side][0], dtype=torch.float64, requires_grad=True)
     plain_x = x.detach().clone().requires_grad_()
     ours = linear(x)
     plain = plain_x @ dense(linear, copies, gates).T + linear.base.bias
-    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
     direction = torch.randn_like(ours)
     ours.backward(direction)
     plain.backward(direction)
-    torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-12, atol=1e-12)
     for i, (block, copy) in enumerate(zip(blocks_of(linear), copies, strict=True)):
         assert block.factors().keys() == copy.keys()
         for name, factor in block.factors().items():
-            torch.testing.assert_close(factor.grad, copy[name].grad, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(factor.grad, copy[name].grad, rtol=1e-12, atol=1e-12)
         if gates[i] is not None and RANKS[i]:
-            torch.testing.assert_close(seen[i].grad_gate.double(), gates[i].grad, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(seen[i].grad_gate, gates[i].grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", SIDES)

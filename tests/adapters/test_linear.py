@@ -57,28 +57,40 @@ def test_output_and_gradients_are_those_of_the_formula(with_e: bool, shape: tupl
     torch.testing.assert_close(x.grad, other_x.grad, rtol=1e-12, atol=1e-12)
     assert block.factors().keys() == copies.keys()
     for name, factor in block.factors().items():
-        # The gradient of e is summed in fp32, so that it does not suffer in bf16.
-        tolerance = 1e-5 if name == "lora_E" else 1e-12
-        torch.testing.assert_close(factor.grad, copies[name].grad, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(factor.grad, copies[name].grad, rtol=1e-12, atol=1e-12, msg=name)
     assert block.base.weight.grad is None
 
 
 @pytest.mark.parametrize("entries", [1, 3])
 def test_a_gate_of_the_methods_scales_triples_and_its_gradient_reaches_the_work(entries: int) -> None:
     block, seen = adapted(3, with_e=False), []
-    block.gate = torch.rand(entries) + 0.5
+    block.gate = torch.rand(entries, dtype=torch.float64) + 0.5
     block.work = lambda backward: seen.append(backward.grad_gate)
     x = torch.randn(4, 5, dtype=torch.float64)
-    gate = block.gate.double().expand(3).clone().requires_grad_()
+    gate = block.gate.expand(3).clone().requires_grad_()
     formula = plain(x, block, {**{k: v.detach() for k, v in block.factors().items()}, "lora_E": gate})
     ours = block(x)
-    torch.testing.assert_close(ours, formula, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-12)
 
     direction = torch.randn_like(ours)
     ours.backward(direction)
     formula.backward(direction)
     assert block.gate.grad is None
-    torch.testing.assert_close(seen[0].double(), gate.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[0], gate.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)])
+def test_the_gradient_of_a_gate_is_summed_in_at_least_single_precision(
+    dtype: torch.dtype, wide: torch.dtype
+) -> None:
+    block, seen = adapted(3, with_e=False, dtype=dtype), []
+    block.gate = torch.ones(3)
+    block.work = lambda backward: seen.append(backward)
+    block(torch.randn(64, 5, dtype=dtype)).backward(torch.randn(64, 7, dtype=dtype))
+    through_b, hidden = seen[0].grad_y @ seen[0].lora_b.T, seen[0].x @ seen[0].lora_a.T
+    assert seen[0].grad_gate.dtype == wide
+    exact = SCALE * (through_b.double() * hidden.double()).sum(0)
+    torch.testing.assert_close(seen[0].grad_gate.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_an_input_without_gradient_gets_none() -> None:

@@ -39,7 +39,7 @@ def started(
         block.initial_rank = 2
     method = ard_lora(made, **config)
     if alpha is not None:
-        method.alpha.copy_(torch.tensor(alpha))
+        method.alpha.copy_(torch.tensor(alpha, dtype=torch.float64))
         method.reference.copy_(method.alpha)
     method.start(layout(method, (slots,) * 3))
     return method
@@ -200,7 +200,7 @@ def test_alpha_follows_adam_on_the_whole_loss_by_autograd(size: int, reference: 
         expected.append(alpha.detach().clone())
     for got in run_pretend(size, work):
         for ours, theirs in zip(got, expected, strict=True):
-            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 
 
 def test_the_gradient_of_alpha_is_that_of_finite_differences() -> None:
@@ -217,7 +217,7 @@ def test_the_gradient_of_alpha_is_that_of_finite_differences() -> None:
             float(task.whole_loss(1, name, block.base.weight + dense_delta(block, alpha, 2)))
             for alpha in alphas
         ]
-        assert float(method.alpha.grad[i]) == pytest.approx((losses[0] - losses[1]) / (2 * h), rel=1e-4)
+        assert float(method.alpha.grad[i]) == pytest.approx((losses[0] - losses[1]) / (2 * h), rel=1e-7)
 
 
 # --- the regulariser

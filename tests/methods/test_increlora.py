@@ -14,6 +14,7 @@ from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.increlora import IncreLoRA, IncreLoRAConfig
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.recipe import load_recipe
 from tests.methods.small import CPU, SIDES, blocks, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend
 
@@ -103,6 +104,23 @@ def test_half_the_target_is_added_at_a_time_unless_given() -> None:
 def test_what_would_not_reach_the_target_is_refused(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
         increlora(**config)
+
+
+def test_a_largest_rank_below_the_target_is_refused() -> None:
+    sentence = r"adapter.max_rank 3 is below method.target_rank 4, the mean rank that increlora ends with"
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe("quickstart_increlora", ["adapter.max_rank=3"])
+    assert load_recipe("quickstart_increlora", ["adapter.max_rank=4"]).adapter.max_rank == 4
+
+
+def test_a_run_that_ends_below_its_target_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    method = increlora()
+    for ranks, step in (((4, 4, 2), 29), ((4, 4, 4), 30), ((4, 4, 2), 30)):
+        assert not caplog.messages
+        layout = ShardLayout(method.shapes, ranks, method.factors, whole)
+        method.start(layout)
+        method.observe(step_view(torch.empty(0), torch.empty(0), layout, step=step))
+    assert caplog.messages[0].startswith("increlora ends at 10 of its 12 triples")
 
 
 def test_a_base_too_large_for_dense_gradients_is_refused_with_its_bytes() -> None:

@@ -108,7 +108,7 @@ def test_weights_follow_projected_sgd_on_the_gradient_of_the_whole_batch(size: i
     assert any(not torch.equal(w > 0, expected[0] > 0) for w in expected), "no adapter ever came back"
     for got in run_pretend(size, work):
         for ours, theirs in zip(got, expected, strict=True):
-            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_nothing_is_projected_while_w_has_no_gradient() -> None:

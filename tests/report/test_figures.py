@@ -21,6 +21,8 @@ def test_a_module_is_placed_by_its_first_number():
     assert place("model.layers.11.mlp.down_proj") == Place(11, "mlp.down_proj")
     assert place("model.layers.3.mlp.experts.7.up_proj") == Place(3, "mlp.experts.7.up_proj")
     assert place("lm_head").kind == "lm_head"
+    assert place("model.layers.3.self_attn.q_proj.blocks.12") == Place(3, "self_attn.q_proj", head=12)
+    assert place("transformer.blocks.3.attn.q_proj") == Place(3, "attn.q_proj")
 
 
 def test_heatmap_shows_ranks_as_numbers_and_changes_as_colours_around_the_start():
@@ -43,6 +45,25 @@ def test_modules_outside_the_layers_and_of_equal_last_names_have_cells_of_their_
         ("cross.q_proj", "0"): "2",
         ("self.q_proj", "1"): "5",
     }
+
+
+def test_heads_stand_with_their_linear_in_the_order_of_their_numbers():
+    heads = {"q_proj": 12, "k_proj": 2, "o_proj": 12}
+    ranks = {f"layers.{layer}.mlp.down_proj": 20 + layer for layer in range(2)}
+    for linear, count in heads.items():
+        for head in range(count):
+            ranks |= {f"layers.{layer}.attn.{linear}.blocks.{head}": head + 1 for layer in range(2)}
+    figure = rank_heatmap(ranks, ranks)
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert rows == [f"{linear} {h}" for linear, count in heads.items() for h in range(count)] + ["down_proj"]
+    _, shown = cells(figure)
+    assert shown["q_proj 11", "1"] == "12" and shown["down_proj", "1"] == "21"
+
+    grown = ranks | {"layers.1.attn.k_proj.blocks.0": 8}
+    history = rank_history([(10, grown)], ranks).axes[0]
+    assert [label.get_text() for label in history.get_xticklabels()] == [*heads, "down_proj"]
+    changes = np.array(history.images[0].get_array())[0]
+    assert changes.tolist().index(7) == 24 + 2  # k_proj's heads layer by layer
 
 
 def test_history_has_one_row_per_adjustment():
