@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward, Part, gate_dtype
+from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward, Part, wide_dtype
 from dynrank_ds.errors import ModelError
 
 
@@ -93,7 +93,7 @@ class HeadUpdate(torch.autograd.Function):
         grad_b = _factor_gradients(hidden * scaled, grad_y, heads.rows, ranks)
         grad_gates: Sequence[Tensor | None] = [None] * n
         if gates[0] is not None:
-            wide = gate_dtype(hidden.dtype)
+            wide = wide_dtype(hidden.dtype)
             grad_gates = (through_b.to(wide) * hidden.to(wide)).sum(0).mul_(heads.scale).split(ranks)
         for i, work in enumerate(heads.works):
             if work is not None:

@@ -41,14 +41,14 @@ class BlockBackward:
     grad_a: Tensor
     grad_b: Tensor
     grad_gate: Tensor | None
-    """(r,) in the gates' dtype (`gate_dtype`); None where there is no gate."""
+    """(r,) of `wide_dtype`; None where there is no gate."""
 
 
 BackwardWork = Callable[[BlockBackward], None]
 
 
-def gate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What gates and their gradients are kept in where factors are of `dtype`: fp32, or fp64 for fp64."""
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gates, their gradients and statistics are kept in where factors are of `dtype`: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -88,7 +88,7 @@ class TripleUpdate(torch.autograd.Function):
         grad_b = (flat_hidden * scaled_gate).T @ grad_y
         grad_gate = None
         if gate is not None:
-            wide = gate_dtype(hidden.dtype)
+            wide = wide_dtype(hidden.dtype)
             grad_gate = (through_b.to(wide) * flat_hidden.to(wide)).sum(0).mul_(ctx.scale)
         if ctx.work is not None:
             ctx.work(
@@ -131,7 +131,7 @@ class Block(nn.Module):
         self.initial_rank = 0
         """Its rank when the run began, in a resumed run too; injection sets it."""
         self.gate: Tensor | None = None
-        """(r,) or (1,) of `gate_dtype(dtype)`, set by the method in place of a trained lora_E."""
+        """(r,) or (1,) of `wide_dtype(dtype)`, set by the method in place of a trained lora_E."""
         self.work: BackwardWork | None = None
         for factor in FACTORS:
             self.register_parameter(factor, None)

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import lora_factors
-from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward, gate_dtype
+from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
 from dynrank_ds.ranking.layout import ShardLayout
@@ -85,7 +85,7 @@ class ARDLoRA(Method):
         for index, block in enumerate(self.blocks):
             block.work = self._work(index)
         self.alpha_of = alpha_of_blocks(blocks) if config.alpha_per == "head" else list(range(len(blocks)))
-        self.alpha = torch.ones(max(self.alpha_of) + 1, dtype=gate_dtype(self.blocks[0].dtype), device=device)
+        self.alpha = torch.ones(max(self.alpha_of) + 1, dtype=self.dtype, device=device)
         self.reference = self.alpha.clone()
         self.adam = torch.optim.Adam([self.alpha], lr=config.alpha_lr)
         # What Adam would create at its first step, so that a checkpoint always has it.
@@ -107,7 +107,7 @@ class ARDLoRA(Method):
         counts = torch.tensor(ranks)
         self._alpha_of_triple = torch.repeat_interleave(torch.tensor(self.alpha_of), counts).to(self.device)
         self._slot = torch.cat([torch.arange(rank) for rank in ranks]).to(self.device)
-        self._gates = torch.ones(sum(ranks), dtype=self.alpha.dtype, device=self.device)
+        self._gates = torch.ones(sum(ranks), dtype=self.dtype, device=self.device)
         self._gate_gradients = torch.zeros(sum(ranks), dtype=torch.float64, device=self.device)
         self._gradient_of = self._gate_gradients.split(list(ranks))
         for block, gate in zip(self.blocks, self._gates.split(list(ranks)), strict=True):
@@ -144,7 +144,7 @@ class ARDLoRA(Method):
         # Gradients are means over processes; the last entry counts them.
         summed = view.total(mine)
         before = self.alpha.clone()
-        self.alpha.grad = (summed[:-1] / summed[-1] + self.penalty_gradient()).to(self.alpha.dtype)
+        self.alpha.grad = (summed[:-1] / summed[-1] + self.penalty_gradient()).to(self.dtype)
         self.adam.param_groups[0]["lr"] = self.config.alpha_lr * view.schedule
         self.adam.step()
         # The least alpha still rounds to rank 0, which counts as 1.

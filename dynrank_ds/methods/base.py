@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import Block, FactorInit
+from dynrank_ds.adapters.linear import Block, FactorInit, wide_dtype
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.ranking.layout import BlockShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -102,6 +102,8 @@ class Method:
     ) -> None:
         self.shapes = tuple(BlockShape(n, b.in_features, b.out_features) for n, b in blocks.items())
         self.device = device
+        self.dtype = wide_dtype(next(iter(blocks.values())).dtype)
+        """Of gates and statistics: fp32, or fp64 where the factors are."""
         self.micro_batch = MicroBatch()
 
     def start(self, layout: ShardLayout) -> None:

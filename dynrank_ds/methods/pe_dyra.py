@@ -71,7 +71,7 @@ class PEDyRA(MovesMethod):
                 f"method.conserve is parameters with method.moves {config.moves} and method.k {config.k}: it needs "
                 "moves: both and a number k"
             )
-        self.energy = InputEnergy(self.shapes, config.beta1, device)
+        self.energy = InputEnergy(self.shapes, config.beta1, device, self.dtype)
         penalty = orthogonality_work(config.orthogonality, len(blocks), self.micro_batch)
         for index, block in enumerate(blocks.values()):
             block.work = self._work(index, penalty)

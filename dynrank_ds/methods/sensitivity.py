@@ -57,7 +57,7 @@ class SensitivityMethod(Method):
             block.work = work
 
     def start(self, layout: ShardLayout) -> None:
-        self.sensitivity = Sensitivity(layout.numel, *self.betas, self.device)
+        self.sensitivity = Sensitivity(layout.numel, *self.betas, self.device, self.dtype)
 
     def observe(self, view: StepView) -> None:
         if view.step <= self.last_observed:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import lora_factors
-from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward, gate_dtype
+from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -85,7 +85,7 @@ class WeightLoRA(Method):
                 f"method.disconnect_at is step {self.last}: give {1 + self.learned} to {total_steps - 1} "
                 f"(w has its first gradient at step 2, and training has {total_steps} steps)"
             )
-        self.w = torch.ones(len(blocks), dtype=gate_dtype(next(iter(blocks.values())).dtype), device=device)
+        self.w = torch.ones(len(blocks), dtype=self.dtype, device=device)
         # fp64: the sum then hardly depends on how the batch is split over processes.
         self._gradient = torch.zeros(len(blocks), dtype=torch.float64, device=device)
         if self.learned:
@@ -107,7 +107,7 @@ class WeightLoRA(Method):
         # Gradients are means over processes; the last entry counts them.
         summed = view.total(torch.cat([self._gradient, self._gradient.new_ones(1)]))
         self._gradient.zero_()
-        gradient = (summed[:-1] / summed[-1]).to(self.w.dtype)
+        gradient = (summed[:-1] / summed[-1]).to(self.dtype)
         self.w.sub_(gradient, alpha=self.weight_lr * view.schedule)
         # Chosen by torch.where, so that nothing waits for the device.
         moved = torch.linalg.vector_norm(gradient) > _NO_GRADIENT

@@ -15,17 +15,19 @@ _TOKENS_AT_ONCE = 2048
 class Sensitivity:
     """Smoothed sensitivity and its uncertainty, per element (AdaLoRA, eq. 8 to 10, and its code).
 
-    I = |w g|;  Ibar = b1 Ibar + (1 - b1) I;  U = b2 U + (1 - b2) |I - Ibar| with the new Ibar. fp32.
+    I = |w g|;  Ibar = b1 Ibar + (1 - b1) I;  U = b2 U + (1 - b2) |I - Ibar| with the new Ibar.
     The recursion is linear per element, so it runs on shards and communicates nothing.
     """
 
-    def __init__(self, numel: int, beta1: float, beta2: float, device: torch.device) -> None:
+    def __init__(
+        self, numel: int, beta1: float, beta2: float, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.beta1, self.beta2 = beta1, beta2
-        self.smoothed = torch.zeros(numel, device=device)
-        self.uncertainty = torch.zeros(numel, device=device)
+        self.smoothed = torch.zeros(numel, dtype=dtype, device=device)
+        self.uncertainty = torch.zeros(numel, dtype=dtype, device=device)
 
     def update(self, weights: Tensor, gradients: Tensor) -> None:
-        """One optimizer step; flat fp32 vectors of the process's layout, gradients unclipped."""
+        """One optimizer step; flat vectors of the process's layout, gradients unclipped."""
         sensitivity = (weights * gradients).abs_()
         self.smoothed.lerp_(sensitivity, 1 - self.beta1)
         self.uncertainty.lerp_(sensitivity.sub_(self.smoothed).abs_(), 1 - self.beta2)
@@ -39,22 +41,28 @@ class InputEnergy:
     """Smoothed mean square of every input feature of every block: xe_j = mean_n x_nj^2 over the global batch.
 
     Each process keeps its own part, (1/N) sum over its tokens; the smoothing is linear, so the parts are
-    summed only when scores are asked for. One flat fp32 vector, blocks' features one after another.
+    summed only when scores are asked for. One flat vector, blocks' features one after another.
     """
 
-    def __init__(self, shapes: Sequence[BlockShape], beta: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[BlockShape],
+        beta: float,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.beta = beta
         total = sum(shape.in_features for shape in shapes)
-        self.smoothed = torch.zeros(total, device=device)
-        self._sums = torch.zeros(total, device=device)
+        self.smoothed = torch.zeros(total, dtype=dtype, device=device)
+        self._sums = torch.zeros_like(self.smoothed)
         self._views = self._sums.split([shape.in_features for shape in shapes])
 
     def add(self, block: int, x: Tensor, token_mask: Tensor) -> None:
         """Adds one micro-batch's input x (batch, tokens, in) of a block; token_mask (batch, tokens) drops padding."""
-        weights, flat = token_mask.flatten().float(), x.flatten(0, -2)
-        # In pieces: the squares in fp32 are larger than the input itself.
+        weights, flat = token_mask.flatten().to(self._sums.dtype), x.flatten(0, -2)
+        # In pieces: the squares, wider than a 16-bit input, are larger than it.
         for rows in range(0, flat.shape[0], _TOKENS_AT_ONCE):
-            squares = flat[rows : rows + _TOKENS_AT_ONCE].float().square()
+            squares = flat[rows : rows + _TOKENS_AT_ONCE].to(self._sums.dtype).square()
             self._views[block].add_(weights[rows : rows + _TOKENS_AT_ONCE] @ squares)
 
     def update(self, tokens: int) -> None:

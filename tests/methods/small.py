@@ -12,19 +12,34 @@ from dynrank_ds.methods.pe_dyra import PEDyRA, PEDyRAConfig
 from dynrank_ds.ranking.layout import ShardLayout
 
 CPU = torch.device("cpu")
+Sides = Mapping[str, tuple[int, int]]
+"""(in, out) by block."""
 SIDES = {"a": (7, 5), "b": (4, 9), "c": (6, 6)}
 
 
-def blocks(sides: Mapping[str, tuple[int, int]] = SIDES, rank: int = 0) -> dict[str, AdaptedLinear]:
-    made = {name: AdaptedLinear(nn.Linear(*pair), 1.0) for name, pair in sides.items()}
+def random_sides(seed: int) -> Sides:
+    """Of three blocks, 8 to 16 each."""
+    drawn = torch.randint(8, 17, (3, 2), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {name: (n_in, n_out) for name, (n_in, n_out) in zip("abc", drawn, strict=True)}
+
+
+def blocks(
+    sides: Sides = SIDES, rank: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, AdaptedLinear]:
+    made = {name: AdaptedLinear(nn.Linear(*pair, dtype=dtype), 1.0) for name, pair in sides.items()}
     for block in made.values():
         block.initial_rank = rank
     return made
 
 
-def pe_dyra(sides: Mapping[str, tuple[int, int]] = SIDES, total_steps: int = 20, **config: Any) -> PEDyRA:
+def pe_dyra(
+    sides: Sides = SIDES,
+    total_steps: int = 20,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> PEDyRA:
     times = {"t_i": 4, "interval": 3, "t_f": 5, **config}
-    return PEDyRA(PEDyRAConfig(**times), blocks(sides), total_steps, CPU)
+    return PEDyRA(PEDyRAConfig(**times), blocks(sides, dtype=dtype), total_steps, CPU)
 
 
 def step_view(

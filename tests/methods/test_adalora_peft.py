@@ -117,11 +117,12 @@ def test_the_same_weights_and_gradients_give_its_scores_and_masks(size: int, dty
         theirs.append(allocator.step(global_step))
 
     def work(process: PretendProcess) -> list[Allocation | None]:
-        method = AdaLoRA(AdaLoRAConfig(target_rank=TARGET, **TIMES), blocks(rank=RANK), STEPS, CPU)
+        method = AdaLoRA(
+            AdaLoRAConfig(target_rank=TARGET, **TIMES), blocks(rank=RANK, dtype=dtype), STEPS, CPU
+        )
         ranks = (RANK,) * 3
         layout = ShardLayout(method.shapes, ranks, FACTORS, zero3_rules((), (), (), size)[process.rank])
         method.start(layout)
-        method.set_row_statistics({k: v.to(dtype) for k, v in method.row_statistics().items()})
         ours: list[Allocation | None] = []
         for step, pair in enumerate(seen, start=1):
             weights, gradients = (shard(tensors, process.rank, size) for tensors in pair)

@@ -12,7 +12,7 @@ from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.zero.migrate import migrate
 from dynrank_ds.zero.shards import zero3_rules
-from tests.methods.small import CPU, SIDES, blocks, step_view
+from tests.methods.small import CPU, SIDES, Sides, blocks, random_sides, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
@@ -21,26 +21,27 @@ Whole = dict[tuple[str, int], Tensor]
 """{(factor, block): (rank, row) fp64}"""
 
 
-def random_whole(ranks: tuple[int, ...], seed: int) -> Whole:
+def random_whole(ranks: tuple[int, ...], seed: int, sides: Sides) -> Whole:
     generator = torch.Generator().manual_seed(seed)
     return {
         (factor, b): torch.randn(rank, length, generator=generator, dtype=torch.float64)
         for factor in FACTORS
-        for b, (rank, (n_in, n_out)) in enumerate(zip(ranks, SIDES.values(), strict=True))
+        for b, (rank, (n_in, n_out)) in enumerate(zip(ranks, sides.values(), strict=True))
         for length in [{"lora_A": n_in, "lora_E": 1, "lora_B": n_out}[factor]]
     }
 
 
-def elalora(**config: object) -> ElaLoRA:
+def elalora(sides: Sides = SIDES, **config: object) -> ElaLoRA:
     times = {"t_i": 2, "interval": 10, "t_f": 0, "b": 3, "k": 2, **config}
-    return ElaLoRA(ElaLoRAConfig(**times), blocks(rank=RANK), STEPS, CPU)  # type: ignore[arg-type]
+    made = blocks(sides, rank=RANK, dtype=torch.float64)
+    return ElaLoRA(ElaLoRAConfig(**times), made, STEPS, CPU)  # type: ignore[arg-type]
 
 
 class Formula:
     """AdaLoRA, eq. 8 to 11, on whole tensors."""
 
-    def __init__(self) -> None:
-        self.smoothed = {key: 0 * w for key, w in random_whole((RANK,) * 3, 0).items()}
+    def __init__(self, sides: Sides) -> None:
+        self.smoothed = {key: 0 * w for key, w in random_whole((RANK,) * 3, 0, sides).items()}
         self.uncertainty = dict(self.smoothed)
 
     def step(self, weights: Whole, gradients: Whole) -> None:
@@ -65,20 +66,20 @@ class Formula:
                 )
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int) -> None:
-    print("seeds 100 to 100 + 2 * steps")
+@pytest.mark.parametrize(("size", "seed"), [(1, 0), (3, 0), (3, 1), (2, 2)])
+def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int, seed: int) -> None:
+    sides = random_sides(seed)
+    print(f"seed {seed}: sides {sides}; weights and gradients from seeds 100 to 101 + 2 * steps")
 
     def pair(step: int, ranks: tuple[int, ...]) -> tuple[Whole, Whole]:
-        return random_whole(ranks, 100 + 2 * step), random_whole(ranks, 101 + 2 * step)
+        return random_whole(ranks, 100 + 2 * step, sides), random_whole(ranks, 101 + 2 * step, sides)
 
     def work(process: PretendProcess) -> tuple[RankPlan, list[Tensor], list[Tensor]]:
-        method = elalora()
+        method = elalora(sides)
         ranks: tuple[int, ...] = (RANK,) * 3
         rules = zero3_rules((), (), (), size)
         layout = ShardLayout(method.shapes, ranks, FACTORS, rules[process.rank])
         method.start(layout)
-        method.set_row_statistics({k: v.double() for k, v in method.row_statistics().items()})
         for step in range(1, STEPS + 1):
             weights, gradients = (shard(list(w.values()), process.rank, size) for w in pair(step, ranks))
             view = step_view(weights, gradients, layout, process.total, step=step)
@@ -98,7 +99,7 @@ def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int)
 
     for plan, before, after in run_pretend(size, work):
         assert sum(plan.new) == 3
-        formula = Formula()
+        formula = Formula(sides)
         for step in range(1, STEPS + 1):
             if step < STEPS:  # the last step is within t_f = 0 of the end: not observed
                 formula.step(*pair(step, (RANK,) * 3 if step <= CHANGE else plan.ranks))
