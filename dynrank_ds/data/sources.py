@@ -156,7 +156,9 @@ def _json_object(line: bytes, origin: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
+        raise DataError(
+            f"{origin}: not valid JSON ({error.msg} at column {error.colno}), each line must be one JSON object"
+        ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
         raise DataError(f"{origin}: JSON that cannot be read ({error})") from error
     if not isinstance(fields, dict):
@@ -185,15 +187,18 @@ def read_parquet(path: Path) -> Iterator[Row]:
 def _load_with_datasets(source: str, split: str, revision: str | None, streaming: bool) -> Iterator[Row]:
     import datasets
 
+    # What the library logs before it raises would stand beside our sentence.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     number = 0
     try:
         dataset = datasets.load_dataset(source, split=split, revision=revision, streaming=streaming)
         for fields in dataset:
             yield Row(fields, f"{source}, {split} row {number}")
             number += 1
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    # Its loaders let through whatever their readers, decompressors and HTTP client raise.
+    except Exception as error:
         raise DataError(
-            f"{source}: split {split!r} cannot be loaded by datasets, after row {number} ({_first(error)})"
+            f"{source}: split {split!r} cannot be loaded by datasets, after row {number} ({_first(_root(error))})"
         ) from error
 
 
@@ -213,5 +218,12 @@ def _generate(folder: Path, n_rows: int) -> Path:
     return path if path.is_file() else write_gsm_symbolic(path.parent, n_train=n_rows).train
 
 
-def _first(error: Exception) -> str:
+def _root(error: BaseException) -> BaseException:
+    """What `error` was raised from: the outer ones say only that something was wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

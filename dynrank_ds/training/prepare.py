@@ -91,6 +91,7 @@ def prepare(recipe: Recipe) -> str:
     """
     model = fetch_model(recipe.model.path)
     dataset, _ = prepare_data(recipe)
+    split_held_out(dataset, recipe)  # refused here, not on the machine without internet
     return "\n".join([f"model       {model}", _described(dataset), f"cache       {store.cache_folder()}"])
 
 

@@ -14,6 +14,7 @@ from dynrank_ds.data.formats import FORMATS
 from dynrank_ds.data.rows import Row, UnfitRowError
 from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.errors import ModelError
+from dynrank_ds.prompts import PROMPTS
 from dynrank_eval.protocols import load_protocol
 from tests.data.conftest import tokenised
 
@@ -81,6 +82,24 @@ def test_alpaca_rows_have_a_prompt_with_input_and_one_without() -> None:
     assert given_input.text == given_input.prompts[0] + " 3"
     with pytest.raises(UnfitRowError, match="line 1: field 'input' is 5"):
         FORMATS["alpaca"].text(row(instruction="i", input=5, output="o"), None)
+
+
+@pytest.mark.parametrize(
+    ("format", "prompt"),
+    [
+        ("metamathqa", "metamath"),
+        ("codefeedback", "alpaca"),
+        ("alpaca", "alpaca"),
+        ("alpaca", "alpaca_input"),
+    ],
+)
+def test_a_format_is_another_once_its_prompt_is(
+    format: str, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was tokenised with the old prompt must not be taken for it."""
+    before = FORMATS[format].definition()
+    monkeypatch.setitem(PROMPTS, prompt, PROMPTS[prompt] + " ")
+    assert FORMATS[format].definition() != before
 
 
 def test_completions_are_kept_byte_for_byte(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,9 +1,12 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import httpx
 import pytest
 
+from dynrank_ds.data import sources
 from dynrank_ds.data.formats import FORMATS
 from dynrank_ds.data.rows import Row
 from dynrank_ds.data.sources import GENERATED, open_source, select
@@ -126,7 +129,10 @@ def test_generated_rows_are_made_once_and_fit_the_metamathqa_format(tmp_path: Pa
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"query": "a"', r"line 2: not valid JSON \(Expecting ',' delimiter at column \d+\)"),
+        (
+            '{"query": "a"',
+            r"line 2: not valid JSON \(Expecting ',' delimiter at column \d+\), each line must be one JSON object",
+        ),
         ("[1, 2]", "line 2: a list, but each line must be one JSON object"),
         ("[" * 200_000, "line 2: JSON that cannot be read"),
         ('{"query": ' + "9" * 5000 + "}", "line 2: JSON that cannot be read"),
@@ -137,6 +143,13 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
     with pytest.raises(DataError, match=message) as caught:
         load_rows(source)
     assert str(caught.value).startswith(source)
+
+
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_LONGEST_LINE", 100)
+    source = write(tmp_path / "rows.jsonl", '{"query": "a"}', '{"query": "' + "a" * 200 + '"}')
+    with pytest.raises(DataError, match="line 2: longer than 100 bytes"):
+        load_rows(source)
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
@@ -165,6 +178,51 @@ def test_a_row_that_cannot_be_trained_on_is_named(tmp_path: Path, fields: dict, 
 def test_a_missing_file_is_refused_without_asking_the_hub(source: str) -> None:
     with pytest.raises(DataError, match=f"{source}: no such file or folder"):
         load_rows(source)
+
+
+def test_a_connection_that_breaks_while_streaming_is_one_sentence(
+    datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two_rows(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield {"query": "a"}
+        yield {"query": "b"}
+        raise httpx.ReadTimeout("The read operation timed out")
+
+    monkeypatch.setattr(datasets, "load_dataset", two_rows)
+    with pytest.raises(DataError) as caught:
+        load_rows("owner/name", streaming=True)
+    assert str(caught.value) == (
+        "owner/name: split 'train' cannot be loaded by datasets, after row 2 (The read operation timed out)"
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("train.csv", b'query,response\na,1\n"b,2\n', "EOF inside string"),
+        ("train.csv", b"query,response\na,\xff\xfe\n", "codec can't decode"),
+        ("train.json.gz", b"\x1f\x8b\x08 no gzip", ""),
+        ("train.arrow", b"ARROW1 no arrow", ""),
+    ],
+)
+def test_a_damaged_file_that_datasets_reads_is_named_with_the_reason(
+    datasets: ModuleType,
+    tmp_path: Path,
+    name: str,
+    content: bytes,
+    reason: str,
+    streaming: bool,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / name).write_bytes(content)
+    with pytest.raises(
+        DataError, match=f"set: split 'train' cannot be loaded by datasets, .*{reason}"
+    ) as caught:
+        load_rows(str(tmp_path / "set"), streaming=streaming)
+    assert "\n" not in str(caught.value)
+    assert "Failed to read" not in capfd.readouterr().err, "told once, by us"
 
 
 def test_a_hub_data_set_that_cannot_be_reached_is_one_sentence(
