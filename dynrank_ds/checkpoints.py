@@ -21,6 +21,7 @@ from dynrank_ds.tensorfile import file_sha256
 FORMAT = 2
 TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 STEP, BEST = "step", "best"
+_SUMS = re.compile(rf"([0-9a-f]{{64}})  {TENSORS}\n([0-9a-f]{{64}})  {STATE}\n".encode())
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +119,12 @@ def _name(path: Path, kind: str) -> re.Match[str] | None:
 def _check(checkpoint: Path, name: str) -> Path:
     path = checkpoint / name
     try:
-        lines = [line.split("  ") for line in (checkpoint / SUMS).read_text().splitlines()]
-        sums = {name: digest for digest, name in lines}
-        found = file_sha256(path)
-    except (OSError, ValueError) as error:
+        sums = _SUMS.fullmatch((checkpoint / SUMS).read_bytes())
+        digest = file_sha256(path).encode()
+    except OSError as error:
         raise RunError(f"the checkpoint {checkpoint} is damaged: {error}") from error
-    if found != sums.get(name):
+    if sums is None:
+        raise RunError(f"the checkpoint {checkpoint} is damaged: {SUMS} is not two sums")
+    if digest != sums[{TENSORS: 1, STATE: 2}[name]]:
         raise RunError(f"the checkpoint {checkpoint} is damaged: {name} differs from its sum in {SUMS}")
     return path

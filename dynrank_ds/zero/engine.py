@@ -62,6 +62,11 @@ class ZeroEngine:
         self._shards_of: type[Shards] = Zero3Shards if stage == 3 else Zero2Shards
         if stage == 3:
             set_z3_leaf_modules(model, [unit])
+        # Every rebuild collects garbage, DeepSpeed's part of it too: it need not look through all that was imported
+        # and loaded until now, which is most of a small model's rebuild.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
         self._build(self._layout([_rank(b) for b in self.blocks]))
 
     # --- training

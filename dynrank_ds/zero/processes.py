@@ -27,7 +27,7 @@ def start(timeout: float = 1800) -> torch.device:
     Returns this process's device.
 
     Raises:
-        MachineError: under srun, the address of the first node is not set.
+        MachineError: under srun, the address of the first node is not set; or not all processes came in time.
     """
     if "RANK" not in os.environ:
         os.environ.update(_rank_without_launcher())
@@ -40,7 +40,13 @@ def start(timeout: float = 1800) -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     backend = accelerator.communication_backend_name()
-    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout), verbose=False)
+    try:
+        deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout), verbose=False)
+    except dist.DistError as error:
+        place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        raise MachineError(
+            f"the {os.environ['WORLD_SIZE']} processes did not all meet at {place} within {timeout:g} s: {error}"
+        ) from error
     return torch.device(accelerator.current_device_name())
 
 

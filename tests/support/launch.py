@@ -25,6 +25,7 @@ _FORKING = multiprocessing.get_context("forkserver")
 _FORKING.set_forkserver_preload(
     [
         "dynrank_ds.training.run",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it, and with it torch's compiler, late
         "tests.support.watching",
         "transformers.models.llama.modeling_llama",
         "transformers.models.llama.tokenization_llama",
@@ -96,8 +97,13 @@ def _become(command: list[str], environment: dict[str, str], log: Path) -> None:
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
+        run_script(*command)
+
+
+def run_script(path: str, *arguments: str) -> None:
+    """A Python file as the main program of this process."""
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 
 
 def wait(processes: Sequence[Started], timeout: float = 600) -> None:

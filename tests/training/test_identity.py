@@ -1,0 +1,132 @@
+"""Which changes a run may be gone on with, and which are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dynrank_ds.errors import RunError
+from dynrank_ds.recipe import Recipe, check_recipe, load_recipe
+from dynrank_ds.training.identity import MAY_CHANGE, identity, refuse_changes
+from dynrank_ds.training.prepare import prepare_data
+from tests.support.recipes import lines, write_recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("identity")
+    write_recipe(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def about(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of the run."""
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    recorded = {
+        "recipe": recipe.model_dump(mode="json"),
+        "identity": identity(recipe, prepare_data(recipe)[0]),
+    }
+    return json.loads(json.dumps(recorded))
+
+
+def refused(folder: Path, about: dict[str, Any], *overrides: str) -> str:
+    """What is said of going on with these overrides; nothing if it may be."""
+    recipe = load_recipe(str(folder / "recipe.yaml"), overrides)
+    try:
+        refuse_changes(Path("run/step-5"), about, recipe, identity(recipe, prepare_data(recipe)[0]))
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def test_the_same_run_may_go_on(folder: Path, about: dict[str, Any]) -> None:
+    assert refused(folder, about) == ""
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.micro_batch_size=3",
+        "train.activation_checkpointing=true",
+        "train.checkpoint_interval=7",
+        "train.checkpoints_kept=1",
+        "deepspeed.config=zero2",
+        "deepspeed.timeout=60",
+        "output.dir=elsewhere",
+        "eval.tasks=[gsm8k]",
+        "data.max_dropped=0.5",
+        "model.attention=eager",
+    ],
+)
+def test_where_things_lie_and_how_they_are_computed_may_change(
+    override: str, folder: Path, about: dict[str, Any]
+) -> None:
+    assert refused(folder, about, override) == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.learning_rate=1e-3", "train.learning_rate is 0.001, was 0.005"),
+        ("train.steps=30", "train.steps is 30, was 20"),
+        ("train.global_batch_size=12", "train.global_batch_size is 12, was 6"),
+        ("train.seed=1", "train.seed is 1, was 0"),
+        ("adapter.rank=5", "adapter.rank is 5, was 4"),
+        ("adapter.targets=[q_proj]", "adapter.targets is ['q_proj'], was ['q_proj', 'k_proj'"),
+        ("method.k=3", "method.k is 3, was 5"),
+        ("model.dtype=bf16", "model.dtype is 'bf16', was 'fp32'"),
+        ("data.packing=true", "data.packing is True, was False"),
+        ("data.limit=20", "data.limit is 20, was None; the tokenised data is another"),
+    ],
+)
+def test_what_shapes_the_result_may_not_change_and_is_named(
+    override: str, sentence: str, folder: Path, about: dict[str, Any]
+) -> None:
+    message = refused(folder, about, override)
+    assert message.startswith("run/step-5 cannot be gone on with")
+    assert sentence in message and "give a new output.dir" in message
+
+
+def test_another_method_is_refused_with_every_key_that_differs(folder: Path, about: dict[str, Any]) -> None:
+    values = about["recipe"] | {"method": {"name": "lora"}}
+    with pytest.raises(RunError, match=r"method\.name is 'lora', was 'pe_dyra'"):
+        refuse_changes(Path("run/step-5"), about, check_recipe(values, "r"), about["identity"])
+
+
+def test_model_tokenizer_and_data_may_move_but_not_change(
+    folder: Path, about: dict[str, Any], tmp_path: Path
+) -> None:
+    model, data = tmp_path / "copied", tmp_path / "copied.jsonl"
+    shutil.copytree(folder / "model", model)
+    shutil.copy(folder / "data.jsonl", data)
+    moved = (f"model.path={model}", f"data.source={data}")
+    assert refused(folder, about, *moved) == ""
+
+    weights = load_file(model / "model.safetensors")
+    changed = {name: value * 1.01 for name, value in weights.items()}
+    save_file(changed, model / "model.safetensors", {"format": "pt"})
+    assert "the base model is another" in refused(folder, about, *moved)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages }}"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert "the tokenizer is another" in refused(folder, about, *moved)
+
+    rows = lines(data)
+    for row in rows:  # the same words, so that lengths stay
+        row["response"] = " ".join(reversed(row["response"].split()))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "the tokenised data is another" in refused(folder, about, *moved)
+
+
+def test_every_key_that_may_change_is_one_of_the_recipe() -> None:
+    for section, keys in MAY_CHANGE.items():
+        assert keys <= set(Recipe.model_fields[section].annotation.model_fields)  # type: ignore[union-attr]

@@ -1,0 +1,88 @@
+"""A process that dies, hangs or fails ends the others in a stated time, with a message that says which."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dynrank_ds.zero.roll_call import GRACE
+from tests.support.launch import Started, start_processes, train_command, wait
+from tests.support.recipes import lines, write_recipe
+
+TIMEOUT = 8.0
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of more steps than a test waits for."""
+    return write_recipe(tmp_path_factory.mktemp("lost"))
+
+
+def running(recipe: Path, name: str, world_size: int) -> list[Started]:
+    """Processes of a run that has made a step."""
+    run = recipe.parent / name
+    command = train_command(
+        recipe,
+        f"output.dir={run}",
+        "train.steps=10000",
+        f"deepspeed.timeout={TIMEOUT}",
+        "method.interval=1000",
+    )
+    processes = start_processes(world_size, command, recipe.parent / "logs")
+    while not ((run / "metrics.jsonl").is_file() and lines(run / "metrics.jsonl")):
+        assert all(process.returncode is None for process in processes), [p.output for p in processes]
+        time.sleep(0.05)
+    return processes
+
+
+def told(processes: list[Started]) -> list[str]:
+    return [line for p in processes for line in p.output.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize("world_size, victim", [(3, 1), (2, 0)])
+def test_one_that_dies_is_named_within_ten_seconds(recipe: Path, world_size: int, victim: int) -> None:
+    processes = running(recipe, f"dies-{victim}", world_size)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    begun = time.monotonic()
+    wait(processes)
+    assert time.monotonic() - begun < 10
+    others = [p for number, p in enumerate(processes) if number != victim]
+    assert [p.returncode for p in others] == [1] * (world_size - 1)
+    [message] = told(processes)
+    assert f"process {victim} died or hung" in message and "resume=auto" in message
+    assert not any("Traceback" in p.output for p in others)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_one_that_hangs_is_named_after_the_timeout(recipe: Path, victim: int) -> None:
+    processes = running(recipe, f"hangs-{victim}", 2)
+    os.kill(processes[victim].pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    other = processes[1 - victim]
+    try:
+        wait([other])
+        seconds = time.monotonic() - begun
+    finally:
+        os.kill(processes[victim].pid, signal.SIGKILL)
+    assert TIMEOUT - 1 < seconds < TIMEOUT + 3 * GRACE
+    assert other.returncode == 1
+    [message] = told([other])
+    assert f"process {victim} died or hung" in message
+    wait(processes)
+
+
+def test_one_that_fails_is_named_with_its_error(recipe: Path) -> None:
+    processes = running(recipe, "fails", 3)
+    # The first process cannot log any more: its files are at their limit.
+    run = recipe.parent / "fails"
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    wait(processes)
+    assert [p.returncode for p in processes] == [1, 1, 1]
+    assert "IsADirectoryError" in processes[0].output
+    [message] = told(processes)
+    assert "process 0" in message
