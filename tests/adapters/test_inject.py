@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from dynrank_ds.adapters.initial import block_generator, svd_factors
+from dynrank_ds.adapters.initial import block_generator, lora_factors, svd_factors
 from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
+from dynrank_ds.recipe import AdapterSection
 
 
 class Layer(nn.Module):
@@ -41,6 +45,18 @@ def test_factors_follow_the_seed_and_the_block_name_in_the_dtype_of_the_base() -
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, expected[factor].bfloat16())
         assert torch.equal(value, all_targets[name].factors()[factor])
+
+
+@pytest.mark.parametrize(("scaling", "root"), [("rank", False), ("root_rank", True)])
+def test_the_scale_is_that_of_peft_with_and_without_rslora(
+    scaling: Literal["rank", "root_rank"], root: bool
+) -> None:
+    section = AdapterSection(rank=3, alpha=5.0, scaling=scaling, targets=("q_proj",))
+    ours = inject(model(), section.targets, section.rank, section.scale, lora_factors, seed=0)
+    config = LoraConfig(r=3, lora_alpha=5, use_rslora=root, target_modules=["q_proj"])  # type: ignore[arg-type]
+    theirs = inject_adapter_in_model(config, model())
+    for name, block in ours.items():
+        assert block.scale == pytest.approx(theirs.get_submodule(name).scaling["default"], rel=1e-12)
 
 
 def test_an_unknown_target_is_told_with_the_names_there_are() -> None:
