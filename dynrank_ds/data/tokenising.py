@@ -14,6 +14,8 @@ from dynrank_ds.data.rows import Drops, Row, UnfitRowError
 from dynrank_ds.errors import ModelError
 
 _CHUNK = 4096
+_CHARACTERS_A_TOKEN = 64
+"""More than tokens of real text have on average, runs of blanks included."""
 
 
 class Sample(NamedTuple):
@@ -115,7 +117,7 @@ class _Encoder:
         texts: list[tuple[Row, Text]] = []
         for row in rows:
             try:
-                texts.append((row, self.format.text(row, self.tokenizer)))
+                texts.append((row, self._text(row)))
             except UnfitRowError as error:
                 drops.add(error)
         parts = [part for _, text in texts for part in (text.text, *text.prompts)]
@@ -131,6 +133,16 @@ class _Encoder:
                 yield self._sample(row, whole, prompts)
             except UnfitRowError as error:
                 drops.add(error)
+
+    def _text(self, row: Row) -> Text:
+        text = self.format.text(row, self.tokenizer)
+        # A book that slipped into a row would take minutes and gigabytes to tokenise, only to be dropped.
+        if len(text.text) > _CHARACTERS_A_TOKEN * self.max_length:
+            raise row.unfit(
+                "too long",
+                f"{len(text.text):,} characters, too many for the {self.max_length} tokens of data.max_length",
+            )
+        return text
 
     def _sample(self, row: Row, ids: list[int], prompts: list[list[int]]) -> Sample:
         if not self.format.templated:

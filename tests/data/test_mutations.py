@@ -1,10 +1,12 @@
-"""1,000 damaged files: each ends in samples, counted drops or one clear sentence, never in anything else."""
+"""1,000 damaged files: each ends in samples, counted drops or one clear sentence, in time, never in anything else."""
 
+import io
 import json
 import random
-import time
+import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
@@ -49,7 +51,10 @@ def _recoded(data: bytes, draw: random.Random) -> bytes:
 
 def _huge_line(data: bytes, draw: random.Random) -> bytes:
     filling = draw.choice([b"x", b"[", b'{"query":', b"9", b"\\ud800"])
-    return data + filling * (200_000 // len(filling)) + draw.choice([b"", b"\n" + data])
+    words = draw.choice(["w", "w "]) * 100_000
+    whole = json.dumps({"query": words, "response": draw.choice(["short", words]), "lang": "en"}).encode()
+    line = draw.choice([filling * (200_000 // len(filling)), whole])
+    return data + line + draw.choice([b"", b"\n" + data])
 
 
 def _other_values(data: bytes, draw: random.Random) -> bytes:
@@ -63,8 +68,47 @@ def _other_values(data: bytes, draw: random.Random) -> bytes:
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
+def _other_column(data: bytes, draw: random.Random) -> bytes:
+    table = pyarrow.parquet.read_table(io.BytesIO(data))
+    n = len(table)
+    strange = [
+        pyarrow.nulls(n),
+        pyarrow.array(range(n)),
+        pyarrow.array([[[1.5]]] * n),
+        pyarrow.array([{"query": "q"}] * n),
+        pyarrow.array([b"\xff\xfe"] * n),
+        pyarrow.array([b"\xff\xfe"] * n).view(pyarrow.string()),
+        pyarrow.array(["w " * 100_000, None, "", " ", "</s>", "w"]),
+    ]
+    column = draw.randrange(table.num_columns)
+    name = draw.choice([table.column_names[column]] * 3 + ["Query", ""])
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table.set_column(column, name, draw.choice(strange)), file)
+    return file.getvalue()
+
+
 JSONL: list[Mutation] = [_truncated, _flipped, _with_nulls, _spliced, _recoded, _huge_line, _other_values]
-PARQUET: list[Mutation] = [_truncated, _flipped, _with_nulls, _spliced]
+PARQUET: list[Mutation] = [_truncated, _flipped, _with_nulls, _spliced, _other_column]
+
+
+class TooLateError(BaseException):
+    """Nothing may catch it: no Exception."""
+
+
+@contextmanager
+def deadline(seconds: int) -> Iterator[None]:
+    """Ends what runs in it after so many seconds."""
+
+    def ring(*_: object) -> None:
+        raise TooLateError(f"no outcome after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def outcome(path: Path, tokenizer: PreTrainedTokenizerFast, filtered: bool) -> str:
@@ -82,7 +126,8 @@ def outcome(path: Path, tokenizer: PreTrainedTokenizerFast, filtered: bool) -> s
     return "drops" if drops.n_dropped else "samples"
 
 
-@pytest.mark.parametrize(("ending", "mutations", "count"), [("jsonl", JSONL, 800), ("parquet", PARQUET, 200)])
+@pytest.mark.parametrize("tokenizer", [True], ids=["with bos"], indirect=True)
+@pytest.mark.parametrize(("ending", "mutations", "count"), [("jsonl", JSONL, 700), ("parquet", PARQUET, 300)])
 def test_a_damaged_file_gives_a_clear_error_or_a_counted_drop(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, ending: str, mutations: list[Mutation], count: int
 ) -> None:
@@ -95,13 +140,14 @@ def test_a_damaged_file_gives_a_clear_error_or_a_counted_drop(
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), whole)
     assert outcome(whole, tokenizer, False) == "samples"
-    outcomes: Counter[str] = Counter()
+    outcomes = {mutate.__name__: Counter[str]() for mutate in mutations}
     path = tmp_path / f"damaged.{ending}"
     for number in range(count):
         mutate = mutations[number % len(mutations)]
         path.write_bytes(mutate(whole.read_bytes(), draw))
-        started = time.perf_counter()
-        outcomes[outcome(path, tokenizer, draw.random() < 0.2)] += 1
-        assert time.perf_counter() - started < 10, f"{mutate.__name__}, number {number}"
-    print(dict(outcomes))
-    assert outcomes["error"] > count // 4
+        with deadline(10):
+            outcomes[mutate.__name__][outcome(path, tokenizer, draw.random() < 0.2)] += 1
+    print(outcomes)
+    assert sum(map(Counter.total, outcomes.values())) == count
+    for name, of_kind in outcomes.items():
+        assert of_kind["error"] + of_kind["drops"] >= 20, f"{name} does hardly any damage"

@@ -80,6 +80,26 @@ def test_too_long_rows_are_dropped_whole_and_counted(tokenizer: PreTrainedTokeni
         tokenised(rows, tokenizer, METAMATH, max_length=3, max_dropped=1.0)
 
 
+def test_a_row_that_cannot_fit_is_dropped_before_it_is_tokenised(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = 0
+    real = PreTrainedTokenizerFast.__call__
+
+    def noting(self: PreTrainedTokenizerFast, text: str | list[str], **choices: object) -> object:
+        nonlocal longest
+        longest = max([longest, *map(len, [text] if isinstance(text, str) else text)])
+        return real(self, text, **choices)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", noting)
+    rows = [row("a", "w" * 1_000_000), row("b", "w", line=2), row("c", " ".join("w" * 1500), line=3)]
+    with pytest.raises(DataError) as caught:
+        tokenised(rows, tokenizer, METAMATH, max_length=400)
+    assert "2 of 3 rows cannot be trained on (2: rows.jsonl, line 1: 1,000" in str(caught.value)
+    assert "characters, too many for the 400 tokens of data.max_length" in str(caught.value)
+    assert 3000 < longest < 64 * 400
+
+
 def test_each_reason_to_drop_rows_is_counted_and_shown_by_its_first_row(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import modeling_flash_attention_utils as flash_attention
 
 from dynrank_ds.data.layouts import Layout, Packed, Padded
 from dynrank_ds.data.tokenising import TokenisedDataset
@@ -37,7 +41,7 @@ def one_step(
     """Mean loss, adapter gradients and the method's statistics of backward, of one batch of 12 samples."""
     recipe = check_recipe(
         {
-            "model": {"path": str(folder / "model"), "dtype": "fp32", "attention": attention},
+            "model": {"path": str(folder / "model"), "dtype": "fp32"},
             "data": {"source": str(folder / "data.jsonl"), "max_length": 200},
             "adapter": {"rank": 4, "alpha": 16.0},
             "method": METHODS[method_name],
@@ -49,6 +53,8 @@ def one_step(
     dataset, _ = prepare_data(recipe)
     indices = np.arange(12)
     model = load_model(recipe.model, checkpointing)
+    # Not by the recipe, for FlashAttention cannot be loaded without a GPU.
+    model.config._attn_implementation = attention
     blocks = adapt(model, recipe)
     method = build_method(recipe.method, blocks, 30, torch.device("cpu"))
     # B begins at zero in some methods: then most gradients would be zero, and equal whatever is wrong.
@@ -93,3 +99,70 @@ def test_a_packed_batch_gives_loss_gradients_and_statistics_of_the_padded_one(
     )
     assert largest <= 1e-6
     torch.testing.assert_close(packed[2], sums, rtol=2e-5, atol=0)
+
+
+class PlayedKernels:
+    """FlashAttention's two kernels in plain PyTorch, and the boundaries that the one for unequal lengths was given."""
+
+    def __init__(self) -> None:
+        self.boundaries: list[list[int]] = []
+
+    def dense(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """(rows, tokens, heads, width), fewer key and value heads than query heads."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def unequal(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: Tensor,
+        max_seqlen_k: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """(tokens, heads, width); sample i is [cu_seqlens[i], cu_seqlens[i + 1])."""
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+        assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max() and causal
+        self.boundaries.append(cu_seqlens_q.tolist())
+        samples = [
+            self.dense(q[None, a:b], k[None, a:b], v[None, a:b], dropout_p, softmax_scale, causal)[0]
+            for a, b in pairwise(self.boundaries[-1])
+        ]
+        return torch.cat(samples)
+
+    def load(self, *_: object) -> tuple[Sequence[object], Sequence[object]]:
+        """As transformers' own: kernels, and what makes their arguments."""
+        arguments = flash_attention._lazy_define_process_function(self.unequal)
+        return (self.dense, self.unequal, None, None, None), (arguments, dict)
+
+
+def test_flash_attention_is_given_each_packed_sample_by_itself(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of transformers' way from position ids to FlashAttention; only the kernels are played."""
+    loss, gradients, _ = one_step(folder, Padded(2), 3, "pe_dyra", "sdpa", False)
+    kernels = PlayedKernels()
+    monkeypatch.setattr(flash_attention, "lazy_import_flash_attention", kernels.load)
+    padded = one_step(folder, Padded(2), 3, "pe_dyra", "flash_attention_2", False)
+    assert not kernels.boundaries, "padded rows need no boundaries"
+    packed = one_step(folder, Packed(), 4, "pe_dyra", "flash_attention_2", False)
+    assert len(kernels.boundaries) == 3 * 2, "3 rows, 2 layers"
+    for boundaries in kernels.boundaries:
+        assert len(boundaries) > 2 and boundaries == sorted(set(boundaries))
+    for other in (padded, packed):
+        assert abs(other[0] - loss) <= 1e-6 * loss
+        assert float((other[1] - gradients).abs().max() / gradients.abs().max()) <= 1e-6

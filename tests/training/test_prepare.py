@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,65 @@ def test_a_cache_that_cannot_be_written_is_named(folder: Path, monkeypatch: pyte
         MachineError, match=r"the cache folder .*file/tokenised cannot be written .*set DYNRANK_CACHE"
     ):
         prepare_data(recipe(folder))
+
+
+def test_a_finished_entry_needs_no_cache_that_can_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compute nodes may see it read-only: not even a lock is taken."""
+    prepare_data(recipe(folder))
+    monkeypatch.setattr(store, "FileLock", lambda _: pytest.fail("a lock was asked for"))
+    assert len(prepare_data(recipe(folder))[0]) == 12
+
+
+def test_dropped_rows_are_told_each_time_with_their_number_and_the_first_of_them(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (folder / "data.jsonl").open("a") as file:
+        file.write('{"query": "w1", "response": ""}\n{"query": "w1", "response": 7}\n')
+    for _ in ("tokenised", "from the cache"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert len(prepare_data(recipe(folder, max_dropped=0.2))[0]) == 12
+        assert caplog.messages == [
+            f"2 of 14 rows cannot be trained on (1: {folder}/data.jsonl, line 13: field 'response' is empty, it must "
+            f"be text; 1: {folder}/data.jsonl, line 14: field 'response' is 7 (int), it must be text) and were dropped"
+        ]
+    with pytest.raises(
+        DataError, match=r"2 of 14 rows .* at most 1.0% may be: mend them, or raise data.max_dropped"
+    ):
+        prepare_data(recipe(folder))
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], **data: Any) -> str:
+    """What `dynrank prepare` says of a recipe that it must refuse."""
+    (folder / "r.yaml").write_text(json.dumps(recipe(folder, **data).model_dump(mode="json")))
+    assert main(["prepare", "--recipe", str(folder / "r.yaml")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_prepare_refuses_what_a_run_would(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere.jsonl: no such file or folder" in refused(folder, capsys, source="nowhere.jsonl")
+    assert "data.held_out is 12, 12 of 12 samples" in refused(folder, capsys, held_out=12)
+    (folder / "data.jsonl").write_text('{"query": "w1", "response": "w2"}\n{"query": "w1"')
+    assert f"{folder}/data.jsonl, line 2: not valid JSON" in refused(folder, capsys)
+    (folder / "data.jsonl").write_text('{"question": "w1", "response": "w2"}\n')
+    assert "line 1: field 'query' is missing (fields there: question, response)" in refused(folder, capsys)
+    (folder / "data.jsonl").write_text("")
+    assert "the data set is empty, at least one row is needed" in refused(folder, capsys)
+    assert "at least one row that passes data.filter" in refused(folder, capsys, filter={"lang": "python"})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_out_of_reach_ends_prepare_in_one_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], streaming: bool
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    told = refused(folder, capsys, source="owner/name", streaming=streaming)
+    assert "owner/name: split 'train' cannot be loaded by datasets, after row 0 (Couldn't reach" in told
 
 
 def test_after_prepare_the_hub_is_not_asked_again(
