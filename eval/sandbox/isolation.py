@@ -127,7 +127,11 @@ def _bubblewrap_arguments(limits: Limits) -> list[str]:
     else:
         arguments += ["--unshare-user"]
     arguments += ["--proc", "/proc", "--dev", "/dev"]
-    folders: set[Path] = set()
+    size = str(limits.disk_bytes)
+    # Before the interpreter's folders: they may lie in /tmp, too.
+    arguments += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
+    arguments += ["--perms", "1777", "--size", size, "--tmpfs", "/dev/shm"]
+    folders = {Path("/tmp")}
     for path in [*_SYSTEM, *_interpreter_folders()]:
         place = Path(path)
         if place.is_symlink() and place.parent == Path("/"):
@@ -139,9 +143,6 @@ def _bubblewrap_arguments(limits: Limits) -> list[str]:
                     arguments += ["--perms", "0755", "--dir", str(parent)]
                     folders.add(parent)
             arguments += ["--ro-bind", path, path]
-    size = str(limits.disk_bytes)
-    arguments += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
-    arguments += ["--perms", "1777", "--size", size, "--tmpfs", "/dev/shm"]
     return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
 
 

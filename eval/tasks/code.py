@@ -14,6 +14,7 @@ from dynrank_eval import sandbox
 from dynrank_eval.protocols import Protocol
 from dynrank_eval.sandbox import Limits, Outcome, Program
 from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict
+from dynrank_eval.tasks.sanitizing import sanitize
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +53,12 @@ class CodeTask(Task):
     def judge(
         self, problems: Sequence[Problem], completions: Sequence[str], protocol: Protocol
     ) -> list[Judgement]:
-        codes = [program_text(protocol, completion) for completion in completions]
-        written = [place for place, code in enumerate(codes) if code.strip()]
-        programs = [self._program(problems[place], codes[place]) for place in written]
+        codes = [
+            self._code(problem, completion, protocol)
+            for problem, completion in zip(problems, completions, strict=True)
+        ]
+        written = [place for place, code in enumerate(codes) if code]
+        programs = [_program(problems[place], codes[place]) for place in written]
         references = [_program(problems[place], problems[place].reference["solution"]) for place in written]
         outcomes = dict(zip(written, run_within_limits(programs, references), strict=True))
         return [
@@ -64,8 +68,16 @@ class CodeTask(Task):
             for place, code in enumerate(codes)
         ]
 
-    def _program(self, problem: Problem, code: str) -> Program:
-        return _program(problem, problem.text + code if self.prompt_is_code else code)
+    def _code(self, problem: Problem, completion: str, protocol: Protocol) -> str:
+        """The whole program; empty where the completion holds none."""
+        text = protocol.cut(completion)
+        if not text.strip():
+            return ""
+        begun = problem.text if self.prompt_is_code else ""
+        if protocol.code == "continuation":
+            # EvalPlus' engines expand tabs too; prompts are indented with spaces.
+            return sanitize(begun, text.replace("\t", "    "), problem.reference["names"].split())
+        return begun + first_block(text)
 
 
 def _program(problem: Problem, solution: str) -> Program:
@@ -73,13 +85,10 @@ def _program(problem: Problem, solution: str) -> Program:
     return Program(solution, (reference["tests"],), tuple(reference["names"].split()), reference["prelude"])
 
 
-def program_text(protocol: Protocol, completion: str) -> str:
-    """The part of a completion that is the program; empty where there is none."""
-    text = protocol.cut(completion)
-    if protocol.code == "continuation":
-        return text
-    block = _BLOCK.search(text)
-    code = block.group(1) if block else text
+def first_block(completion: str) -> str:
+    """The first fenced block, else the whole text, up to what only tries the function out."""
+    block = _BLOCK.search(completion)
+    code = block.group(1) if block else completion
     end = _AFTER_THE_FUNCTION.search(code)
     return code[: end.start()] if end else code
 
@@ -88,7 +97,8 @@ def run_within_limits(programs: Sequence[Program], references: Sequence[Program]
     """Outcomes under the limit max(4 s, 4 x the reference's time).
 
     The references of programs that pass or fail within 4 s need not run: only a program that is stopped there
-    has its reference timed, and runs again where that allows it longer.
+    has its reference timed, and runs again where that allows it longer. A reference that does not pass within a
+    minute allows nothing.
     """
     outcomes = [result.outcome for result in sandbox.run_programs(programs)]
     late = [place for place, outcome in enumerate(outcomes) if outcome is Outcome.TIMEOUT]
@@ -97,8 +107,9 @@ def run_within_limits(programs: Sequence[Program], references: Sequence[Program]
     seconds = {
         reference: result.seconds
         for reference, result in zip(timed, sandbox.run_programs(timed, patient), strict=True)
+        if result.outcome is Outcome.PASSED
     }
-    allowed = {place: _REFERENCE_FACTOR * seconds[references[place]] for place in late}
+    allowed = {place: _REFERENCE_FACTOR * seconds.get(references[place], 0.0) for place in late}
     again = [place for place in late if allowed[place] > Limits().wall_seconds]
     limits = [Limits(wall_seconds=allowed[place]) for place in again]
     for place, result in zip(again, sandbox.run_programs([programs[p] for p in again], limits), strict=True):

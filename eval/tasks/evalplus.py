@@ -17,6 +17,13 @@ from dynrank_eval.tasks.sources import find_file
 
 _KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 _ORACLE = Path(__file__).with_name("evalplus_oracle.py")
+# In a namespace of its own: a function to write may be called like one of the oracle's (Mbpp/56's is `check`).
+_PRELUDE = """\
+from math import inf, nan
+_evalplus = {{}}
+exec(compile({!r}, "<oracle>", "exec"), _evalplus)
+_reference = _evalplus["load"]({!r}, {!r})
+"""
 
 
 class EvalPlusTask(CodeTask):
@@ -41,20 +48,21 @@ class EvalPlusTask(CodeTask):
         return path
 
     def _problem(self, path: Path, line: int, row: dict[str, Any]) -> Problem:
-        inputs = [*row["base_input"], *row["plus_input"]]
-        if not inputs:
+        if not row["base_input"] and not row["plus_input"]:
             raise DataError(f"{path}, line {line}: {row['task_id']} has no inputs.")
-        converted = [self._input(row["task_id"], given) for given in inputs]
+        parts = [
+            [self._input(row["task_id"], given) for given in row[key]] for key in ("base_input", "plus_input")
+        ]
         entry = row["entry_point"]
         reference = row["prompt"] + row["canonical_solution"]
-        arguments = [self.name, entry, float(row["atol"] or 0)]
+        arguments = [parts, self.name, entry, float(row["atol"] or 0)]
         return Problem(
             str(row["task_id"]),
             row["prompt"].strip() + "\n",
             {
-                "prelude": f"{_ORACLE.read_text(encoding='utf-8')}\nreference = load({reference!r}, {entry!r})\n",
+                "prelude": _PRELUDE.format(_ORACLE.read_text(encoding="utf-8"), reference, entry),
                 "names": entry,
-                "tests": f"check({entry}, reference, {converted!r}, {', '.join(map(repr, arguments))})\n",
+                "tests": f"_evalplus['check']({entry}, _reference, {', '.join(map(repr, arguments))})\n",
                 "solution": reference,
             },
         )

@@ -11,12 +11,11 @@ from dynrank_eval.protocols import load_protocol
 from dynrank_eval.sandbox import Limits, Outcome, Program
 from dynrank_eval.tasks import Problem, Verdict, get_task
 from dynrank_eval.tasks import code as code_module
-from dynrank_eval.tasks.code import program_text, run_within_limits
+from dynrank_eval.tasks.code import first_block, run_within_limits
 from dynrank_eval.tasks.evalplus_inputs import mbpp_input
-from dynrank_eval.tasks.evalplus_oracle import accepted
+from dynrank_eval.tasks.evalplus_oracle import accepted, check, with_floats
 
 EVALPLUS = load_protocol("evalplus-v1", "humaneval")
-BLOCK = load_protocol("pissa-v1", "humaneval")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,8 @@ MUTANTS = [
     ("    pass\ncheck = lambda candidate: None\n", Verdict.WRONG),
     ("    import os\n    os.fork()\n    return None\n", Verdict.WRONG),
     ("    pass\nimport builtins\nbuiltins.AssertionError = Warning\n", Verdict.WRONG),
-    ("    pass\n'''", Verdict.INVALID),
+    ("    pass\n'''", Verdict.WRONG),
+    ("I cannot do that.", Verdict.INVALID),
     ("    return (\n", Verdict.INVALID),
     ("", Verdict.INVALID),
     (" \n", Verdict.INVALID),
@@ -111,8 +111,20 @@ def test_mutated_references_score_nothing() -> None:
 
 def test_the_completion_is_cut_after_the_function(solutions: dict[str, str]) -> None:
     chatter = solutions["HumanEval/0"] + "\ndef other():\n    syntax error"
-    judgement = get_task("humaneval").judge(first_humaneval(), [chatter], EVALPLUS)[0]
-    assert (judgement.verdict, judgement.extracted) == (Verdict.CORRECT, solutions["HumanEval/0"])
+    (problem,) = first_humaneval()
+    judgement = get_task("humaneval").judge([problem], [chatter], EVALPLUS)[0]
+    assert judgement.verdict is Verdict.CORRECT and judgement.extracted is not None
+    # Blank lines before the function go with the sanitizer, which keeps definitions only.
+    whole = problem.text + solutions["HumanEval/0"]
+    assert judgement.extracted.split() == whole.split()
+
+
+def test_tabs_in_a_completion_are_spaces() -> None:
+    """As EvalPlus' engines give them: a body of tabs under a prompt of spaces is no valid Python."""
+    with_tabs = "    n = len(numbers)\n\tpairs = [(i, j) for i in range(n) for j in range(i)]\n"
+    with_tabs += "\treturn any(abs(numbers[i] - numbers[j]) < threshold for i, j in pairs)\n"
+    judgements = get_task("humaneval").judge(first_humaneval(), [with_tabs], EVALPLUS)
+    assert judgements[0].verdict is Verdict.CORRECT
 
 
 @pytest.mark.parametrize(
@@ -128,7 +140,35 @@ def test_the_completion_is_cut_after_the_function(solutions: dict[str, str]) -> 
     ],
 )
 def test_a_block_is_taken_from_its_text(completion: str, code: str) -> None:
-    assert program_text(BLOCK, completion) == code
+    assert first_block(completion) == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "file", "problems", "unsolved"),
+    [
+        ("mbpp", "mbpp/mbpp.jsonl", 974, []),
+        ("humaneval_plus", "humaneval_plus/HumanEvalPlus.jsonl.gz", 164, []),
+        ("mbpp_plus", "mbpp_plus/MbppPlus.jsonl.gz", 378, [("Mbpp/255", "timeout")]),
+    ],
+)
+def test_references_of_the_larger_sets_pass(
+    task: str, file: str, problems: int, unsolved: list[tuple[str, str]], data_dir: Path, tmp_path: Path
+) -> None:
+    """MBPP's full file, and EvalPlus' of v0.1.10 and v0.2.0. A result of Mbpp/255 is too large for the pipe."""
+    if not (data_dir / file).is_file():
+        pytest.skip(f"there is no {file} in DYNRANK_DATA_DIR")
+    (tmp_path / Path(file).name).symlink_to(data_dir / file)
+    loaded = get_task(task).load(tmp_path)
+    # The reference's own prompt may end in other white space than the prompt that was asked with.
+    completions = [p.reference["solution"].lstrip().removeprefix(p.text.rstrip()) for p in loaded]
+    judgements = get_task(task).judge(loaded, completions, load_protocol("evalplus-v1", task))
+    failed = [
+        (p.task_id, j.verdict.value)
+        for p, j in zip(loaded, judgements, strict=True)
+        if j.verdict is not Verdict.CORRECT
+    ]
+    assert (len(loaded), failed) == (problems, unsolved)
 
 
 def test_humaneval_prefers_the_data_folders_file(data_dir: Path) -> None:
@@ -155,7 +195,7 @@ def test_full_mbpp_runs_the_code_before_the_tests_set_up(tmp_path: Path) -> None
         '"""\nWrite a function to calculate the height of the given binary tree.\n'
         'assert (max_height(root)) == 2\n"""\n'
     )
-    wrong = FULL_MBPP["code"] + "\ndef max_height(node): return 2"
+    wrong = str(FULL_MBPP["code"]).replace("else 1 +", "else 2 +")
     judgements = task.judge(problems * 2, [FULL_MBPP["code"], wrong], protocol)
     assert [judgement.verdict for judgement in judgements] == ["correct", "wrong"]
     (tmp_path / "mbpp.jsonl").write_text(json.dumps({**FULL_MBPP, "code": "def f(:"}))
@@ -228,6 +268,16 @@ def test_mbpp_plus_gets_its_tuples_back(tmp_path: Path) -> None:
     assert [judgement.verdict for judgement in judgements] == ["correct", "wrong", "wrong"]
 
 
+@pytest.mark.parametrize("entry", ["check", "load", "accepted", "copy"])
+def test_a_function_may_be_called_like_one_of_the_oracles(entry: str, tmp_path: Path) -> None:
+    """Mbpp/56 asks for `check`."""
+    row = {**PLUS, "prompt": f"def {entry}(x):\n    '''Half of x.'''\n", "entry_point": entry}
+    (tmp_path / "HumanEvalPlus.jsonl").write_text(json.dumps(row) + "\n")
+    task, protocol = get_task("humaneval_plus"), load_protocol("evalplus-v1", "humaneval_plus")
+    judgements = task.judge(task.load(tmp_path) * 2, ["    return x / 2", "    return x"], protocol)
+    assert [judgement.verdict for judgement in judgements] == ["correct", "wrong"]
+
+
 def test_mbpp_inputs_are_converted_by_their_problem() -> None:
     assert mbpp_input(2, [[1], [2]]) == [(1,), (2,)]
     assert mbpp_input(63, [[[1], [2]]]) == [[(1,), (2,)]]
@@ -265,7 +315,23 @@ def test_mbpp_inputs_are_converted_by_their_problem() -> None:
 def test_evalplus_rule_of_comparison(
     result: object, expected: object, entry_point: str, tolerance: float, verdict: bool
 ) -> None:
+    tolerance = with_floats(tolerance, expected)
     assert accepted(result, expected, [], "mbpp_plus", entry_point, tolerance) is verdict
+
+
+def test_evalplus_tolerance_stays_once_floats_were_expected() -> None:
+    """Within the original's inputs, and again within the added ones; not from one to the other."""
+
+    def reference(x: float) -> object:
+        return [x, "text", 0] if x == 0 else [x, 0] if x == 1 else 0.5
+
+    def near(x: float) -> object:
+        return [x + 1e-8, 0] if x == 1 else reference(x)
+
+    check(near, reference, [[[2], [1]], [[0]]], "humaneval_plus", "f", 0.0)
+    for parts in ([[[1], [2]], []], [[[2]], [[1]]]):
+        with pytest.raises(AssertionError):
+            check(near, reference, parts, "humaneval_plus", "f", 0.0)
 
 
 def test_the_time_limit_follows_the_references_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,17 +193,23 @@ VALUES = [
     "__import__('collections').Counter('aab')",
     "__import__('collections').namedtuple('P', 'x y')(1, 2)",
     "[]",
+    "int",
+    "(str, [bool])",
 ]
 
 
-@pytest.mark.parametrize("value", VALUES)
-def test_plain_values_cross_both_ways(value: str) -> None:
-    program = Program(
-        f"def give(): return {value}\ndef same(x): return x == {value} and type(x) in type({value}).__mro__",
-        (f"assert give() == {value}\nassert same({value})",),
-        ("give", "same"),
-    )
-    assert sandbox.run_programs([program], SHORT)[0].outcome is Outcome.PASSED
+def test_plain_values_cross_both_ways() -> None:
+    programs = [
+        Program(
+            f"def give(): return {value}\ndef same(x): return x == {value} and type(x) in type({value}).__mro__",
+            (f"assert give() == {value}\nassert same({value})",),
+            ("give", "same"),
+        )
+        for value in VALUES
+    ]
+    results = sandbox.run_programs(programs, SHORT)
+    stuck = [v for v, r in zip(VALUES, results, strict=True) if r.outcome is not Outcome.PASSED]
+    assert stuck == []
 
 
 def test_results_are_what_they_would_be_in_one_process() -> None:
@@ -264,6 +270,36 @@ def test_environment_is_scrubbed(isolation: Isolation, monkeypatch: pytest.Monke
     ours = "PYTHONHASHSEED PYTHONDONTWRITEBYTECODE HOME TMPDIR PATH OMP_NUM_THREADS OPENBLAS_NUM_THREADS"
     allowed = f"{ours} PWD LC_CTYPE"
     solution = f"import os\ndef f(x): return 2 if set(os.environ) <= set({allowed!r}.split()) else os.environ"
+    assert outcome(solution, isolation) is Outcome.PASSED
+
+
+def test_imports_are_closed_as_by_isolated_mode(
+    isolation: Isolation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What -I keeps out: PYTHONPATH, the user's own packages, and the working directory."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    places = {"by_path": tmp_path, "by_user": tmp_path / "lib" / version / "site-packages"}
+    for name, place in places.items():
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{name}.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path))
+    monkeypatch.setenv("PYTHONSTARTUP", str(tmp_path / "by_path.py"))
+    control = "import by_path"
+    assert subprocess.run([sys.executable, "-c", control], capture_output=True).returncode == 0
+    solution = """
+import importlib, os, sys
+open('by_directory.py', 'w').close()
+def f(x):
+    assert sys.flags.no_user_site and '' not in sys.path and os.getcwd() not in sys.path, sys.path
+    for name in ('by_path', 'by_user', 'by_directory'):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        return name
+    return 2
+"""
     assert outcome(solution, isolation) is Outcome.PASSED
 
 

@@ -1,8 +1,8 @@
 """What passes between the judge and the program: plain data, one JSON line a message.
 
-Only values of Python's own data types cross. Anything else (functions, classes, instances) stays in the
-program's process, and the judge gets a number for it, a handle. So nothing that the program defines, an
-`__eq__` that is always true for instance, ever runs in the judge.
+Only values of Python's own data types cross, and these types themselves. Anything else (functions, classes,
+instances) stays in the program's process, and the judge gets a number for it, a handle. So nothing that the
+program defines, an `__eq__` that is always true for instance, ever runs in the judge.
 """
 
 import datetime
@@ -37,6 +37,13 @@ _SEQUENCES: dict[str, Any] = {
     "tuple": tuple,
     "set": set,
     "frozenset": frozenset,
+}
+
+
+# MBPP's tests hand some to the solution (533).
+_TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
 }
 
 
@@ -94,6 +101,9 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
     for kind, (base, text, _) in _BY_TEXT.items():
         if isinstance(value, base):
             return {"kind": kind, "value": text(value)}
+    for name, type_ in _TYPES.items():
+        if value is type_:
+            return {"kind": "type", "value": name}
     if isinstance(value, range):
         return {"kind": "range", "value": [value.start, value.stop, value.step]}
     if type(value).__module__ == "numpy" and not getattr(value, "shape", True):
@@ -124,6 +134,8 @@ def decode(data: Any, resolve: Callable[[int], Any]) -> Any:
         return {decode(key, resolve): decode(item, resolve) for key, item in value}
     if kind in _BY_TEXT:
         return _BY_TEXT[kind][2](value)
+    if kind == "type":
+        return _TYPES[value]
     if kind == "range":
         return range(*value)
     if kind == "iterator":
