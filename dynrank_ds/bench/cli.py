@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from dynrank_ds.bench.checkpoint import measure_checkpoint
 from dynrank_ds.bench.data import measure_data
 from dynrank_ds.errors import DynrankError
 from dynrank_ds.recipe import Recipe, load_recipe
 
 Benchmark = Callable[[Recipe, bool], Iterator[tuple[str, str]]]
-BENCHMARKS: dict[str, Benchmark] = {"data": measure_data}
+BENCHMARKS: dict[str, Benchmark] = {"data": measure_data, "checkpoint": measure_checkpoint}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

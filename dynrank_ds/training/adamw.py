@@ -31,23 +31,23 @@ class RowAgedAdamW(torch.optim.Optimizer):
         self.discard = False
         """Whether the next step leaves everything as it is, bit for bit."""
 
-    def set_state(self, param: Tensor, step: int, births: Tensor, rates: Tensor | None = None) -> None:
-        """Gives `param` zero moments, `step` updates so far, and for each element the step it was born after.
+    def set_state(self, param: Tensor, step: int, births: Tensor, rates: Tensor, lengths: Tensor) -> None:
+        """Gives `param` zero moments and `step` updates so far.
 
-        births: (param.numel(),) int64; 0 for what exists from the start.
-        rates: (param.numel(),) fp64, what each element's learning rate is multiplied by; 1 where None.
+        births, rates, lengths: (runs,), for each run of its elements the step they were born after (0 for what
+        exists from the start), what their learning rate is multiplied by, and how many they are.
         """
-        rates = torch.ones_like(births, dtype=torch.float64) if rates is None else rates
-        runs, lengths = torch.unique_consecutive(
-            torch.stack([births.double(), rates]), return_counts=True, dim=1
+        runs, place = torch.unique_consecutive(
+            torch.stack([births.double(), rates.double()]), return_inverse=True, dim=1
         )
+        held = self.state[param]  # moments that are there already are used again: they may be large
         self.state[param] = {
             "step": step,
-            "exp_avg": torch.zeros_like(param),
-            "exp_avg_sq": torch.zeros_like(param),
+            "exp_avg": held["exp_avg"].zero_() if held else torch.zeros_like(param),
+            "exp_avg_sq": held["exp_avg_sq"].zero_() if held else torch.zeros_like(param),
             "births": runs[0],
             "rates": runs[1],
-            "run_lengths": lengths,
+            "run_lengths": lengths.new_zeros(runs.shape[1]).index_add_(0, place, lengths).long(),
         }
 
     @torch.no_grad()
@@ -59,9 +59,8 @@ class RowAgedAdamW(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     if param not in self.state:
-                        self.set_state(
-                            param, 0, torch.zeros(param.numel(), dtype=torch.int64, device=param.device)
-                        )
+                        one = torch.ones(1, dtype=torch.int64, device=param.device)
+                        self.set_state(param, 0, 0 * one, one, param.numel() * one)
                     _update(param, param.grad, self.state[param], group)
 
 

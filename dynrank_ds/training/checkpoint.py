@@ -84,7 +84,7 @@ def save(
 def remove(checkpoints: Iterable[Path]) -> None:
     """Removes folders; one that is half removed does not look like a checkpoint."""
     for path in checkpoints:
-        unfinished = path.with_name(path.name.removesuffix(".tmp") + ".tmp")
+        unfinished = path.with_name(f"{path.name}.old.tmp")
         path.rename(unfinished)
         shutil.rmtree(unfinished)
 
@@ -219,7 +219,7 @@ class Checkpoint:
 
             births = [torch.tensor(b["births"], dtype=torch.int64) for b in self.about["blocks"].values()]
             engine.load(births, self.progress.step, part)
-            statistics = {name: torch.empty_like(value) for name, value in method.row_statistics().items()}
+            statistics = method.row_statistics()
             for name, flat in statistics.items():
                 for of, view in zip(layout.fragments, layout.split(flat), strict=True):
                     view.copy_(part(name, of))

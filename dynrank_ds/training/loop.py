@@ -72,12 +72,15 @@ class Trainer:
         total_steps: int,
         device: torch.device,
         run: RunDirectory,
+        about: Mapping[str, Any],
     ) -> None:
         self.recipe, self.dataset, self.held_out = recipe, dataset, held_out
         self.layout = Packed() if recipe.data.packing else Padded(pad_id)
         """How the samples of a micro-batch become tensors."""
         self.engine, self.method, self.progress = engine, method, progress
         self.total_steps, self.device, self.run = total_steps, device, run
+        self.about = about
+        """What every checkpoint says of the run."""
         self.batches = GlobalBatches(len(dataset), recipe.train.global_batch_size, recipe.train.seed)
         self.is_first = processes.rank() == 0
         self.stop_request = StopRequest()

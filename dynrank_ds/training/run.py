@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -40,6 +39,11 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
     Raises:
         DynrankError: whatever of the recipe, model, data or directory cannot be run; nothing is written then.
     """
+    _run(build(recipe, resume, device))
+
+
+def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
+    """Everything of a run, at its beginning or where it stopped; raises what `train` does."""
     run = RunDirectory(Path(recipe.output.dir))
     check_output(run.path, resume)
     accumulation = recipe.accumulation(processes.world_size())
@@ -90,8 +94,9 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
         run.cut_logs(progress.step)
         if restored:
             logger.info("resumed from %s", restored.path)
-    trainer = Trainer(recipe, dataset, held_out, pad_id, engine, method, progress, total_steps, device, run)
-    _run(trainer, recipe, about, method.planned_adjustments())
+    return Trainer(
+        recipe, dataset, held_out, pad_id, engine, method, progress, total_steps, device, run, about
+    )
 
 
 def _restored(run: Path, recipe: Recipe, now: Mapping[str, str], device: torch.device) -> Checkpoint | None:
@@ -116,11 +121,10 @@ def _restored(run: Path, recipe: Recipe, now: Mapping[str, str], device: torch.d
     return restored
 
 
-def _run(trainer: Trainer, recipe: Recipe, about: Mapping[str, Any], planned_adjustments: int) -> None:
+def _run(trainer: Trainer) -> None:
     """The loop with its progress bar and checkpoints, then the adapter."""
-    first = processes.rank() == 0
-    run, progress = trainer.run, trainer.progress
-    saving = Saving(trainer, recipe.train, about)
+    first, progress = processes.rank() == 0, trainer.progress
+    saving = Saving(trainer)
     with tqdm(total=trainer.total_steps, initial=progress.step, unit="step", disable=not first) as bar:
 
         def after_step(result: StepResult) -> None:
@@ -139,18 +143,13 @@ def _run(trainer: Trainer, recipe: Recipe, about: Mapping[str, Any], planned_adj
         return
     last = saving.last()
     if first:
-        _finish(run, last, recipe, planned_adjustments)
-        if progress.batch > progress.step:
-            logger.warning(
-                "%d of %d batches were discarded: their loss or gradient was not finite",
-                progress.batch - progress.step,
-                progress.batch,
-            )
+        _finish(trainer, last)
     processes.barrier()
 
 
-def _finish(run: RunDirectory, last: Path, recipe: Recipe, planned_adjustments: int) -> None:
+def _finish(trainer: Trainer, last: Path) -> None:
     """The adapters of the last checkpoint and the best, and what to know of the run."""
+    run, recipe, progress = trainer.run, trainer.recipe, trainer.progress
     export_checkpoint(last, run.path / "adapter")
     for best in finished(run.path, BEST)[:1]:
         state = read_state(best)
@@ -164,11 +163,18 @@ def _finish(run: RunDirectory, last: Path, recipe: Recipe, planned_adjustments: 
     logger.info(
         "adapter written to %s; score it with\n    %s", run.path / "adapter", _eval_command(recipe, run.path)
     )
-    if planned_adjustments and not any(a["pruned"] or a["added"] for a in run.adjustments()):
+    if progress.batch > progress.step:
+        logger.warning(
+            "%d of %d batches were discarded: their loss or gradient was not finite",
+            progress.batch - progress.step,
+            progress.batch,
+        )
+    planned = trainer.method.planned_adjustments()
+    if planned and not any(a["pruned"] or a["added"] for a in run.adjustments()):
         logger.warning(
             "ranks never changed although %s planned %d adjustments",
             recipe.method.name,
-            planned_adjustments,
+            planned,
         )
 
 

@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dynrank_ds.checkpoints import BEST, STEP, finished, read_state
-from dynrank_ds.recipe import TrainSection
 from dynrank_ds.training import checkpoint
 from dynrank_ds.training.loop import StepResult, Trainer
 
 
 class Saving:
-    """At every interval, on a signal, at the lowest held-out loss so far, and at the end.
+    """At every interval, on a signal, at the lowest held-out loss so far, and at the end."""
 
-    about: what every checkpoint says of its run.
-    """
-
-    def __init__(self, trainer: Trainer, section: TrainSection, about: Mapping[str, Any]) -> None:
-        self._trainer, self._section, self._about = trainer, section, about
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._section, self._about = trainer, trainer.recipe.train, trainer.about
         self._saved_at = trainer.progress.step
         best = finished(trainer.run.path, BEST)[:1]
         self._best: float = read_state(best[0])["held_out_loss"] if best else math.inf

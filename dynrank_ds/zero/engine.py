@@ -7,6 +7,7 @@ step, and a rebuild costs about one training step.
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -67,6 +68,7 @@ class ZeroEngine:
         gc.unfreeze()
         gc.collect()
         gc.freeze()
+        atexit.register(gc.unfreeze)  # or libraries complain at exit of what they think was leaked
         self._build(self._layout([_rank(b) for b in self.blocks]))
 
     # --- training

@@ -20,8 +20,8 @@ GatherFlat = Callable[[Tensor], Tensor]
 NewRows = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
 """(block, fp32 rows (rank, row_length) of all its triples by factor) -> fp32 rows of its new triples."""
 
-GATHERED_AT_ONCE = 2**23
-"""fp32 elements of blocks gathered together, 32 MiB: bounds what a process holds beyond its shards."""
+GATHERED_AT_ONCE = 2**21
+"""fp32 elements of blocks gathered together, 8 MiB: bounds what a process holds beyond its shards."""
 
 
 def migrate(

@@ -69,20 +69,16 @@ class Zero3Shards:
         self._optimizer, self._params, self._layout = optimizer, params, layout
 
     def seed(self, births: Sequence[Tensor], rates: Mapping[str, float], updates: int) -> None:
-        """Fresh optimizer state, zero moments, after `updates` steps; see `_births_and_rates`."""
-        known = _births_and_rates(births, rates, self._layout)
+        """Fresh optimizer state, zero moments, after `updates` steps; see `_runs`."""
         padded = {}
-        for param, fragment, values in zip(
-            self._params,
-            self._layout.fragments,
-            known.split([f.stop - f.start for f in self._layout.fragments], dim=1),
-            strict=True,
+        for param, fragment, runs in zip(
+            self._params, self._layout.fragments, _runs(births, rates, self._layout), strict=True
         ):
-            padded[param.ds_id] = _padded(values, param.partition_numel(), rates[fragment.factor])
+            padded[param.ds_id] = _padded(runs, param.partition_numel(), rates[fragment.factor])
         groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
         for flat, group in groups:
-            values = torch.cat([padded[param.ds_id] for param in group], dim=1).to(flat.device)
-            self._optimizer.optimizer.set_state(flat, updates, *values)
+            runs = torch.cat([padded[param.ds_id] for param in group], dim=1)
+            self._optimizer.optimizer.set_state(flat, updates, *runs.to(flat.device))
         self.masters = self._local(lambda p: safe_get_local_fp32_param(p).detach())
         self.moments = {
             name: self._local(lambda p, name=name: safe_get_local_optimizer_state(p, name))  # type: ignore[misc]
@@ -115,10 +111,10 @@ class Zero2Shards:
         self._optimizer, self._params, self._layout = optimizer, params, layout
 
     def seed(self, births: Sequence[Tensor], rates: Mapping[str, float], updates: int) -> None:
-        """Fresh optimizer state, zero moments, after `updates` steps; see `_births_and_rates`."""
+        """Fresh optimizer state, zero moments, after `updates` steps; see `_runs`."""
         flat = self._optimizer.single_partition_of_fp32_groups[0]
-        values = _padded(_births_and_rates(births, rates, self._layout), flat.numel(), 1.0)
-        self._optimizer.optimizer.set_state(flat, updates, *values.to(flat.device))
+        runs = _padded(torch.cat(_runs(births, rates, self._layout), dim=1), flat.numel(), 1.0)
+        self._optimizer.optimizer.set_state(flat, updates, *runs.to(flat.device))
         state = self._optimizer.optimizer.state[flat]
         self.masters = self._layout.split(flat.detach()[: self._layout.numel])
         self.moments = {name: self._layout.split(state[name][: self._layout.numel]) for name in MOMENTS}
@@ -140,23 +136,25 @@ class Zero2Shards:
 Shards = Zero3Shards | Zero2Shards
 
 
-def _births_and_rates(births: Sequence[Tensor], rates: Mapping[str, float], layout: ShardLayout) -> Tensor:
-    """(2, layout.numel) fp64: the optimizer step after which each element was born, and its factor's rate.
+def _runs(births: Sequence[Tensor], rates: Mapping[str, float], layout: ShardLayout) -> list[Tensor]:
+    """For each fragment (3, rows) fp64: when each row was born, its rate, how many of its elements are here.
 
-    births: the (rank,) of every block.
+    births: the (rank,) of every block, the optimizer step after which each triple was born.
     """
     parts = []
     for f in layout.fragments:
-        rows = torch.arange(f.start, f.stop) // layout.shapes[f.block].row_length(f.factor)
-        born = births[f.block][rows].double()
-        parts.append(torch.stack([born, torch.full_like(born, rates[f.factor])]))
-    return torch.cat(parts, dim=1) if parts else torch.empty(2, 0, dtype=torch.float64)
+        length = layout.shapes[f.block].row_length(f.factor)
+        rows = torch.arange(f.start // length, -(-f.stop // length))
+        held = (rows * length + length).clamp(max=f.stop) - (rows * length).clamp(min=f.start)
+        rate = torch.full(rows.shape, rates[f.factor], dtype=torch.float64)
+        parts.append(torch.stack([births[f.block][rows].double(), rate, held.double()]))
+    return parts
 
 
-def _padded(values: Tensor, length: int, rate: float) -> Tensor:
-    """What is behind the elements is never read; it takes part in the last run where it can."""
-    padding = torch.tensor([[0.0], [rate]], dtype=torch.float64).expand(2, length - values.shape[1])
-    return torch.cat([values, padding], dim=1)
+def _padded(runs: Tensor, length: int, rate: float) -> Tensor:
+    """With one run more, up to `length` elements: what lies behind a fragment is never read."""
+    missing = length - runs[2].sum()
+    return torch.cat([runs, torch.tensor([[0.0], [rate], [missing]], dtype=torch.float64)], dim=1)
 
 
 def _masked_gates(

@@ -11,10 +11,6 @@ from dynrank_ds.training.adamw import RowAgedAdamW
 LR = 1e-2
 
 
-def zeros(n: int) -> Tensor:
-    return torch.zeros(n, dtype=torch.int64)
-
-
 def steps(optimizer: torch.optim.Optimizer, param: Tensor, gradients: list[Tensor]) -> list[Tensor]:
     """The parameter after each step."""
     course = []
@@ -42,8 +38,8 @@ def grown(old: Tensor, optimizer: RowAgedAdamW, new: int, **settings: float) -> 
     state = optimizer.state[old]
     param = torch.cat([old.detach(), torch.linspace(-1, 1, new)]).requires_grad_()
     grown_optimizer = RowAgedAdamW([param], lr=LR, **settings)
-    births = torch.cat([zeros(len(old)), torch.full((new,), state["step"])])
-    grown_optimizer.set_state(param, state["step"], births)
+    births, lengths = torch.tensor([0, state["step"]]), torch.tensor([len(old), new])
+    grown_optimizer.set_state(param, state["step"], births, torch.ones(2), lengths)
     for moment in ("exp_avg", "exp_avg_sq"):
         grown_optimizer.state[param][moment][: len(old)] = state[moment]
     return param, grown_optimizer
@@ -86,7 +82,7 @@ def test_rows_of_many_ages_stand_beside_each_other() -> None:
     births = torch.tensor([0, 90, 90, 7, 0, 99])
     param = torch.zeros(6, requires_grad=True)
     optimizer = RowAgedAdamW([param], lr=LR)
-    optimizer.set_state(param, 99, births)
+    optimizer.set_state(param, 99, births, torch.ones(6), torch.ones(6))
     param.grad = gradient
     optimizer.step()
     ages = 100 - births.double()
@@ -119,8 +115,9 @@ def test_rates_by_element_are_learning_rates_by_parameter_group() -> None:
     gradients = [torch.randn(10) for _ in range(20)]
     ours = torch.linspace(-1, 1, 10).requires_grad_()
     optimizer = RowAgedAdamW([ours], lr=LR, weight_decay=0.1)
-    rates = torch.tensor([1.0] * 4 + [16.0] * 6, dtype=torch.float64)
-    optimizer.set_state(ours, 0, zeros(10), rates)
+    # Equal runs beside each other, and one without elements, are as good as one run.
+    rates, lengths = torch.tensor([1.0, 1.0, 7.0, 16.0]), torch.tensor([3, 1, 0, 6])
+    optimizer.set_state(ours, 0, torch.zeros(4), rates, lengths)
     slow, fast = (part.clone().requires_grad_() for part in ours.detach().split([4, 6]))
     groups = [{"params": [slow]}, {"params": [fast], "lr": 16 * LR}]
     theirs = torch.optim.AdamW(groups, lr=LR, weight_decay=0.1)

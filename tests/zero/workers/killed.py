@@ -72,7 +72,7 @@ def half_a_text(path: Path, text: str) -> None:
 def half_removed(checkpoints: Iterable[Path]) -> None:
     for path in checkpoints:
         (path / "state.json").unlink(missing_ok=True)
-        aside = path.with_name(f"{path.name.removesuffix('.tmp')}.tmp")
+        aside = path.with_name(f"{path.name}.old.tmp")
         path.rename(aside)
         die()
         checkpoint_remove([aside])

@@ -1,0 +1,77 @@
+"""What writing and reading a checkpoint costs, in time, bytes and memory."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynrank_ds.bench.memory import added_memory
+from dynrank_ds.checkpoints import check, newest_checkpoint
+from dynrank_ds.recipe import Recipe
+from dynrank_ds.training import checkpoint
+from dynrank_ds.training.checkpoint import Checkpoint
+from dynrank_ds.training.loop import Trainer
+from dynrank_ds.training.run import build
+from dynrank_ds.zero import processes
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and bytes; memory is what this process held at most beyond what it held before."""
+
+    nbytes: int
+    save_seconds: float
+    save_memory: int
+    load_seconds: float
+    load_memory: int
+
+
+def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
+    """(what, figure) of a checkpoint of the recipe's run at its beginning; the best of 2 (quick) or 5."""
+    device = processes.start(recipe.deepspeed.timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        output = recipe.output.model_copy(update={"dir": f"{folder}/run"})
+        trainer = build(recipe.model_copy(update={"output": output}), False, device)
+        costs = [cost(trainer) for _ in range(2 if quick else 5)]
+    processes.stop()
+    size = costs[0].nbytes
+    save, load = min(c.save_seconds for c in costs), min(c.load_seconds for c in costs)
+    memory = max(c.save_memory for c in costs), max(c.load_memory for c in costs)
+    yield "size", f"{size / MIB:.1f} MiB"
+    yield "writing, with its sums, on the disk", f"{save:.2f} s, {size / MIB / save:.0f} MiB/s"
+    yield "checking and reading", f"{load:.2f} s, {size / MIB / load:.0f} MiB/s"
+    yield "memory above training, writing and reading", f"{memory[0] / MIB:.1f} and {memory[1] / MIB:.1f} MiB"
+
+
+def cost(trainer: Trainer) -> Cost:
+    """Writes the trainer's checkpoint and restores it, in all processes."""
+
+    def save() -> None:
+        checkpoint.save(
+            trainer.run.path, trainer.progress, trainer.engine, trainer.method, trainer.about, 1, "step"
+        )
+
+    save_seconds, save_memory = _timed(save)
+    path = newest_checkpoint(trainer.run.path)
+
+    def load() -> None:
+        check(path)
+        Checkpoint(path).restore(trainer.engine, trainer.method)
+
+    load_seconds, load_memory = _timed(load)
+    return Cost(_size(path), save_seconds, save_memory, load_seconds, load_memory)
+
+
+def _timed(work: Callable[[], None]) -> tuple[float, int]:
+    started = time.perf_counter()
+    memory = added_memory(work)
+    return time.perf_counter() - started, memory
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

@@ -1,0 +1,123 @@
+"""SIGTERM and SIGUSR1 under the launchers, as they are: what README says of them.
+
+Processes without a launcher are tested in test_resume.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dynrank_ds.checkpoints import check, finished
+from tests.support.launch import ROOT
+from tests.support.recipes import lines, write_recipe
+
+pytestmark = pytest.mark.slow
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2")
+
+
+@contextmanager
+def running(folder: Path, launcher: tuple[str, ...]) -> Iterator[psutil.Process]:
+    """The launcher of a run that has made two steps; nothing of it is left afterwards."""
+    recipe = write_recipe(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = ("--master_port", str(probe.getsockname()[1]))
+    script = (
+        str(ROOT / "launcher/train.py"),
+        "--recipe",
+        str(recipe),
+        "train.steps=10000",
+        "method.interval=1000",
+    )
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / "log").open("w") as log:
+        process = psutil.Popen(
+            [sys.executable, *launcher, *port, *script], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    metrics = folder / "run" / "metrics.jsonl"
+    family: list[psutil.Process] = []
+    try:
+        while not (metrics.is_file() and len(lines(metrics)) >= 2):
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        family = process.children(recursive=True)
+        yield process
+    finally:
+        for member in [process, *family]:
+            if member.is_running():
+                member.kill()
+
+
+def workers(launcher: psutil.Process) -> list[psutil.Process]:
+    return [
+        p
+        for p in launcher.children(recursive=True)
+        if not p.children() and "launcher/train.py" in p.cmdline()[2]
+    ]
+
+
+def the_launch_of_a_node(launcher: psutil.Process) -> psutil.Process:
+    return next(p for p in launcher.children(recursive=True) if "deepspeed.launcher.launch" in p.cmdline())
+
+
+def saved(folder: Path) -> bool:
+    """Whether the run stopped after a step that it saved."""
+    found = finished(folder / "run")
+    for checkpoint in found:
+        check(checkpoint)
+    last = lines(folder / "run" / "metrics.jsonl")[-1]["step"]
+    return [path.name for path in found] == [f"step-{last}"] and "resume=auto" in (folder / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "receiver", "code"),
+    [
+        (TORCHRUN, signal.SIGUSR1, lambda p: workers(p)[1], 0),
+        (TORCHRUN, signal.SIGTERM, lambda p: p, 1),
+        (DEEPSPEED, signal.SIGUSR1, lambda p: workers(p)[1], 0),
+        (DEEPSPEED, signal.SIGTERM, the_launch_of_a_node, 1),
+    ],
+    ids=["torchrun, a worker", "torchrun itself", "deepspeed, a worker", "deepspeed, its launch process"],
+)
+def test_the_run_is_saved_and_ends(
+    launcher: tuple[str, ...],
+    number: signal.Signals,
+    receiver: Callable[[psutil.Process], psutil.Process],
+    code: int,
+    tmp_path: Path,
+) -> None:
+    with running(tmp_path, launcher) as process:
+        receiver(process).send_signal(number)
+        assert process.wait(60) == code, (tmp_path / "log").read_text()[-3000:]
+        assert saved(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [(TORCHRUN, signal.SIGUSR1), (DEEPSPEED, signal.SIGUSR1), (DEEPSPEED, signal.SIGTERM)],
+    ids=["torchrun USR1", "deepspeed USR1", "deepspeed TERM"],
+)
+def test_a_launcher_that_dies_of_a_signal_leaves_its_processes_training(
+    launcher: tuple[str, ...], number: signal.Signals, tmp_path: Path
+) -> None:
+    with running(tmp_path, launcher) as process:
+        left = workers(process)
+        process.send_signal(number)
+        process.wait(60)
+        logged = len(lines(tmp_path / "run" / "metrics.jsonl"))
+        time.sleep(3)
+        assert all(worker.is_running() for worker in left) and len(left) == 2
+        assert len(lines(tmp_path / "run" / "metrics.jsonl")) > logged

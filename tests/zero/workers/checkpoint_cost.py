@@ -1,0 +1,27 @@
+"""What a checkpoint of the recipe in FOLDER costs in this group of processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dynrank_ds.bench.checkpoint import cost
+from dynrank_ds.recipe import load_recipe
+from dynrank_ds.training.run import build
+from tests.support.watching import main, write
+
+
+def measure(folder: Path) -> None:
+    recipe = load_recipe(
+        str(folder / "recipe.yaml"), ["train.global_batch_size=2", "train.micro_batch_size=1"]
+    )
+    trainer = build(recipe, False, torch.device("cpu"))
+    trainer.train(lambda _: setattr(trainer, "total_steps", trainer.progress.step))  # one step
+    cost(trainer)  # what is allocated once
+    write(folder, "cost", asdict(cost(trainer)))
+
+
+if __name__ == "__main__":
+    main([measure])
