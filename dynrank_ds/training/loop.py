@@ -23,6 +23,7 @@ from dynrank_ds.adapters.initial import block_generator
 from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.data.layouts import Packed, Padded
 from dynrank_ds.data.tokenising import TokenisedDataset
+from dynrank_ds.errors import RunError
 from dynrank_ds.methods.base import Method, StepView
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.recipe import Recipe
@@ -189,11 +190,15 @@ class Trainer:
         self.engine.step(0.0, discard=True)
         self._discarded_in_a_row += 1
         if self.is_first:
-            logger.warning("step %d discarded: loss or gradient is not finite", self.progress.step + 1)
+            logger.warning(
+                "step %d discarded: loss or gradient is not finite, on samples %s",
+                self.progress.step + 1,
+                indices.tolist(),
+            )
         if self._discarded_in_a_row == MAX_DISCARDED_IN_A_ROW:
-            raise FloatingPointError(
-                f"{MAX_DISCARDED_IN_A_ROW} steps in a row were discarded for a loss or gradient that is not finite; "
-                f"samples of the last one: {indices.tolist()}"
+            raise RunError(
+                f"{MAX_DISCARDED_IN_A_ROW} steps in a row were discarded, their loss or gradient is not finite: "
+                "lower train.learning_rate, or look at the model and at the samples named above"
             )
 
     def _adjust(self, scores: Sequence[Tensor]) -> None:

@@ -117,10 +117,10 @@ def train_command(recipe: Path, *overrides: str) -> list[str]:
     return [str(ROOT / "launcher/train.py"), "--recipe", str(recipe), *overrides]
 
 
-def run_worker(world_size: int, name: str, folder: Path, *arguments: str) -> None:
+def run_worker(world_size: int, name: str, folder: Path, *arguments: str, timeout: float = 1800) -> None:
     """tests/zero/workers/NAME.py in `world_size` processes, which must succeed."""
     command = ["-m", f"tests.zero.workers.{name}", str(folder), *arguments]
-    _must_succeed(start_processes(world_size, command, folder / "logs"), timeout=1800)
+    _must_succeed(start_processes(world_size, command, folder / "logs"), timeout)
 
 
 def outcomes(folder: Path, name: str, world_size: int) -> list[Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.support.launch import outcomes
-from tests.support.recipes import STEPS, lines
+from tests.support.launch import outcomes, start_processes, train_command, wait
+from tests.support.recipes import STEPS, lines, write_recipe
 
 
 def test_processes_with_different_plans_all_fail_before_anything_changes(shards: Path) -> None:
@@ -59,3 +62,19 @@ def test_training_goes_on_after_a_discarded_step(steps: Any, run: Path) -> None:
             assert {"master", "half", "exp_avg", "exp_avg_sq", "optimizer"} | statistic <= kinds
     discarded = [line["discarded"] for line in lines(run / "metrics.jsonl")]
     assert [batch for batch, was in enumerate(discarded) if was] == [5, 9]
+
+
+def test_a_run_whose_steps_are_all_discarded_ends_with_the_samples_named(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, dtype="bf16")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.inf
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    processes = start_processes(2, train_command(recipe), tmp_path / "logs")
+    wait(processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    first, second = (process.output for process in processes)
+    assert len(re.findall(r"step 1 discarded: .* on samples \[(?:\d+, ){5}\d+\]", first)) == 10
+    assert "error: 10 steps in a row were discarded" in first
+    assert "Traceback" not in first + second and "discarded" not in second
+    logged = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [(line["step"], line["discarded"], line["loss"]) for line in logged] == [(0, True, None)] * 9

@@ -1,0 +1,78 @@
+"""One run for so many seconds, FOLDER SECONDS, of cycles: two steps, an adjustment, a checkpoint, a held-out loss."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from dynrank_ds.recipe import load_recipe
+from dynrank_ds.training import run
+from dynrank_ds.training.saving import Saving
+from dynrank_ds.zero import processes
+from tests.support.watching import main, write
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class Watching(Saving):
+    """Ends the run when the time is over, on every process after the same step."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.end = self.before = time.monotonic()
+        self.end += float(sys.argv[2])
+        self.cycles: list[dict[str, Any]] = []
+
+    def after_step(self, result: Any) -> None:
+        super().after_step(result)
+        trainer = self._trainer
+        if trainer.progress.step % 2:
+            return
+        now = time.monotonic()
+        modules = trainer.engine._model.modules()
+        self.cycles.append(
+            {
+                "resident": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
+                "files": len(os.listdir("/proc/self/fd")),
+                "threads": threading.active_count(),
+                "hooks": sum(len(getattr(module, kind)) for module in modules for kind in HOOKS),
+                "checkpoints": len(list((trainer.run.path / "checkpoints").glob("step-*"))),
+                "seconds": now - self.before,
+            }
+        )
+        self.before = now
+        over = torch.tensor(float(now > self.end))
+        if processes.total(over) > 0:
+            trainer.total_steps = trainer.progress.step + 2
+
+    def last(self) -> Path:
+        write(Path(sys.argv[1]), "cycles", self.cycles)
+        return super().last()
+
+
+def soak(folder: Path) -> None:
+    overrides = [
+        "train.steps=1000000",
+        "train.checkpoint_interval=2",
+        "data.held_out=4",
+        "train.held_out_interval=2",
+        "method.interval=2",
+        "method.k=3",
+        "train.micro_batch_size=3",
+        "train.schedule=constant",
+        "train.learning_rate=1e-4",
+    ]
+    with patch.object(run, "Saving", Watching):
+        run.train(load_recipe(str(folder / "recipe.yaml"), overrides), False, torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main([soak])
