@@ -51,7 +51,7 @@ class Watching(Saving):
         self.before = now
         over = torch.tensor(float(now > self.end))
         if processes.total(over) > 0:
-            trainer.total_steps = trainer.progress.step + 2
+            trainer.total_steps = min(trainer.total_steps, trainer.progress.step + 2)
 
     def last(self) -> Path:
         write(Path(sys.argv[1]), "cycles", self.cycles)
