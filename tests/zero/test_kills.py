@@ -92,7 +92,10 @@ def killed(uninterrupted: Path, run: Path, kill: Kill) -> int:
 
 def check_the_same_run(run: Path, uninterrupted: Path) -> None:
     whole = uninterrupted / "run"
-    for log, keys in (("metrics.jsonl", ("step", "loss")), ("ranks.jsonl", ("step", "after", "plan_sha256"))):
+    for log, keys in (
+        ("metrics.jsonl", ("step", "loss")),
+        ("ranks.jsonl", ("step", "after", "scores", "plan_sha256")),
+    ):
         first, second = ([[line[k] for k in keys] for line in lines(r / log)] for r in (run, whole))
         assert first == second
     weights = "adapter/adapter_model.safetensors"
