@@ -24,6 +24,8 @@ from dynrank_eval.sandbox.seccomp import filter_alone, filter_in_namespaces
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/dev/full")
+# Below /tmp, which also shows the interpreter where that lies there.
+_OWN = "/tmp/own"
 INSIDE = Path(__file__).with_name("inside")
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Isolation:
 
     def working_folder(self, folder: Path) -> str:
         """Working directory, HOME and TMPDIR, as the program sees them."""
-        return str(folder) if self.bwrap is None else "/tmp"
+        return str(folder) if self.bwrap is None else _OWN
 
     def confinement(self, folder: Path) -> dict[str, Any]:
         """What the process has to do itself: inside/confine.py's settings."""
@@ -128,9 +130,9 @@ def _bubblewrap_arguments(limits: Limits) -> list[str]:
         arguments += ["--unshare-user"]
     arguments += ["--proc", "/proc", "--dev", "/dev"]
     size = str(limits.disk_bytes)
-    # Before the interpreter's folders: they may lie in /tmp, too.
+    # Before the interpreter's folders, which may lie in /tmp.
     arguments += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
-    arguments += ["--perms", "1777", "--size", size, "--tmpfs", "/dev/shm"]
+    arguments += ["--perms", "1777", "--dir", _OWN, "--perms", "1777", "--size", size, "--tmpfs", "/dev/shm"]
     folders = {Path("/tmp")}
     for path in [*_SYSTEM, *_interpreter_folders()]:
         place = Path(path)
@@ -143,7 +145,7 @@ def _bubblewrap_arguments(limits: Limits) -> list[str]:
                     arguments += ["--perms", "0755", "--dir", str(parent)]
                     folders.add(parent)
             arguments += ["--ro-bind", path, path]
-    return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", _OWN]
 
 
 @functools.cache

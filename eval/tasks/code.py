@@ -96,9 +96,9 @@ def first_block(completion: str) -> str:
 def run_within_limits(programs: Sequence[Program], references: Sequence[Program]) -> list[Outcome]:
     """Outcomes under the limit max(4 s, 4 x the reference's time).
 
-    The references of programs that pass or fail within 4 s need not run: only a program that is stopped there
-    has its reference timed, and runs again where that allows it longer. A reference that does not pass within a
-    minute allows nothing.
+    The references of programs that pass or fail within 4 s need not run: only a program that is stopped there has
+    its reference timed, and runs again under its own limit, which also spares it a moment of load. A reference that
+    does not pass within a minute allows 4 s.
     """
     outcomes = [result.outcome for result in sandbox.run_programs(programs)]
     late = [place for place, outcome in enumerate(outcomes) if outcome is Outcome.TIMEOUT]
@@ -109,10 +109,9 @@ def run_within_limits(programs: Sequence[Program], references: Sequence[Program]
         for reference, result in zip(timed, sandbox.run_programs(timed, patient), strict=True)
         if result.outcome is Outcome.PASSED
     }
-    allowed = {place: _REFERENCE_FACTOR * seconds.get(references[place], 0.0) for place in late}
-    again = [place for place in late if allowed[place] > Limits().wall_seconds]
-    limits = [Limits(wall_seconds=allowed[place]) for place in again]
-    for place, result in zip(again, sandbox.run_programs([programs[p] for p in again], limits), strict=True):
+    allowed = [_REFERENCE_FACTOR * seconds.get(references[place], 0.0) for place in late]
+    limits = [Limits(wall_seconds=max(Limits().wall_seconds, longer)) for longer in allowed]
+    for place, result in zip(late, sandbox.run_programs([programs[p] for p in late], limits), strict=True):
         outcomes[place] = result.outcome
     return outcomes
 

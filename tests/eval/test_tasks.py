@@ -1,6 +1,9 @@
 """Loading problems, and what the answer tasks make of completions. Code tasks: test_code_tasks.py."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -153,6 +156,85 @@ def test_the_hub_is_asked_where_the_folder_has_nothing(
     monkeypatch.setattr(gsm8k_module, "_HUB", str(tmp_path / "absent"))
     with pytest.raises(DataError, match="could not be fetched from the hub"):
         get_task("gsm8k").load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "row", "text"),
+    [
+        (
+            "gsm8k",
+            [("openai/gsm8k", "main", "test")],
+            {"question": "1 + 1?", "answer": "2\n#### 2"},
+            "1 + 1?",
+        ),
+        (
+            "math",
+            [("EleutherAI/hendrycks_math", "algebra", "test")],
+            {"problem": "1 + 1?", "level": "Level 1", "type": "Algebra", "solution": "$\\boxed{2}$"},
+            "1 + 1?",
+        ),
+        (
+            "mbpp",
+            [("google-research-datasets/mbpp", "sanitized", "test")],
+            {
+                "source_file": "Benchmark Questions Verification V2.ipynb",
+                "task_id": 2,
+                "prompt": "Add one.",
+                "code": "def f(x):\n  return x + 1",
+                "test_imports": [],
+                "test_list": ["assert f(1) == 2"],
+            },
+            '"""\nAdd one.\nassert f(1) == 2\n"""\n',
+        ),
+    ],
+)
+def test_the_hubs_data_sets_are_asked_for_as_they_are_there(
+    name: str,
+    asked: list[tuple[str, str, str]],
+    row: dict[str, object],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ids, configurations, splits and columns of the hub's cards."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    calls = []
+
+    def load_dataset(hub: str, configuration: str, split: str) -> list[dict[str, object]]:
+        calls.append((hub, configuration, split))
+        return [row]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    problems = get_task(name).load(None)
+    assert calls[:1] == asked and {problem.text for problem in problems} == {text}
+    assert len(calls) == (7 if name == "math" else 1)
+
+
+def test_a_hub_out_of_reach_is_one_sentence(tmp_path: Path) -> None:
+    """In a process of its own: the libraries read these variables when they are imported."""
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    path = tmp_path / "completions.jsonl"
+    path.write_text('{"task_id": "0", "completion": "x"}\n')
+    command = [
+        sys.executable,
+        "-m",
+        "dynrank_eval.cli",
+        "score",
+        "--task",
+        "gsm8k",
+        "--generations",
+        str(path),
+    ]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")],
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("dynrank-eval: gsm8k: no --data-dir was given, and")
+    assert "could not be fetched from the hub" in line
 
 
 def test_every_task_fits_its_protocols() -> None:
