@@ -52,22 +52,7 @@ def check_model(model: str) -> None:
 
 def adapter_rank(adapter: Path) -> int:
     """The largest rank in a PEFT LoRA adapter's folder; RunError where that is none."""
-    return max(_ranks(adapter, adapter_config(adapter)))
-
-
-def needs_merging(adapter: Path, largest_rank: int) -> str | None:
-    """Why vLLM cannot serve the adapter directly, None where it can; it serves ranks up to `largest_rank`."""
-    config = adapter_config(adapter)
-    ranks = _ranks(adapter, config)
-    if max(ranks) > largest_rank:
-        return f"its rank {max(ranks)} is above {largest_rank}"
-    if min(ranks) == 0:
-        return "it has modules of rank 0"
-    if config.get("use_dora"):
-        return "it is weight-decomposed (DoRA)"
-    if config.get("modules_to_save"):
-        return "it holds whole modules (modules_to_save)"
-    return None
+    return max(adapter_ranks(adapter, adapter_config(adapter)))
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:
@@ -85,7 +70,8 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
         raise RunError(f"{path} is no JSON object: {error}.") from error
 
 
-def _ranks(adapter: Path, config: dict[str, Any]) -> list[int]:
+def adapter_ranks(adapter: Path, config: dict[str, Any]) -> list[int]:
+    """Every rank that the configuration in the folder `adapter` names; RunError where it is damaged."""
     try:
         return [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     except (ValueError, TypeError, KeyError, AttributeError) as error:

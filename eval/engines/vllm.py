@@ -11,14 +11,8 @@ import torch
 from tqdm import tqdm
 
 from dynrank_eval.engines import Completion, Request, require_difference
-from dynrank_eval.engines.model import (
-    ModelSpec,
-    adapter_rank,
-    end_token_ids,
-    load_config,
-    load_tokenizer,
-    needs_merging,
-)
+from dynrank_eval.engines.model import ModelSpec, end_token_ids, load_tokenizer
+from dynrank_eval.engines.serving import allowed_rank, needs_merging, parallel_size
 
 # vLLM reads these when it is imported; what the user has set stays.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -30,9 +24,6 @@ if not torch.cuda.is_available():
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
-
-# What vLLM accepts as max_lora_rank; it serves every rank up to it.
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +40,7 @@ class VllmEngine:
         self._adapter = None
         self._merged: tempfile.TemporaryDirectory[str] | None = None
         model = spec.model
-        if spec.adapter is not None and (reason := needs_merging(spec.adapter, _LORA_RANKS[-1])):
+        if spec.adapter is not None and (reason := needs_merging(spec.adapter)):
             from dynrank_eval.engines.hf import save_merged
 
             self._merged = tempfile.TemporaryDirectory(prefix="dynrank-merged-")
@@ -119,20 +110,3 @@ class VllmEngine:
         return [
             {token: entry.logprob for token, entry in logprobs[0].items()} for logprobs in first if logprobs
         ]
-
-
-def allowed_rank(adapter: Path) -> int:
-    """The smallest max_lora_rank of vLLM that holds the adapter."""
-    rank = adapter_rank(adapter)
-    return next(allowed for allowed in _LORA_RANKS if allowed >= rank)
-
-
-def parallel_size(model: str, gpus: int) -> int:
-    """The largest number of GPUs that can share the model's attention heads (vLLM splits by whole heads)."""
-    config = load_config(model)
-    heads = config.num_attention_heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    size = max(n for n in range(1, gpus + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0))
-    if size < gpus:
-        log.warning("%d of %d GPUs are used: %s has %d attention heads", size, gpus, model, heads)
-    return size
