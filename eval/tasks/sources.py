@@ -1,6 +1,7 @@
 """Where a benchmark's rows come from: a folder, a package, or the hub."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ def find_file(data_dir: Path | None, task: str, names: Sequence[str]) -> Path | 
             if found:
                 return found[0]
     return None
+
+
+@contextmanager
+def naming(source: Path | str, line: int) -> Iterator[None]:
+    """Around what reads one row: values of other types than the format's become a DataError with the line."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{source}, line {line}: the row is not in the task's format: {error!r}.") from error
 
 
 def hub_rows(

@@ -203,6 +203,28 @@ def test_full_mbpp_runs_the_code_before_the_tests_set_up(tmp_path: Path) -> None
         task.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("task", "file", "row", "change"),
+    [
+        ("humaneval_plus", "HumanEvalPlus.jsonl", "PLUS", {"base_input": 5}),
+        ("humaneval_plus", "HumanEvalPlus.jsonl", "PLUS", {"atol": "much"}),
+        ("humaneval_plus", "HumanEvalPlus.jsonl", "PLUS", {"prompt": None}),
+        ("mbpp_plus", "MbppPlus.jsonl", "PLUS", {"task_id": "Mbpp/two"}),
+        ("mbpp_plus", "MbppPlus.jsonl", "PLUS", {"task_id": "Mbpp/2"}),
+        ("mbpp", "mbpp.jsonl", "FULL_MBPP", {"test_list": []}),
+        ("mbpp", "mbpp.jsonl", "FULL_MBPP", {"code": 5}),
+        ("humaneval", "HumanEval.jsonl", "PLUS", {"test": 5}),
+    ],
+    ids=str,
+)
+def test_rows_of_other_types_are_named(
+    task: str, file: str, row: str, change: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text(json.dumps({**globals()[row], **change}) + "\n")
+    with pytest.raises(DataError, match="line 1: the row is not in the task's format"):
+        get_task(task).load(tmp_path)
+
+
 def test_a_solution_cannot_replace_what_the_tests_are_made_of(tmp_path: Path) -> None:
     row = {"task_id": 1, "prompt": "p", "code": "def f(x):\n    return x", "test_imports": ["import math"]}
     row["test_list"] = ["assert set(f([1])) == {1} and math.isclose(f(1), 1)"]
