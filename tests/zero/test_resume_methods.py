@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every method's whole run, and the same run resumed from each point."""
+    """Every method's whole run in one process, and the same run resumed from each point in one and in two."""
     folder = tmp_path_factory.mktemp("resume")
     write_recipe(folder)
     for name in NAMES:
@@ -30,30 +31,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             json.dumps({"base": "recipe.yaml", "method": METHODS.get(name, {"name": name})})
         )
     run_worker(1, "resuming", folder, *NAMES, EVERY_SIX)
-    for name in NAMES:
-        for point in POINTS:
-            run = folder / f"{name}-{point}"
-            shutil.copytree(folder / name, run)
-            shutil.rmtree(run / "adapter")
-            for checkpoint in (run / "checkpoints").iterdir():
-                if int(checkpoint.name.removeprefix("step-")) > point:
-                    shutil.rmtree(checkpoint)
-    run_worker(1, "resuming", folder, *(f"{name}-{point}" for name in NAMES for point in POINTS), EVERY_SIX)
+    for world_size in (1, 2):
+        copies = [_stopped(folder, name, point, world_size) for name in NAMES for point in POINTS]
+        run_worker(world_size, "resuming", folder, *copies, EVERY_SIX)
     return folder
+
+
+def _stopped(folder: Path, name: str, point: int, world_size: int) -> str:
+    """A copy of the whole run as if it had stopped at `point`."""
+    run = folder / f"{name}-{point}-{world_size}"
+    shutil.copytree(folder / name, run)
+    shutil.rmtree(run / "adapter")
+    for checkpoint in (run / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > point:
+            shutil.rmtree(checkpoint)
+    return run.name
+
+
+def _logged(run: Path, log: str, *keys: str) -> list[list[Any]]:
+    """LoRA has no adjustments to log."""
+    return [[line[key] for key in keys] for line in lines(run / log)] if (run / log).is_file() else []
 
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder: Path, name: str, point: int) -> None:
-    whole, resumed = folder / name, folder / f"{name}-{point}"
+    whole, resumed = folder / name, folder / f"{name}-{point}-1"
     for log, keys in (
-        ("metrics.jsonl", ["loss", "total_rank_stored"]),
+        ("metrics.jsonl", ["step", "loss", "total_rank_stored"]),
         ("ranks.jsonl", ["step", "scores", "after"]),
     ):
-        expected, actual = (
-            [[line[k] for k in keys] for line in lines(run / log)] for run in (whole, resumed)
-        )
-        assert actual == expected, log
+        assert _logged(resumed, log, *keys) == _logged(whole, log, *keys), log
     assert len(lines(resumed / "metrics.jsonl")) == STEPS
     weights = "adapter/adapter_model.safetensors"
     assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_by_two_processes_it_has_the_same_losses_and_plans(
+    folder: Path, name: str, point: int
+) -> None:
+    whole, resumed = folder / name, folder / f"{name}-{point}-2"
+    losses = [[loss for [loss] in _logged(run, "metrics.jsonl", "loss")] for run in (whole, resumed)]
+    difference = max(abs(one - other) for one, other in zip(*losses, strict=True))
+    print("largest difference of losses", difference)
+    assert difference <= 1e-6
+    plans = [_logged(run, "ranks.jsonl", "step", "plan_sha256") for run in (whole, resumed)]
+    assert plans[0] == plans[1]
