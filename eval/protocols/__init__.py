@@ -49,7 +49,7 @@ class Protocol:
             first way makes the score, the others are reported beside it. Empty: the whole completion is the answer.
         graders: what decides whether an answer is right; the first makes the score. Empty: the task's only one.
         code: for tasks that ask for code, what of a completion is the program: "continuation" of the
-            prompt, or the first fenced "block" in it.
+            prompt, of which EvalPlus' sanitizer keeps what is needed, or the first fenced "block" in it.
         fewshot: solved examples, or None.
         differences: what deviates from the protocol of the same name in the literature, and why.
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import dynrank_ds
 from dynrank_ds.errors import MachineError
 from dynrank_eval import sandbox
 from dynrank_eval.sandbox import Isolation, Limits, Outcome, Program, seccomp
@@ -66,6 +67,19 @@ def test_the_machine_can_run_programs(isolation: Isolation) -> None:
     assert outcome("def f(:", isolation) is Outcome.UNPARSABLE
     assert outcome("def g(x): return x + 1", isolation) is Outcome.FAILED
     assert outcome("while True: pass", isolation) is Outcome.TIMEOUT
+
+
+def test_it_runs_where_the_package_lies_in_tmp() -> None:
+    """The namespaces' own /tmp does not hide it."""
+    namespaces()
+    script = "from dynrank_eval import sandbox; sandbox.check(); print(sandbox.__file__)"
+    with tempfile.TemporaryDirectory(prefix="dynrank-test-", dir="/tmp") as folder:
+        shutil.copytree(Path(sandbox.__file__).parents[1], Path(folder) / "dynrank_eval")
+        (Path(folder) / "dynrank_ds").symlink_to(Path(dynrank_ds.__file__).parent)
+        environment = {**os.environ, "PYTHONPATH": folder}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith(folder), done.stderr
 
 
 def test_all_escapes_are_held_by_four_workers() -> None:

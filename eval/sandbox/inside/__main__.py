@@ -1,6 +1,6 @@
 """A sandboxed process: confines itself, says "ready", then is the solution or its judge.
 
-Started by the runner as `python -s THIS_FOLDER NAME` with a JSON request on stdin; the name only tells
+Started by the runner as `python -s -S THIS_FOLDER NAME` with a JSON request on stdin; the name only tells
 processes apart from outside. Imports nothing of the package.
 """
 
