@@ -98,14 +98,14 @@ def test_a_hub_data_set_is_asked_for_by_id_split_and_revision(
     real, asked = datasets.load_dataset, []
 
     def from_folder(name: str, **choices: object) -> object:
-        asked.append((name, choices.pop("revision")))
+        asked.append((name, choices.pop("revision"), choices["streaming"]))
         return real(str(tmp_path / "hub"), **choices)
 
     monkeypatch.setattr(datasets, "load_dataset", from_folder)
     source = open_source("owner/name", revision="abc", streaming=streaming)
     assert [row.fields for row in source.rows()] == [{"query": "a"}, {"query": "b"}]
     assert next(source.rows()).origin == "owner/name, train row 0"
-    assert set(asked) == {("owner/name", "abc")}
+    assert set(asked) == {("owner/name", "abc", streaming)}
 
 
 def test_what_a_source_holds_is_told_by_content_not_by_place(tmp_path: Path) -> None:
@@ -115,6 +115,15 @@ def test_what_a_source_holds_is_told_by_content_not_by_place(tmp_path: Path) -> 
     assert identities[0] == identities[1] != identities[2]
     assert open_source("a/b").identity() != open_source("a/b", revision="v2").identity()
     assert open_source("a/b").identity() != open_source("a/b", split="test").identity()
+
+
+def test_what_a_folder_for_datasets_holds_is_told_by_content_too(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "same", "other")]
+    for folder, row in zip(folders, ("a,1", "a,1", "b,1"), strict=True):
+        write(folder / "train.csv", "query,response", row)
+    identities = [open_source(str(folder)).identity() for folder in folders]
+    assert identities[0] == identities[1] != identities[2]
+    assert open_source(str(folders[0]), split="test").identity() != identities[0]
 
 
 def test_generated_rows_are_made_once_and_fit_the_metamathqa_format(tmp_path: Path) -> None:

@@ -214,8 +214,17 @@ def test_after_prepare_the_hub_is_not_asked_again(
     assert "8 samples" in capsys.readouterr().out
 
 
-def test_streamed_data_are_the_same_samples_in_the_same_order(folder: Path, written: list[Path]) -> None:
-    pytest.importorskip("datasets")
+def test_streamed_data_are_the_same_samples_in_the_same_order(
+    folder: Path, written: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    real, asked = datasets.load_dataset, []
+
+    def noting(source: str, streaming: bool, **choices: Any) -> Any:
+        asked.append(streaming)
+        return real(source, streaming=streaming, **choices)
+
+    monkeypatch.setattr(datasets, "load_dataset", noting)
     (folder / "set").mkdir()
     (folder / "set" / "train.csv").write_text(
         "query,response\n" + "".join(f"w{i},w{i} w1\n" for i in range(9))
@@ -224,7 +233,7 @@ def test_streamed_data_are_the_same_samples_in_the_same_order(folder: Path, writ
         prepare_data(recipe(folder, source=str(folder / "set"), streaming=streaming, limit=limit))[0]
         for streaming, limit in ((False, None), (True, 8))
     )
-    assert len(written) == 2 and len(stored) == 9
+    assert asked == [False, True] and len(written) == 2 and len(stored) == 9
     assert np.array_equal(stored.tokens[: len(streamed.tokens)], streamed.tokens)
     assert np.array_equal(stored.lengths[:8], streamed.lengths)
 
