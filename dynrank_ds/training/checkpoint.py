@@ -63,9 +63,10 @@ def save(
         if writer:
             writer.attempt(writer.rows, tuple(states), block, factor, rows)
     for statistic, part in method.partial_statistics().items():
-        whole = processes.total(part.clone())
-        if writer:
-            writer.attempt(writer.tensor, f"statistics/{statistic}", whole)
+        # Each process's part, not their sum: added up in another order, scores would differ in their last bits.
+        for process, theirs in enumerate(processes.everyones(part)):
+            if writer:
+                writer.attempt(writer.tensor, f"statistics/{statistic}/{process}", theirs)
     if writer:
         for key, value in method.replicated_state().items():
             writer.attempt(writer.tensor, f"replicated/{key}", value)
@@ -129,8 +130,9 @@ class _Writer:
             if rank
         ]
         entries += [
-            TensorEntry(f"statistics/{name}", torch.float32, tuple(part.shape))
+            TensorEntry(f"statistics/{name}/{process}", torch.float32, tuple(part.shape))
             for name, part in self.method.partial_statistics().items()
+            for process in range(processes.world_size())
         ]
         entries += [
             TensorEntry(f"replicated/{name}", value.dtype, tuple(value.shape))
@@ -224,11 +226,19 @@ class Checkpoint:
                 for of, view in zip(layout.fragments, layout.split(flat), strict=True):
                     view.copy_(part(name, of))
             method.set_row_statistics(statistics)
-            # A sum of parts: the first process takes the whole, the others nothing.
-            mine = float(processes.rank() == 0)
-            method.set_partial_statistics(
-                {name: file.read(f"statistics/{name}") * mine for name in method.partial_statistics()}
-            )
+            method.set_partial_statistics({name: _part(file, name) for name in method.partial_statistics()})
             method.set_replicated_state(
                 {name: file.read(f"replicated/{name}") for name in method.replicated_state()}
             )
+
+
+def _part(file: TensorFileReader, statistic: str) -> Tensor:
+    """This process's part of a sum over processes; as many as there were have theirs, else the first has all."""
+    parts = [name for name in file.entries if name.startswith(f"statistics/{statistic}/")]
+    rank = processes.rank()
+    if len(parts) == processes.world_size():
+        return file.read(f"statistics/{statistic}/{rank}")
+    total = torch.zeros(file.entries[parts[0]].shape, dtype=torch.float64)
+    for name in parts if rank == 0 else []:
+        total += file.read(name)
+    return total.float()

@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 
 import deepspeed
@@ -94,6 +95,14 @@ def gather_flat(tensor: Tensor) -> Tensor:
     out = tensor.new_empty(world_size() * tensor.numel())
     dist.all_gather_into_tensor(out, tensor.contiguous())
     return out.view(world_size(), -1)
+
+
+def everyones(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor of every process, of one shape everywhere, one after another; a broadcast each."""
+    for process in range(world_size()):
+        sent = tensor.clone() if process == rank() else torch.empty_like(tensor)
+        dist.broadcast(sent, process)
+        yield sent
 
 
 def agree(digest: str, what: str, device: torch.device) -> None:
