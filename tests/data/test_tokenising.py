@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from dynrank_ds.data.formats import FORMATS, Format, Text
@@ -78,6 +79,22 @@ def test_too_long_rows_are_dropped_whole_and_counted(tokenizer: PreTrainedTokeni
         tokenised(rows, tokenizer, METAMATH, max_length=400)
     with pytest.raises(DataError, match="3 of 3 rows"):
         tokenised(rows, tokenizer, METAMATH, max_length=3, max_dropped=1.0)
+
+
+def test_a_row_of_exactly_the_longest_length_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:
+    length = int(tokenised([row("a", "b c d")], tokenizer, METAMATH).lengths[0])
+    assert len(tokenised([row("a", "b c d")], tokenizer, METAMATH, max_length=length)) == 1
+    with pytest.raises(DataError, match=f"{length} tokens, more than the {length - 1} of data.max_length"):
+        tokenised([row("a", "b c d")], tokenizer, METAMATH, max_length=length - 1)
+
+
+def test_a_prompt_that_is_no_token_is_refused() -> None:
+    """It would leave the answer's first token without anything that predicts it."""
+    backend = Tokenizer(models.BPE(vocab={"</s>": 0, "a": 1}, merges=[]))  # leaves out what it does not know
+    knows_little = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    fields = {"prompt": "b", "completion": "a"}
+    with pytest.raises(DataError, match="row 1: the prompt is no token to this tokenizer"):
+        tokenised([Row(fields, "row 1")], knows_little, FORMATS["completion"])
 
 
 def test_a_row_that_cannot_fit_is_dropped_before_it_is_tokenised(
