@@ -19,13 +19,16 @@ EVERY_TEN = "train.checkpoint_interval=10"
 
 @pytest.fixture(scope="module", params=[2, 1], ids=["same world size", "other world size"])
 def resumed(request: pytest.FixtureRequest, uninterrupted: Path) -> tuple[int, Path]:
-    """The world size, and the run as resumed from step 10 after having been logged further than that."""
+    """The world size, and the run as resumed from step 10, since its checkpoint of step 20 is damaged."""
     run = uninterrupted / f"resumed{request.param}"
     shutil.copytree(uninterrupted / "run", run)
-    shutil.rmtree(run / "checkpoints" / f"step-{STEPS}")
+    damaged = run / "checkpoints" / f"step-{STEPS}" / "state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     shutil.rmtree(run / "adapter")
     recipe = uninterrupted / "recipe.yaml"
-    train(request.param, recipe, EVERY_TEN, f"output.dir={run}", "resume=auto")
+    first, *_ = train(request.param, recipe, EVERY_TEN, f"output.dir={run}", "resume=auto")
+    assert f"step-{STEPS} is damaged: state.safetensors differs" in first.output
+    assert (run / "checkpoints" / f"step-{STEPS}.damaged").is_dir()
     return request.param, run
 
 
@@ -54,6 +57,20 @@ def test_plans_are_those_of_the_uninterrupted_run(resumed: tuple[int, Path], uni
 def test_each_step_is_logged_once(resumed: tuple[int, Path]) -> None:
     logged = lines(resumed[1] / "metrics.jsonl")
     assert [line["step"] for line in logged] == list(range(1, STEPS + 1))
+
+
+def test_another_run_than_the_checkpoints_is_refused_in_one_sentence(uninterrupted: Path) -> None:
+    run = uninterrupted / "run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    options = ("train.learning_rate=1e-4", "train.micro_batch_size=3", f"output.dir={run}", "resume=auto")
+    processes = start_processes(
+        2, train_command(uninterrupted / "recipe.yaml", *options), uninterrupted / "logs"
+    )
+    wait(processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    [told] = [line for p in processes for line in p.output.splitlines() if line.startswith("error:")]
+    assert "train.learning_rate is 0.0001, was 0.005. Set that back" in told
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
 def test_a_signal_to_one_process_saves_and_ends_all_and_the_run_can_go_on(uninterrupted: Path) -> None:
