@@ -43,10 +43,15 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         },
         "recipe",
     )
-    trained, held_out = split_held_out(prepare_data(recipe)[0], recipe)
-    samples = {tuple(d.sample(i).ids) for d in (trained, held_out) for i in range(len(d))}
-    assert (len(trained), len(held_out), len(samples)) == (N_ROWS - N_HELD_OUT, N_HELD_OUT, N_ROWS)
+    whole = prepare_data(recipe)[0]
+    trained, held_out = split_held_out(whole, recipe)
+    assert (len(whole), len(trained), len(held_out)) == (N_ROWS, N_ROWS - N_HELD_OUT, N_HELD_OUT)
+    assert samples(trained) | samples(held_out) == samples(whole) and len(samples(whole)) == N_ROWS
     return trained
+
+
+def samples(dataset: TokenisedDataset) -> set[Tokens]:
+    return {tuple(dataset.sample(i).ids.tolist()) for i in range(len(dataset))}
 
 
 def computed(dataset: TokenisedDataset, layout: Layout, step: int, world_size: int) -> list[Tokens]:
