@@ -91,5 +91,7 @@ def _verdict(answers: dict[int, list[str]], rank: int, size: int) -> tuple[str, 
         return f"process {first} failed first: {own[first][2]}", speaks
     absent = [str(other) for other in range(size) if other not in answers]
     if absent:
-        return f"process {', '.join(absent)} died or hung: no answer within {GRACE:.0f} s", speaks
+        # Those that wait for one that has failed, and not for the lost one, do not know of it yet.
+        among = "one of the processes" if len(absent) > 1 else "process"
+        return f"{among} {', '.join(absent)} died or hung: no answer within {GRACE:.0f} s", speaks
     return f"a collective failed in every process: {answers[rank][2]}", speaks

@@ -13,7 +13,8 @@ import runpy
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,18 @@ def wait(processes: Sequence[Started], timeout: float = 600) -> None:
     """Waits for them to end."""
     for process in processes:
         process.wait(timeout)
+
+
+def wait_until(condition: Callable[[], object], processes: Sequence[Started]) -> None:
+    """Waits for something that the running processes will do."""
+    while not condition():
+        assert all(process.returncode is None for process in processes), [p.output for p in processes]
+        time.sleep(0.02)
+
+
+def errors_told(processes: Sequence[Started]) -> list[str]:
+    """The sentences that ended them."""
+    return [line for p in processes for line in p.output.splitlines() if line.startswith("error:")]
 
 
 def train_command(recipe: Path, *overrides: str) -> list[str]:

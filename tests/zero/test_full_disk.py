@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import resource
-import time
 from pathlib import Path
 
 from dynrank_ds.checkpoints import check, finished
-from tests.support.launch import start_processes, train, train_command, wait
+from tests.support.launch import errors_told, start_processes, train, train_command, wait, wait_until
 from tests.support.recipes import STEPS, lines, write_recipe
 
 
@@ -18,14 +17,12 @@ def test_a_checkpoint_that_does_not_fit_is_told_and_the_run_goes_on_once_there_i
     options = ("train.checkpoint_interval=4", "train.checkpoints_kept=9")
     processes = start_processes(2, train_command(recipe, *options), tmp_path / "logs")
     run = tmp_path / "run"
-    while not finished(run):
-        assert all(process.returncode is None for process in processes), [p.output for p in processes]
-        time.sleep(0.02)
+    wait_until(lambda: finished(run), processes)
     for process in processes:  # no file may grow beyond this, as on a full disk
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
     wait(processes)
     assert [process.returncode for process in processes] == [2, 2], [p.output for p in processes]
-    told = [line for p in processes for line in p.output.splitlines() if line.startswith("error:")]
+    told = errors_told(processes)
     assert len(told) == 1 and "could not be written" in told[0] and "File too large" in told[0]
     assert "Traceback" not in processes[0].output + processes[1].output
     left = finished(run)
@@ -40,9 +37,7 @@ def test_a_log_that_cannot_grow_is_told(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     processes = start_processes(2, train_command(recipe, "train.steps=5000"), tmp_path / "logs")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.is_file() and metrics.stat().st_size):
-        assert all(process.returncode is None for process in processes), [p.output for p in processes]
-        time.sleep(0.02)
+    wait_until(lambda: metrics.is_file() and metrics.stat().st_size, processes)
     resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (metrics.stat().st_size + 900,) * 2)
     wait(processes)
     assert [process.returncode for process in processes] == [2, 1], [p.output for p in processes]

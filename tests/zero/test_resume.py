@@ -6,12 +6,11 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.launch import start_processes, train, train_command, wait
+from tests.support.launch import errors_told, start_processes, train, train_command, wait, wait_until
 from tests.support.recipes import STEPS, lines
 
 EVERY_TEN = "train.checkpoint_interval=10"
@@ -68,7 +67,7 @@ def test_another_run_than_the_checkpoints_is_refused_in_one_sentence(uninterrupt
     )
     wait(processes)
     assert [process.returncode for process in processes] == [2, 2]
-    [told] = [line for p in processes for line in p.output.splitlines() if line.startswith("error:")]
+    [told] = errors_told(processes)
     assert "train.learning_rate is 0.0001, was 0.005. Set that back" in told
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
@@ -78,9 +77,7 @@ def test_a_signal_to_one_process_saves_and_ends_all_and_the_run_can_go_on(uninte
     command = train_command(uninterrupted / "recipe.yaml", EVERY_TEN, f"output.dir={run}", "resume=auto")
     processes = start_processes(2, command, uninterrupted / "logs")
     metrics = run / "metrics.jsonl"
-    while not (metrics.is_file() and len(lines(metrics)) >= 2):
-        assert all(process.returncode is None for process in processes)
-        time.sleep(0.02)
+    wait_until(lambda: metrics.is_file() and len(lines(metrics)) >= 2, processes)
     os.kill(processes[1].pid, signal.SIGTERM)
     wait(processes)
     outputs = [process.output for process in processes]
