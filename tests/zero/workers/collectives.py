@@ -15,7 +15,7 @@ from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.zero import processes
 from tests.support.watching import main, train_watched, write
 
-OURS = ("all_reduce", "all_gather_into_tensor", "barrier")
+OURS = ("all_reduce", "all_gather_into_tensor", "broadcast", "barrier")
 OF_A_GROUP = [
     name
     for name in dir(dist.ProcessGroup)
@@ -38,7 +38,8 @@ class CountingDist:
         assert name in OURS, f"a new collective to count: {name}"
 
         def counted(*arguments: Any) -> Any:
-            self.calls.append([name, arguments[-1].nbytes if arguments else 0])
+            sent = [argument for argument in arguments if isinstance(argument, Tensor)]
+            self.calls.append([name, sent[-1].nbytes if sent else 0])
             return function(*arguments)
 
         return counted
