@@ -1,8 +1,9 @@
 """Which process ended a run: where one dies, hangs or fails, the others' collectives fail, and say nothing of it.
 
-A dead process closes its connections, so that the others' next collective fails at once; one that hangs is waited
-for as long as the process group's timeout. The others then meet once more, at the store through which all found each
-other, and who is not there is named. (NCCL's own watchdog ends a process that waits for too long, naming the
+A dead process closes its connections, so that its neighbours' next collective fails at once; one that hangs is waited
+for as long as the process group's timeout; those that wait for a neighbour that is well notice only when it leaves. So
+a thread of every process looks whether any has failed, at the store through which all found each other, and answers
+for its own: who does not answer is named. (NCCL's own watchdog ends a process that waits for too long, naming the
 collective, before this is reached.)
 """
 
@@ -18,7 +19,10 @@ import torch.distributed as dist
 
 GRACE = 5.0
 """Seconds for which the roll call waits."""
-_COUNT = "dynrank/failed"
+_PAUSE = 0.25
+"""Seconds between two looks at the store: all processes' looks are served by process 0."""
+_KEYS = ("called", "answer", "answers", "first", "lost", "verdict")
+_CALLED, _ANSWER, _ANSWERS, _FIRST, _LOST, _VERDICT = (f"dynrank/{key}" for key in _KEYS)
 
 
 class LostProcessError(RuntimeError):
@@ -39,20 +43,18 @@ def naming_the_lost() -> Iterator[None]:
     Raises:
         LostProcessError: in place of what torch says of a collective that another process has not taken part in.
     """
+    call = _RollCall()
+    call.start()
     try:
         yield
     except Exception as error:
         lost = _of_a_collective(error)
-        message = f"{type(error).__name__}: {error}"
-        answer: list[tuple[str, bool]] = []
-        # In a thread of its own, since a store whose process hangs never answers.
-        call = threading.Thread(target=_roll_call, args=(message, lost, answer), daemon=True)
-        call.start()
-        call.join(2 * GRACE)
+        call.run_failed(f"{type(error).__name__}: {error}", lost)
         if not lost:
             raise
-        first = "process 0 died or hung: it keeps the store that the others meet at, which does not answer"
-        raise LostProcessError(*(answer[0] if answer else (first, dist.get_rank() == 1))) from error
+        raise LostProcessError(*call.verdict()) from error
+    finally:
+        call.run_over()
 
 
 def _of_a_collective(error: Exception) -> bool:
@@ -60,38 +62,90 @@ def _of_a_collective(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _roll_call(message: str, lost: bool, answer: list[tuple[str, bool]]) -> None:
-    """Answers for this process and, if it failed for another's sake, appends who that is."""
-    store = dist.distributed_c10d._get_default_store()
-    rank, size = dist.get_rank(), dist.get_world_size()
-    store.set_timeout(timedelta(seconds=GRACE))
-    try:
-        order = store.add(_COUNT, 1)
-        store.set(f"{_COUNT}/{rank}", f"{order:06} {'lost' if lost else 'own'} {message}")
-        if not lost:
-            return
+class _RollCall(threading.Thread):
+    """One process's part in the roll call, taken even while its run waits in a collective.
+
+    It is a thread also because a store whose process hangs never answers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="roll call", daemon=True)
+        self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        self._store.set_timeout(timedelta(seconds=GRACE))
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._over = threading.Event()
+        self._failure = ""
+        self._lost = False
+        self._agreed: tuple[str, bool] | None = None
+
+    def run_failed(self, message: str, lost: bool) -> None:
+        """Calls the roll; returns when its verdict is there. lost: it failed for another process's sake."""
+        self._failure, self._lost = message, lost
+        self.run_over(2 * GRACE)
+
+    def run_over(self, seconds: float = 1.0) -> None:
+        """The run needs no answers any more."""
+        self._over.set()
+        self.join(seconds)
+
+    def verdict(self) -> tuple[str, bool]:
+        """What ended the run, and whether this process is to tell."""
+        first = "process 0 died or hung: it keeps the store that the others meet at, which does not answer"
+        return self._agreed or (first, self._rank == 1)
+
+    def run(self) -> None:
+        try:
+            called = False
+            while not called and not self._over.wait(_PAUSE):
+                called = self._store.check([_CALLED])
+            if called or self._failure:
+                self._meet()
+        except RuntimeError:
+            return  # the store is gone with its process: no verdict says so
+
+    def _meet(self) -> None:
+        """Answers, waits for the others' answers, and agrees with them on one verdict."""
+        store, told = self._store, False
+        store.set(f"{_ANSWER}/{self._rank}", "")
+        store.add(_ANSWERS, 1)
         deadline = time.monotonic() + GRACE
-        while store.add(_COUNT, 0) < size and time.monotonic() < deadline:
-            time.sleep(0.1)
-        present = [other for other in range(size) if store.check([f"{_COUNT}/{other}"])]
-        answers = {other: store.get(f"{_COUNT}/{other}").decode().split(" ", 2) for other in present}
-    except RuntimeError:
-        return  # the store is gone with its process: no answer is one
-    answer.append(_verdict(answers, rank, size))
-    if rank == 0:
-        time.sleep(1)  # it keeps the store: the others read after it
+        while True:
+            if self._failure and not told:
+                self._tell()
+                told = True
+            store.set(_CALLED, "")
+            all_answered = store.add(_ANSWERS, 0) == self._size
+            if all_answered and (store.check([_FIRST]) or store.add(_LOST, 0) == self._size):
+                break
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_PAUSE)
+        speaker, message = store.compare_set(_VERDICT, "", self._judge()).decode().split(" ", 1)
+        self._agreed = message, int(speaker) == self._rank
+        if self._rank == 0:
+            time.sleep(4 * _PAUSE)  # it keeps the store: the others read after it
 
+    def _tell(self) -> None:
+        if self._lost:
+            self._store.set(f"{_ANSWER}/{self._rank}", self._failure)
+            self._store.add(_LOST, 1)
+        else:
+            self._store.compare_set(_FIRST, "", f"{self._rank} {self._failure}")
 
-def _verdict(answers: dict[int, list[str]], rank: int, size: int) -> tuple[str, bool]:
-    """Who ended the run, and whether this process tells; answers: {process: [order, own or lost, message]}."""
-    own = {other: told for other, told in answers.items() if told[1] == "own"}
-    speaks = rank == min(answers.keys() - own.keys())
-    if own:
-        first = min(own, key=lambda other: own[other][0])
-        return f"process {first} failed first: {own[first][2]}", speaks
-    absent = [str(other) for other in range(size) if other not in answers]
-    if absent:
-        # Those that wait for one that has failed, and not for the lost one, do not know of it yet.
-        among = "one of the processes" if len(absent) > 1 else "process"
-        return f"{among} {', '.join(absent)} died or hung: no answer within {GRACE:.0f} s", speaks
-    return f"a collective failed in every process: {answers[rank][2]}", speaks
+    def _judge(self) -> str:
+        """The number of the process that is to tell, and what ended the run."""
+        store = self._store
+        present = [other for other in range(self._size) if store.check([f"{_ANSWER}/{other}"])]
+        failures = {other: store.get(f"{_ANSWER}/{other}").decode() for other in present}
+        lost = [other for other in present if failures[other]]
+        if store.check([_FIRST]):
+            first, failure = store.get(_FIRST).decode().split(" ", 1)
+            speaker = min(lost or [other for other in present if other != int(first)], default=int(first))
+            return f"{speaker} process {first} failed first: {failure}"
+        absent = [str(other) for other in range(self._size) if other not in present]
+        if absent:
+            names = f"process{'es' * (len(absent) > 1)} {', '.join(absent)}"
+            return f"{lost[0]} {names} died or hung: no answer within {GRACE:.0f} s"
+        well = [str(other) for other in present if other not in lost]
+        but = f" but {', '.join(well)}, which may hang" if well else ""
+        return f"{lost[0]} a collective failed in every process{but}: {failures[lost[0]]}"
