@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -26,6 +27,12 @@ from dynrank_ds.zero.shards import MOMENTS, Shards, Zero2Shards, Zero3Shards
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer with RowAgedAdamW's `set_state` and `discard`."""
+
+
+# DeepSpeed wraps it once more, for a profiler.
+_PARAMS_TO_RELEASE = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release.__closure__[
+    0
+].cell_contents
 
 
 class ZeroEngine:
@@ -149,6 +156,9 @@ class ZeroEngine:
         self._close()
         for index, factors in whole.items():
             block = self.blocks[index]
+            for replaced in block.factors().values():
+                # Its functions of DeepSpeed refer to it: a circle, which holds its engine's 16-bit weights too.
+                replaced.__dict__.clear()
             block.set_factors(factors if plan.ranks[index] else {})
             kept = self.births[index][list(plan.keep[index])]
             self.births[index] = torch.cat([kept, kept.new_full((plan.new[index],), self.updates)])
@@ -226,6 +236,8 @@ class ZeroEngine:
         for param in self._model.parameters():
             for name in ("_z3_optimizer", "_zero_optimizer", "_hp_mapping"):
                 param.__dict__.pop(name, None)
+        # A cache of the class, keyed by the coordinator of an engine: it would keep the one of every engine for ever.
+        _PARAMS_TO_RELEASE.cache_clear()
         del self._engine, self._shards
 
 

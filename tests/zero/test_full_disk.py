@@ -2,35 +2,79 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from dynrank_ds.checkpoints import check, finished
-from tests.support.launch import errors_told, start_processes, train, train_command, wait, wait_until
+from tests.support.launch import Started, errors_told, start_processes, train, train_command, wait, wait_until
 from tests.support.recipes import STEPS, lines, write_recipe
 
+OPTIONS = ("train.checkpoint_interval=4", "train.checkpoints_kept=9")
 
-def test_a_checkpoint_that_does_not_fit_is_told_and_the_run_goes_on_once_there_is_room(
-    tmp_path: Path,
-) -> None:
-    recipe = write_recipe(tmp_path)
-    options = ("train.checkpoint_interval=4", "train.checkpoints_kept=9")
-    processes = start_processes(2, train_command(recipe, *options), tmp_path / "logs")
-    run = tmp_path / "run"
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def with_a_checkpoint(recipe: Path, run: Path) -> list[Started]:
+    """Processes of a run that has written one."""
+    command = train_command(recipe, f"output.dir={run}", *OPTIONS)
+    processes = start_processes(2, command, recipe.parent / "logs")
     wait_until(lambda: finished(run), processes)
-    for process in processes:  # no file may grow beyond this, as on a full disk
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    return processes
+
+
+def assert_told_and_whole(processes: list[Started], run: Path, why: str) -> None:
     wait(processes)
     assert [process.returncode for process in processes] == [2, 2], [p.output for p in processes]
-    told = errors_told(processes)
-    assert len(told) == 1 and "could not be written" in told[0] and "File too large" in told[0]
+    [told] = errors_told(processes)
+    assert "could not be written" in told and why in told
     assert "Traceback" not in processes[0].output + processes[1].output
     left = finished(run)
     assert left and not [path for path in run.rglob("*.tmp")]
     for checkpoint in left:
         check(checkpoint)
-    train(2, recipe, *options, "resume=auto")
+
+
+def assert_goes_on(recipe: Path, run: Path) -> None:
+    train(2, recipe, f"output.dir={run}", *OPTIONS, "resume=auto")
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_and_the_run_goes_on_once_there_is_room(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    recipe, run = write_recipe(tmp_path), small_disk / "run"
+    processes = with_a_checkpoint(recipe, run)
+    disk = os.statvfs(small_disk)
+    with (small_disk / "filler").open("wb") as filler:  # all but a few blocks, for the log
+        os.posix_fallocate(filler.fileno(), 0, (disk.f_bavail - 4) * disk.f_bsize)
+    assert_told_and_whole(processes, run, "No space left on device")
+    (small_disk / "filler").unlink()
+    assert_goes_on(recipe, run)
+
+
+def test_a_checkpoint_over_the_limit_of_a_file_is_told_and_the_run_goes_on_without_it(tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    processes = with_a_checkpoint(recipe, run)
+    for process in processes:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    assert_told_and_whole(processes, run, "File too large")
+    assert_goes_on(recipe, run)
 
 
 def test_a_log_that_cannot_grow_is_told(tmp_path: Path) -> None:

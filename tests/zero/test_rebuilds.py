@@ -36,6 +36,11 @@ def test_no_module_gathers_hooks(counts: Any) -> None:
             assert count["hooks"] == process[0]["hooks"]
 
 
+def test_every_replaced_parameter_is_gone(counts: Any) -> None:
+    for process in counts:
+        assert all(count["old_parameters_are_gone"] for count in process)
+
+
 def test_every_replaced_engine_is_gone(counts: Any) -> None:
     for process in counts:
         early, late = process[19], process[99]

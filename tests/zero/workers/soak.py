@@ -1,7 +1,11 @@
-"""One run for so many seconds, FOLDER SECONDS, of cycles: two steps, an adjustment, a checkpoint, a held-out loss."""
+"""One run of cycles: two steps, an adjustment, a checkpoint, a held-out loss.
+
+FOLDER SECONDS [section.key=value ...]
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -17,8 +21,10 @@ from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training import run
 from dynrank_ds.training.saving import Saving
 from dynrank_ds.zero import processes
+from dynrank_ds.zero.roll_call import naming_the_lost
 from tests.support.watching import main, write
 
+_LIBC = ctypes.CDLL("libc.so.6")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -37,6 +43,7 @@ class Watching(Saving):
         if trainer.progress.step % 2:
             return
         now = time.monotonic()
+        _LIBC.malloc_trim(0)  # what was freed is not held
         modules = trainer.engine._model.modules()
         self.cycles.append(
             {
@@ -69,8 +76,9 @@ def soak(folder: Path) -> None:
         "train.micro_batch_size=3",
         "train.schedule=constant",
         "train.learning_rate=1e-4",
+        *sys.argv[3:],
     ]
-    with patch.object(run, "Saving", Watching):
+    with patch.object(run, "Saving", Watching), naming_the_lost():
         run.train(load_recipe(str(folder / "recipe.yaml"), overrides), False, torch.device("cpu"))
 
 
