@@ -177,6 +177,10 @@ def check_recipe(values: dict[str, Any], name: str) -> Recipe:
     if (recipe.train.steps is None) == (recipe.train.epochs is None):
         given = "both" if recipe.train.steps else "neither"
         raise RecipeError(f"{name}: {given} of train.steps and train.epochs is given: give exactly one")
+    if recipe.model.attention == "flash_attention_2" and recipe.model.dtype == "fp32":
+        raise RecipeError(
+            f"{name}: model.dtype is fp32: model.attention flash_attention_2 needs bf16, or take sdpa"
+        )
     # Refused here: the schedule asks only once the run has begun.
     resolve_steps(recipe.train.warmup, 1, f"{name}: train.warmup")
     if isinstance(recipe.data.held_out, float) and recipe.data.held_out >= 1:

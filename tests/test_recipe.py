@@ -80,6 +80,11 @@ def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_pat
         ("method.t_i", "soon", "'method.t_i' is 'soon': input should be a valid integer"),
         ("method.mix", 1.5, "'method.mix' is 1.5: input should be less than or equal to 1"),
         ("output", {}, "'output.dir' is missing"),
+        (
+            "model",
+            {"path": "m", "dtype": "fp32", "attention": "flash_attention_2"},
+            "model.dtype is fp32: model.attention flash_attention_2 needs bf16",
+        ),
     ],
 )
 def test_a_mistake_is_told_by_file_key_value_and_what_would_be_right(

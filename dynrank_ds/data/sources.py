@@ -49,11 +49,16 @@ def open_source(
     streaming: whether `datasets` reads while downloading, instead of storing the whole first.
 
     Raises:
-        DataError: there is no such file, folder or possible hub id.
+        DataError: there is no such file, folder or possible hub id, or it has no parts or revisions to choose from.
     """
+    path, part = Path(source).expanduser(), split or "train"
+    local = source == GENERATED or path.exists()
+    if revision and local:
+        raise DataError(f"data.revision is '{revision}', but {source} is not of the hub: leave it out")
+    if split and local and not path.is_dir():
+        raise DataError(f"data.split is '{split}', but {source} has no parts: leave it out")
     if source == GENERATED:
         return FileSource((_generate(generated, n_generated or _GENERATED_ROWS),))
-    path, part = Path(source).expanduser(), split or "train"
     if path.is_file():
         return FileSource((path,))
     if path.is_dir():

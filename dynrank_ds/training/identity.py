@@ -17,7 +17,7 @@ from dynrank_ds.training.model import fetch_model, load_tokenizer
 
 MAY_CHANGE = {
     "model": {"path", "attention"},
-    "data": {"source", "revision", "streaming", "max_dropped"},
+    "data": {"source", "split", "revision", "streaming", "max_dropped"},
     "train": {
         "micro_batch_size",
         "activation_checkpointing",

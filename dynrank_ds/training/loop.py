@@ -207,7 +207,8 @@ class Trainer:
         limits = tuple(self._max_rank(s.in_features, s.out_features) for s in shapes)
         state = RankState(before, limits, self.recipe.adapter.rank, self.progress.step, self.total_steps)
         plan = self.method.plan(scores, state)
-        processes.agree(plan.sha256(), f"the rank plan of step {self.progress.step}", self.device)
+        if not processes.agree(plan.sha256(), self.device):
+            raise RuntimeError(f"processes disagree on the rank plan of step {self.progress.step}")
         if plan.changed(before):
             new_rows = partial(self._new_rows, plan)
             self.method.set_row_statistics(self.engine.resize(plan, new_rows, self.method.row_statistics()))

@@ -104,7 +104,10 @@ def _restored(run: Path, recipe: Recipe, now: Mapping[str, str], device: torch.d
     found, best = newest_whole(run), newest_whole(run, BEST)
     # Each process has looked for itself: they must have seen the same folder, before anything is moved there.
     seen = hashlib.sha256(f"{found} {best}".encode()).hexdigest()
-    processes.agree(seen, f"the checkpoints in {run}", device)
+    if not processes.agree(seen, device):
+        raise RunError(
+            f"the processes see different checkpoints in {run}: output.dir must be on a disk that all of them share"
+        )
     if found is None and finished(run):
         raise RunError(
             f"every checkpoint in {run} is damaged: give a new output.dir, or remove them to begin anew"

@@ -30,9 +30,11 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 # DeepSpeed wraps it once more, for a profiler.
-_PARAMS_TO_RELEASE = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release.__closure__[
-    0
-].cell_contents
+_PARAMS_TO_RELEASE = (
+    PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release.__closure__[
+        0
+    ].cell_contents
+)
 
 
 class ZeroEngine:

@@ -43,6 +43,18 @@ def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
     assert load_rows(str(tmp_path), split="test")[0].fields == {"query": "e"}
 
 
+def test_a_part_of_a_file_and_a_revision_off_the_hub_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", '{"query": "a"}')
+    for place in (source, GENERATED):
+        with pytest.raises(DataError, match=f"data.split is 'test', but {place} has no parts: leave it out"):
+            open_source(place, split="test")
+    for place in (source, str(tmp_path), GENERATED):
+        with pytest.raises(
+            DataError, match=f"data.revision is 'v2', but {place} is not of the hub: leave it"
+        ):
+            open_source(place, revision="v2")
+
+
 def test_only_rows_that_pass_the_filter_count_towards_the_limit(tmp_path: Path) -> None:
     langs = ["python", "sql", "python", "rust", "python"]
     rows = [Row({"lang": lang, "n": n}, f"row {n}") for n, lang in enumerate(langs)]

@@ -22,6 +22,12 @@ def test_processes_with_different_plans_all_fail_before_anything_changes(shards:
     assert not (run / "ranks.jsonl").exists()
 
 
+def test_processes_that_see_different_checkpoints_are_told_to_share_a_disk(shards: Path) -> None:
+    for message in outcomes(shards, "unshared", 2):
+        assert message.startswith("the processes see different checkpoints in ")
+        assert message.endswith("output.dir must be on a disk that all of them share")
+
+
 def test_a_run_whose_ranks_never_changed_ends_with_a_warning(shards: Path) -> None:
     first, second = outcomes(shards / "unchanged", "warnings", 2)
     assert second == []

@@ -15,8 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import BlockBackward
+from dynrank_ds.errors import RunError
 from dynrank_ds.methods.pe_dyra import PEDyRA
 from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.recipe import load_recipe
+from dynrank_ds.training import run
 from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.zero import processes
 from tests.support.methods import METHODS
@@ -182,6 +185,15 @@ def ranks_that_never_change(folder: Path) -> None:
     write(folder / "unchanged", "warnings", warnings)
 
 
+def disks_that_are_not_shared(folder: Path) -> None:
+    """Only the first process sees the run that is to go on."""
+    seen = folder / ("unchanged" if processes.rank() == 0 else "elsewhere")
+    try:
+        run.train(load_recipe(str(folder / "recipe.yaml"), [f"output.dir={seen}"]), True, torch.device("cpu"))
+    except RunError as error:
+        write(folder, "unshared", str(error))
+
+
 def nan_on_one_process(folder: Path) -> None:
     """Methods whose statistics are of elements, of blocks and of triples."""
     for method in ("pe_dyra", "weightlora", "dynamic_dora"):
@@ -191,4 +203,4 @@ def nan_on_one_process(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main([sizes, disagreement, ranks_that_never_change, nan_on_one_process])
+    main([sizes, disagreement, ranks_that_never_change, disks_that_are_not_shared, nan_on_one_process])
