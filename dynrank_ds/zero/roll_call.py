@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 GRACE = 5.0
 """Seconds for which the roll call waits."""
-_PAUSE = 0.25
+_PAUSE = 0.5
 """Seconds between two looks at the store: all processes' looks are served by process 0."""
 _KEYS = ("called", "answer", "answers", "first", "lost", "verdict")
 _CALLED, _ANSWER, _ANSWERS, _FIRST, _LOST, _VERDICT = (f"dynrank/{key}" for key in _KEYS)

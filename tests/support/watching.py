@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from dynrank_ds.training.loop import Trainer
 from dynrank_ds.zero import processes
 
 LocalPiece = Callable[[nn.Parameter], Tensor]
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def train_watched(recipe: Path, watcher: type[Trainer], *overrides: str) -> None:
@@ -80,6 +82,11 @@ def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
         for name in before.keys() | after.keys()
         if name not in before or name not in after or not torch.equal(before[name], after[name])
     )
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def write(folder: Path, name: str, value: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from dynrank_ds.training.loop import Trainer
-from tests.support.watching import main, train_watched, write
+from tests.support.watching import HOOKS, main, resident, train_watched, write
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 SINGLE = (
     "DeepSpeedEngine",
     "DeepSpeedZeroOptimizer_Stage3",
@@ -23,11 +21,6 @@ SINGLE = (
     "PartitionedParameterCoordinator",
     "RowAgedAdamW",
 )
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class Counted(Trainer):

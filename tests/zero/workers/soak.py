@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
 import threading
 import time
@@ -22,10 +21,9 @@ from dynrank_ds.training import run
 from dynrank_ds.training.saving import Saving
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.roll_call import naming_the_lost
-from tests.support.watching import main, write
+from tests.support.watching import HOOKS, main, resident, write
 
 _LIBC = ctypes.CDLL("libc.so.6")
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Watching(Saving):
@@ -47,7 +45,7 @@ class Watching(Saving):
         modules = trainer.engine._model.modules()
         self.cycles.append(
             {
-                "resident": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
+                "resident": resident(),
                 "files": len(os.listdir("/proc/self/fd")),
                 "threads": threading.active_count(),
                 "hooks": sum(len(getattr(module, kind)) for module in modules for kind in HOOKS),
