@@ -21,8 +21,8 @@ GRACE = 5.0
 """Seconds for which the roll call waits."""
 _PAUSE = 0.5
 """Seconds between two looks at the store: all processes' looks are served by process 0."""
-_KEYS = ("called", "answer", "answers", "first", "lost", "verdict")
-_CALLED, _ANSWER, _ANSWERS, _FIRST, _LOST, _VERDICT = (f"dynrank/{key}" for key in _KEYS)
+_KEYS = ("called", "answer", "answers", "first", "lost", "verdict", "read")
+_CALLED, _ANSWER, _ANSWERS, _FIRST, _LOST, _VERDICT, _READ = (f"dynrank/{key}" for key in _KEYS)
 
 
 class LostProcessError(RuntimeError):
@@ -122,8 +122,13 @@ class _RollCall(threading.Thread):
             time.sleep(_PAUSE)
         speaker, message = store.compare_set(_VERDICT, "", self._judge()).decode().split(" ", 1)
         self._agreed = message, int(speaker) == self._rank
-        if self._rank == 0:
-            time.sleep(4 * _PAUSE)  # it keeps the store: the others read after it
+        store.add(_READ, 1)
+        # The first process keeps the store: it stays until the others have read.
+        patience = time.monotonic() + 4 * _PAUSE
+        while (
+            self._rank == 0 and store.add(_READ, 0) < store.add(_ANSWERS, 0) and time.monotonic() < patience
+        ):
+            time.sleep(_PAUSE / 5)
 
     def _tell(self) -> None:
         if self._lost:
