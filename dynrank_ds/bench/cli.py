@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from dynrank_ds.bench.checkpoint import measure_checkpoint
 from dynrank_ds.bench.data import measure_data
+from dynrank_ds.bench.step import measure_step
 from dynrank_ds.errors import DynrankError
 from dynrank_ds.recipe import Recipe, load_recipe
 
 Benchmark = Callable[[Recipe, bool], Iterator[tuple[str, str]]]
-BENCHMARKS: dict[str, Benchmark] = {"data": measure_data, "checkpoint": measure_checkpoint}
+BENCHMARKS: dict[str, Benchmark] = {
+    "data": measure_data,
+    "checkpoint": measure_checkpoint,
+    "step": measure_step,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = load_recipe(arguments.recipe, overrides)
         for name in names:
             for what, figure in BENCHMARKS[name](recipe, arguments.quick):
-                print(f"{name:10} {what:44} {figure}", flush=True)
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"{name:10} {what:44} {figure}", flush=True)
     except DynrankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,101 @@
+"""What dynamic ranks add to a training step: it is timed as trained and with the method at rest, pair by pair."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods.base import Method
+from dynrank_ds.recipe import Recipe
+from dynrank_ds.training.loop import StepResult, Trainer
+from dynrank_ds.training.run import build
+from dynrank_ds.zero import processes
+
+STEPS_BETWEEN_ADJUSTMENTS = 100
+"""Over so many an adjustment's time is spread in the last figure."""
+
+
+def measure_step(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
+    """(what, figure) of the recipe's method on one global batch, in 4 (quick) or 20 pairs of steps and 1 or 3
+    adjustments; intervals are of 95 %.
+
+    Raises:
+        RecipeError: the recipe's method never adjusts ranks.
+    """
+    pairs, adjustments = (4, 1) if quick else (20, 3)
+    device = processes.start(recipe.deepspeed.timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        sections = {
+            "output": recipe.output.model_copy(update={"dir": f"{folder}/run"}),
+            "data": recipe.data.model_copy(update={"held_out": 0}),
+        }
+        trainer = build(recipe.model_copy(update=sections), False, device)
+        figures = _figures(Timing(trainer), pairs, adjustments)
+    processes.stop()
+    yield from figures
+
+
+class Timing:
+    """Steps of one trainer, with its method at work or at rest, always on the first global batch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        steps = range(1, trainer.total_steps + 1)
+        self.adjusting = [step for step in steps if trainer.method.adjusts_at(step)]
+        if not self.adjusting:
+            raise RecipeError(
+                f"method.name is {trainer.recipe.method.name}, which never adjusts ranks: give another"
+            )
+        self.quiet = max(step for step in range(self.adjusting[-1]) if step not in self.adjusting)
+        """The last step before an adjustment that is none itself."""
+        engine = trainer.engine
+        blocks = {shape.name: block for shape, block in zip(engine.shapes, engine.blocks, strict=True)}
+        self._trainer, self._method = trainer, trainer.method
+        self._at_rest = Method(trainer.recipe.method, blocks, trainer.total_steps, trainer.device)
+        self._work = [block.work for block in engine.blocks]
+
+    def seconds(self, steps: Sequence[tuple[int, bool]]) -> list[float]:
+        """Of each of these steps: its number, which decides whether it adjusts, and whether the method is at work."""
+        times: list[float] = []
+
+        def after_step(result: StepResult) -> None:
+            times.append(time.perf_counter() - began)
+            result.stop = True
+
+        for number, works in steps:
+            trainer = self._trainer
+            trainer.progress.step, trainer.progress.batch = number - 1, 0
+            trainer.method = self._method if works else self._at_rest
+            for block, work in zip(trainer.engine.blocks, self._work, strict=True):
+                block.work = work if works else None
+            began = time.perf_counter()
+            trainer.train(after_step)
+        return times
+
+
+def _figures(timing: Timing, pairs: int, adjustments: int) -> list[tuple[str, str]]:
+    at_work, at_rest = (timing.quiet, True), (timing.quiet, False)
+    timing.seconds([at_work, at_rest, at_work])  # DeepSpeed records the first
+    times = timing.seconds([at_work, at_rest, at_rest, at_work] * (pairs // 2))
+    worked, rested = times[0::4] + times[3::4], times[1::4] + times[2::4]
+    ratios = [w / r - 1 for w, r in zip(worked, rested, strict=True)]
+    added, half = statistics.mean(ratios), 1.96 * statistics.stdev(ratios) / len(ratios) ** 0.5
+    step = statistics.median(rested)
+    # The step after an adjustment is recorded anew, without prefetching.
+    costs = [
+        sum(timing.seconds([(number, True), at_work])) - 2 * statistics.median(worked)
+        for number in timing.adjusting[:adjustments]
+    ]
+    adjustment = statistics.median(costs) / step
+    low, high = (added + sign * half + adjustment / STEPS_BETWEEN_ADJUSTMENTS for sign in (-1, 1))
+    return [
+        ("with fixed ranks", f"{step:.2f} s"),
+        (
+            "the method adds to it",
+            f"{added:+.1%} [{added - half:+.1%}, {added + half:+.1%}], {len(ratios)} pairs",
+        ),
+        ("one adjustment, the step after it included", f"{adjustment * step:.2f} s, {adjustment:.2f} steps"),
+        (f"added, adjusting every {STEPS_BETWEEN_ADJUSTMENTS} steps", f"[{low:+.1%}, {high:+.1%}]"),
+    ]

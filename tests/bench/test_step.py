@@ -1,0 +1,46 @@
+"""The benchmark of what dynamic ranks add to a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import Started, outcomes, run_worker, start_processes, wait
+from tests.support.methods import METHODS
+from tests.support.recipes import write_recipe
+
+
+def bench(recipe: Path, *overrides: str) -> Started:
+    command = ["-m", "dynrank_ds.bench", "step", "--quick", "--recipe", str(recipe), *overrides]
+    [process] = start_processes(1, command, recipe.parent / "logs")
+    wait([process])
+    return process
+
+
+@pytest.mark.parametrize("method", ["pe_dyra", "weightlora_plus"])
+def test_it_prints_what_a_method_and_an_adjustment_add(method: str, tmp_path: Path) -> None:
+    overrides = [f"method.{key}={value}" for key, value in METHODS[method].items()]
+    process = bench(write_recipe(tmp_path), *overrides)
+    assert process.returncode == 0, process.output
+    for what in ("with fixed ranks", "the method adds to it", "one adjustment", "added, adjusting every 100"):
+        assert f"step       {what}" in process.output
+
+
+def test_the_method_sees_the_steps_in_which_it_works_and_ranks_change_only_in_an_adjustment(
+    tmp_path: Path,
+) -> None:
+    write_recipe(tmp_path)  # adjusts at 4, 7, 10, 13, 16
+    run_worker(1, "step_timing", tmp_path)
+    assert outcomes(tmp_path, "seen", 1)[0] == [
+        [15, True, True, True, 0],
+        [15, False, True, False, 0],
+        [4, True, True, True, 1],
+        [15, True, True, True, 1],
+    ]
+
+
+def test_a_method_without_adjustments_is_told(tmp_path: Path) -> None:
+    process = bench(write_recipe(tmp_path), "method.name=lora")
+    assert process.returncode == 2
+    assert "error: method.name is lora, which never adjusts ranks: give another" in process.output
