@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 from torch import Tensor
 
 from dynrank_ds.errors import MachineError
@@ -43,6 +44,9 @@ def start(timeout: float = 1800) -> torch.device:
     backend = accelerator.communication_backend_name()
     try:
         deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout), verbose=False)
+        # DeepSpeed would make this group when the model is loaded, waiting for torch's half an hour for a process that
+        # died meanwhile: made now, all meet at once.
+        groups._WORLD_GROUP = dist.new_group(range(world_size()), timedelta(seconds=timeout))
     except dist.DistError as error:
         place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
         raise MachineError(

@@ -31,6 +31,7 @@ class Kill:
 
 # Adjustments are at steps 4, 7, 10, 13 and 16; only the first process writes.
 PLANNED = [
+    Kill("before the model is loaded", 0, 1, 0),
     Kill("with half a recipe written", 0, 0, 0),
     Kill("in a forward", 3, 1, 2),
     Kill("with one tensor written", 4, 0, 2),
@@ -116,7 +117,7 @@ def go_through(kills: list[Kill], uninterrupted: Path, run: Path) -> None:
     check_the_same_run(run, uninterrupted)
 
 
-def test_a_run_killed_at_eight_planned_instants_ends_bit_for_bit_as_the_uninterrupted_one(
+def test_a_run_killed_at_nine_planned_instants_ends_bit_for_bit_as_the_uninterrupted_one(
     uninterrupted: Path,
 ) -> None:
     go_through(PLANNED, uninterrupted, uninterrupted / "killed")

@@ -22,7 +22,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("lost"))
 
 
-def running(recipe: Path, name: str, world_size: int) -> list[Started]:
+def running(recipe: Path, name: str, world_size: int, zero: str = "zero3") -> list[Started]:
     """Processes of a run that has made a step."""
     run = recipe.parent / name
     command = train_command(
@@ -32,6 +32,7 @@ def running(recipe: Path, name: str, world_size: int) -> list[Started]:
         "train.global_batch_size=12",  # of one to four processes
         f"deepspeed.timeout={TIMEOUT}",
         "method.interval=1000",
+        f"deepspeed.config={zero}",
     )
     processes = start_processes(world_size, command, recipe.parent / "logs")
     wait_until(lambda: (run / "metrics.jsonl").is_file() and lines(run / "metrics.jsonl"), processes)
@@ -52,9 +53,9 @@ def test_one_that_dies_is_named_soon(recipe: Path, world_size: int, victim: int)
     assert not any("Traceback" in p.output for p in others)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_one_that_hangs_is_named_after_the_timeout(recipe: Path, victim: int) -> None:
-    processes = running(recipe, f"hangs-{victim}", 2)
+@pytest.mark.parametrize("victim, zero", [(1, "zero3"), (1, "zero2"), (0, "zero3")])
+def test_one_that_hangs_is_named_after_the_timeout(recipe: Path, victim: int, zero: str) -> None:
+    processes = running(recipe, f"hangs-{victim}-{zero}", 2, zero)
     os.kill(processes[victim].pid, signal.SIGSTOP)
     begun = time.monotonic()
     other = processes[1 - victim]

@@ -81,6 +81,7 @@ def half_removed(checkpoints: Iterable[Path]) -> None:
 checkpoint_remove, rundir_replace_text = checkpoint.remove, rundir.replace_text
 
 POINTS: dict[str, Callable[[], Any]] = {
+    "before the model is loaded": lambda: before(run, "load_model"),
     "in a forward": lambda: before(engine.ZeroEngine, "__call__"),
     "after a backward": lambda: after(engine.ZeroEngine, "backward"),
     "after an optimizer step": lambda: after(engine.ZeroEngine, "step"),
