@@ -31,8 +31,7 @@ class Watching(Saving):
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
-        self.end = self.before = time.monotonic()
-        self.end += float(sys.argv[2])
+        self.end, self.before = time.monotonic() + float(sys.argv[2]), time.process_time()
         self.cycles: list[dict[str, Any]] = []
 
     def after_step(self, result: Any) -> None:
@@ -40,7 +39,7 @@ class Watching(Saving):
         trainer = self._trainer
         if trainer.progress.step % 2:
             return
-        now = time.monotonic()
+        now = time.process_time()  # of this process: what else runs on the machine does not count
         _LIBC.malloc_trim(0)  # what was freed is not held
         modules = trainer.engine._model.modules()
         self.cycles.append(
@@ -54,7 +53,7 @@ class Watching(Saving):
             }
         )
         self.before = now
-        over = torch.tensor(float(now > self.end))
+        over = torch.tensor(float(time.monotonic() > self.end))
         if processes.total(over) > 0:
             trainer.total_steps = min(trainer.total_steps, trainer.progress.step + 2)
 
