@@ -80,7 +80,8 @@ class _RollCall(threading.Thread):
 
     def run_failed(self, message: str, lost: bool) -> None:
         """Calls the roll; returns when its verdict is there. lost: it failed for another process's sake."""
-        self._failure, self._lost = message, lost
+        self._lost = lost
+        self._failure = message  # last: the thread looks at it first
         self.run_over(2 * GRACE)
 
     def run_over(self, seconds: float = 1.0) -> None:
