@@ -48,8 +48,9 @@ class Timing:
             raise RecipeError(
                 f"method.name is {trainer.recipe.method.name}, which never adjusts ranks: give another"
             )
-        self.quiet = max(step for step in range(self.adjusting[-1]) if step not in self.adjusting)
-        """The last step before an adjustment that is none itself."""
+        before = (step for step in range(1, self.adjusting[-1]) if step not in self.adjusting)
+        self.quiet = max(before, default=trainer.total_steps)
+        """The last step before an adjustment that is none itself; the run's last, where all before adjust."""
         engine = trainer.engine
         blocks = {shape.name: block for shape, block in zip(engine.shapes, engine.blocks, strict=True)}
         self._trainer, self._method = trainer, trainer.method
