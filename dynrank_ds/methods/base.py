@@ -52,12 +52,10 @@ class MicroBatch:
     """(batch, tokens): 1 for tokens, 0 for padding."""
     packed: tuple[int, ...] = ()
     """Lengths of the samples that stand one after another in the only row; () where each row is a sample."""
-    share: float = 1.0
-    """1 / accumulation steps: what one micro-batch adds of a term that belongs to the whole step."""
     step: int = 0
     """The optimizer step (from 1) that it belongs to."""
     first: bool = True
-    """Whether it is the first of its step on this process."""
+    """Whether it is the first of its step on this process: what depends on the weights alone is done in it, once."""
 
     @property
     def sample_sizes(self) -> list[int]:

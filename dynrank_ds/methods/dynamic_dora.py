@@ -118,13 +118,11 @@ class DynamicDoRA(Method):
         """
 
         def work(backward: BlockBackward) -> None:
-            under_way = self.micro_batch
-            if under_way.step > self.end:
-                return
-            if under_way.first:
+            # The weights stand still within a step: its first micro-batch shows them all.
+            if self.micro_batch.first and self.micro_batch.step <= self.end:
                 assert backward.gate is not None
                 self._now_of[block].copy_(relative_norms(backward.lora_a, backward.gate, backward.lora_b))
-            add_variance(backward, self.penalty * under_way.share)
+                add_variance(backward, self.penalty)
 
         return work
 

@@ -16,16 +16,17 @@ def orthogonality_gradient(factor: Tensor) -> Tensor:
     Zero where F F^T = I exactly, as torch.linalg.norm's subgradient is.
     """
     f = factor.float()
-    residual = f @ f.T - torch.eye(f.shape[0], device=f.device)
-    norm = torch.linalg.matrix_norm(residual)
-    return (2 / norm.clamp_min(torch.finfo(torch.float32).tiny)) * (residual @ f)
+    residual = f @ f.T
+    residual.diagonal().sub_(1)
+    norm = torch.linalg.vector_norm(residual)
+    return (residual * (2 / norm.clamp_min(torch.finfo(torch.float32).tiny))) @ f
 
 
 def add_orthogonality(backward: BlockBackward, coefficient: float) -> None:
     """Adds coefficient * (||A A^T - I||_F + ||B B^T - I||_F)'s gradient to a block's."""
     if coefficient:
         for factor, gradient in ((backward.lora_a, backward.grad_a), (backward.lora_b, backward.grad_b)):
-            gradient.add_((orthogonality_gradient(factor) * coefficient).to(gradient.dtype))
+            gradient.add_(orthogonality_gradient(factor), alpha=coefficient)
 
 
 def orthogonality_work(coefficient: float, blocks: int, micro_batch: MicroBatch) -> BackwardWork:
@@ -35,8 +36,9 @@ def orthogonality_work(coefficient: float, blocks: int, micro_batch: MicroBatch)
     """
 
     def work(backward: BlockBackward) -> None:
-        # The engine does not scale what is added here: each micro-batch gives its share.
-        add_orthogonality(backward, coefficient / (2 * blocks) * micro_batch.share)
+        # The weights stand still within a step, and the engine does not scale what is added here: once is enough.
+        if micro_batch.first:
+            add_orthogonality(backward, coefficient / (2 * blocks))
 
     return work
 
@@ -51,4 +53,4 @@ def add_variance(backward: BlockBackward, coefficient: float) -> None:
     """Adds coefficient * sum_i (Var(a_i) + Var(b_i))'s gradient to a block's (dynamic DoRA, eq. 10)."""
     if coefficient:
         for factor, gradient in ((backward.lora_a, backward.grad_a), (backward.lora_b, backward.grad_b)):
-            gradient.add_((variance_gradient(factor) * coefficient).to(gradient.dtype))
+            gradient.add_(variance_gradient(factor), alpha=coefficient)

@@ -163,7 +163,7 @@ class Trainer:
         )
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         under_way = self.method.micro_batch
-        under_way.share, under_way.step = 1 / len(micro_batches), self.progress.step + 1
+        under_way.step = self.progress.step + 1
         for number, chosen in enumerate(micro_batches, start=1):
             batch = self.layout.collate(self.dataset, chosen)
             under_way.token_mask, under_way.first = batch.attention_mask.to(self.device), number == 1

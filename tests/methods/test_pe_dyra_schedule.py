@@ -60,7 +60,7 @@ def test_statistics_stand_still_in_the_last_t_f_steps() -> None:
         before = {**method.row_statistics(), **method.partial_statistics()}
         before = {name: value.clone() for name, value in before.items()}
         for block, (n_in, _) in enumerate(SIDES.values()):
-            method.energy.add(block, torch.randn(1, 3, n_in), torch.ones(1, 3))
+            method.energy.add(block, torch.randn(3, n_in), torch.ones(1, 3))
         method.observe(
             step_view(torch.randn(layout.numel), torch.randn(layout.numel), layout, step=step, tokens=3)
         )
@@ -73,10 +73,10 @@ def test_a_discarded_step_leaves_no_trace() -> None:
     layout = ShardLayout(once.shapes, (2, 2, 2), once.factors, whole)
     for method in (twice, once):
         method.start(layout)
-    twice.energy.add(0, torch.full((1, 3, 7), 9.0), torch.ones(1, 3))
+    twice.energy.add(0, torch.full((3, 7), 9.0), torch.ones(1, 3))
     twice.discard_step()
     for method in (twice, once):
-        method.energy.add(0, torch.ones(1, 3, 7), torch.ones(1, 3))
+        method.energy.add(0, torch.ones(3, 7), torch.ones(1, 3))
         method.observe(step_view(torch.ones(layout.numel), torch.ones(layout.numel), layout, tokens=3))
     assert torch.equal(twice.energy.smoothed, once.energy.smoothed)
 

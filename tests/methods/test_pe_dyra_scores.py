@@ -128,8 +128,7 @@ def test_scores_after_steps_on_three_processes_follow_the_recursions(
     torch.manual_seed(seed)
     steps = [(random_whole(10 + t, sides=sides), random_whole(30 + t, 1e-2, sides)) for t in range(14)]
     inputs = [
-        [[torch.randn(1, 4, n_in, dtype=dtype) for n_in, _ in sides.values()] for _ in range(3)]
-        for _ in steps
+        [[torch.randn(4, n_in, dtype=dtype) for n_in, _ in sides.values()] for _ in range(3)] for _ in steps
     ]
 
     def work(process: PretendProcess) -> list[Tensor]:
@@ -153,7 +152,7 @@ def test_scores_after_steps_on_three_processes_follow_the_recursions(
         away = {f: [(a - b).abs() for a, b in zip(now[f], smoothed[f], strict=True)] for f in FACTORS}
         uncertainty = _ema(uncertainty, away)
         for b in range(3):
-            tokens = torch.cat([seen[p][b].flatten(0, 1) for p in range(3)]).double()
+            tokens = torch.cat([seen[p][b] for p in range(3)]).double()
             energy[b] = 0.85 * energy[b] + 0.15 * tokens.square().mean(0)
     expected = formula(*steps[-1], smoothed, uncertainty, energy)
     for scores in run_pretend(3, work):

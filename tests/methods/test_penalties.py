@@ -37,10 +37,9 @@ def test_two_micro_batches_add_the_mean_norm_over_all_factor_matrices_once() -> 
     coefficient = 0.3
     config = PEDyRAConfig(t_i=4, interval=3, t_f=5, orthogonality=coefficient)
     method = PEDyRA(config, modules, 20, CPU)
-    method.micro_batch.share = 1 / 2
     for name, block in modules.items():
         block.set_factors(svd_factors(3, *SIDES[name], block_generator(0, name, 0)))
-    for _ in range(2):
+    for method.micro_batch.first in (True, False):
         for name, block in modules.items():
             method.micro_batch.token_mask = torch.ones(1, 2)
             (0 * block(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import weakref
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -66,7 +69,7 @@ def test_input_energy_of_two_processes_is_the_smoothed_mean_square_without_paddi
                 tokens += int(lengths.sum())
                 inputs = [torch.randn(3, 5, shape.in_features) for shape in shapes]
                 for block, x in enumerate(inputs):
-                    energy.add(block, x, mask)
+                    energy.add(block, x.flatten(0, 1), mask)
                 kept = torch.cat([x[mask.bool()].double() for x in inputs], dim=1)
                 squares += kept.square().sum(0)
         for energy in ours:
@@ -81,14 +84,40 @@ def test_input_energy_of_a_long_batch_is_summed_in_full() -> None:
     torch.manual_seed(2)
     energy = InputEnergy((BlockShape("a", 3, 2),), 0.0, CPU)
     x = torch.randn(2, 2500, 3)
-    energy.add(0, x, torch.ones(2, 2500))
+    energy.add(0, x.flatten(0, 1), torch.ones(2, 2500))
     energy.update(5000)
     torch.testing.assert_close(energy.smoothed, x.double().square().mean((0, 1)).float(), rtol=1e-5, atol=0)
 
 
+def test_blocks_with_one_input_square_it_once_and_a_shorter_or_overwritten_one_anew() -> None:
+    torch.manual_seed(3)
+    energy = InputEnergy([BlockShape(name, 3, 2) for name in "abcd"], 0.0, CPU)
+    x, ones = torch.randn(4, 3), torch.ones(1, 4)
+    with patch.object(energy, "_summed_squares", wraps=energy._summed_squares) as squared:
+        energy.add(0, x, ones)
+        energy.add(1, x.view(1, 4, 3).flatten(0, 1), ones)
+        assert squared.call_count == 1
+        energy.add(2, x.mul_(2), ones)
+        energy.add(3, x[:2], ones[:, :2])
+        assert squared.call_count == 3
+    energy.update(1)
+    before = (x / 2).square().sum(0)
+    expected = torch.cat([before, before, x.square().sum(0), x[:2].square().sum(0)])
+    torch.testing.assert_close(energy.smoothed, expected, rtol=1e-5, atol=0)
+
+
+def test_an_input_of_the_last_step_is_not_kept() -> None:
+    energy, x = InputEnergy((BlockShape("a", 3, 2),), 0.0, CPU), torch.randn(4, 3)
+    energy.add(0, x, torch.ones(1, 4))
+    held = weakref.ref(x)
+    energy.update(4)
+    del x
+    assert held() is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_observing_leaves_the_input_as_it_is(dtype: torch.dtype) -> None:
-    x = torch.randn(2, 3, 4, dtype=dtype)
+    x = torch.randn(6, 4, dtype=dtype)
     before = x.clone()
     InputEnergy((BlockShape("a", 4, 2),), 0.85, CPU).add(0, x, torch.ones(2, 3))
     assert torch.equal(x, before)
@@ -96,8 +125,8 @@ def test_observing_leaves_the_input_as_it_is(dtype: torch.dtype) -> None:
 
 def test_a_discarded_step_leaves_no_trace_in_the_input_energy() -> None:
     energy = InputEnergy((BlockShape("a", 3, 2),), 0.85, CPU)
-    energy.add(0, torch.full((1, 2, 3), 7.0), torch.ones(1, 2))
+    energy.add(0, torch.full((2, 3), 7.0), torch.ones(1, 2))
     energy.discard()
-    energy.add(0, torch.full((1, 2, 3), 2.0), torch.ones(1, 2))
+    energy.add(0, torch.full((2, 3), 2.0), torch.ones(1, 2))
     energy.update(2)
     torch.testing.assert_close(energy.smoothed, torch.full((3,), 0.15 * 4.0))
