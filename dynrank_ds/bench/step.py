@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
 
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method
@@ -75,6 +78,38 @@ class Timing:
             trainer.train(after_step)
         return times
 
+    def seconds_inside(self) -> float:
+        """Of one step: what its method takes inside backward and to observe, the device waited for before and after."""
+        inside, method, work = _Inside(self._trainer.device), self._method, self._work
+        self._work = [done and inside.timed(done) for done in work]
+        method.observe = inside.timed(method.observe)  # type: ignore[method-assign]
+        self.seconds([(self.quiet, True)])
+        self._work = work
+        del method.observe
+        return inside.seconds
+
+
+class _Inside:
+    """Adds up the seconds of calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._device = device
+
+    def timed(self, call: Callable[..., None]) -> Callable[..., None]:
+        def timed(*arguments: Any) -> None:
+            self._wait()
+            began = time.perf_counter()
+            call(*arguments)
+            self._wait()
+            self.seconds += time.perf_counter() - began
+
+        return timed
+
+    def _wait(self) -> None:
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).synchronize()
+
 
 def _figures(timing: Timing, pairs: int, adjustments: int) -> list[tuple[str, str]]:
     at_work, at_rest = (timing.quiet, True), (timing.quiet, False)
@@ -84,6 +119,7 @@ def _figures(timing: Timing, pairs: int, adjustments: int) -> list[tuple[str, st
     ratios = [w / r - 1 for w, r in zip(worked, rested, strict=True)]
     added, half = statistics.mean(ratios), 1.96 * statistics.stdev(ratios) / len(ratios) ** 0.5
     step = statistics.median(rested)
+    inside = statistics.median(timing.seconds_inside() for _ in range(adjustments))
     # The step after an adjustment is recorded anew, without prefetching.
     costs = [
         sum(timing.seconds([(number, True), at_work])) - 2 * statistics.median(worked)
@@ -97,6 +133,7 @@ def _figures(timing: Timing, pairs: int, adjustments: int) -> list[tuple[str, st
             "the method adds to it",
             f"{added:+.1%} [{added - half:+.1%}, {added + half:+.1%}], {len(ratios)} pairs",
         ),
+        ("of which timed inside backward and observation", f"{inside:.3f} s, {inside / step:+.1%}"),
         ("one adjustment, the step after it included", f"{adjustment * step:.2f} s, {adjustment:.2f} steps"),
         (f"added, adjusting every {STEPS_BETWEEN_ADJUSTMENTS} steps", f"[{low:+.1%}, {high:+.1%}]"),
     ]

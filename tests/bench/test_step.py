@@ -23,7 +23,13 @@ def test_it_prints_what_a_method_and_an_adjustment_add(method: str, tmp_path: Pa
     overrides = [f"method.{key}={value}" for key, value in METHODS[method].items()]
     process = bench(write_recipe(tmp_path), *overrides)
     assert process.returncode == 0, process.output
-    for what in ("with fixed ranks", "the method adds to it", "one adjustment", "added, adjusting every 100"):
+    for what in (
+        "with fixed",
+        "the method adds",
+        "of which timed inside",
+        "one adjustment",
+        "added, adjusting",
+    ):
         assert f"step       {what}" in process.output
 
 
@@ -38,6 +44,15 @@ def test_the_method_sees_the_steps_in_which_it_works_and_ranks_change_only_in_an
         [4, True, True, True, 1],
         [15, True, True, True, 1],
     ]
+
+
+def test_time_inside_is_that_of_the_methods_own_work(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    run_worker(1, "step_timing", tmp_path)
+    inside = outcomes(tmp_path, "inside", 1)[0]
+    slowed = 0.01 * (14 * 6 + 1)  # 14 linears in 6 micro-batches and one observation, each made 10 ms slower
+    print(f"{inside:.3f} s, of which made slow {slowed:.3f}")
+    assert slowed < inside < 1.5 * slowed
 
 
 def test_a_method_without_adjustments_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +14,14 @@ from dynrank_ds.bench.step import Timing
 from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.run import build
 from tests.support.watching import main, write
+
+
+def slowed(call: Callable[[Any], None]) -> Callable[[Any], None]:
+    def slow(argument: Any) -> None:
+        time.sleep(0.01)
+        call(argument)
+
+    return slow
 
 
 def watch(folder: Path) -> None:
@@ -29,6 +39,10 @@ def watch(folder: Path) -> None:
             [seconds] = timing.seconds([step])
         seen.append([*step, seconds > 0, observe.called, trainer.adjustments])
     write(folder, "seen", seen)
+    for block in trainer.engine.blocks:
+        block.work = slowed(block.work)
+    method.observe = slowed(method.observe)
+    write(folder, "inside", Timing(trainer).seconds_inside())
 
 
 if __name__ == "__main__":
