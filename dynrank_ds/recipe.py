@@ -254,6 +254,10 @@ def _apply(values: dict[str, Any], overrides: Sequence[str], name: str) -> dict[
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise RecipeError(f"override '{override}': the value is not valid YAML") from error
+        if isinstance(value, dict) and None in value.values():
+            raise RecipeError(
+                f"override '{override}': a key has no value: YAML takes a space after the colon, {{lang: python}}"
+            )
         if isinstance(value, str):
             value = _number(value)
         values = _merged(values, {section: {field: value}})

@@ -166,6 +166,10 @@ def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
         ("steps=5", "override 'steps=5' is not of the form section.key=value"),
         ("train.steps", "override 'train.steps' is not of the form section.key=value"),
         ("train.steps=[1", "override 'train.steps=[1': the value is not valid YAML"),
+        (
+            "data.filter={lang:python}",
+            "override 'data.filter={lang:python}': a key has no value: YAML takes a space",
+        ),
         ("train.stepz=5", "unknown key 'train.stepz': did you mean 'steps'?"),
         ("train.steps=few", "'train.steps' is 'few': input should be a valid integer"),
     ],
