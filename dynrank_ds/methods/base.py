@@ -54,8 +54,8 @@ class MicroBatch:
     """Lengths of the samples that stand one after another in the only row; () where each row is a sample."""
     step: int = 0
     """The optimizer step (from 1) that it belongs to."""
-    first: bool = True
-    """Whether it is the first of its step on this process: what depends on the weights alone is done in it, once."""
+    last: bool = True
+    """Whether it is the last of its step on this process: what depends on the weights alone is done in it, once."""
 
     @property
     def sample_sizes(self) -> list[int]:

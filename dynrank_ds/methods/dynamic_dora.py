@@ -118,8 +118,8 @@ class DynamicDoRA(Method):
         """
 
         def work(backward: BlockBackward) -> None:
-            # The weights stand still within a step: its first micro-batch shows them all.
-            if self.micro_batch.first and self.micro_batch.step <= self.end:
+            # The weights stand still within a step: one micro-batch shows them all.
+            if self.micro_batch.last and self.micro_batch.step <= self.end:
                 assert backward.gate is not None
                 self._now_of[block].copy_(relative_norms(backward.lora_a, backward.gate, backward.lora_b))
                 add_variance(backward, self.penalty)

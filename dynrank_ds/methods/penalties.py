@@ -37,7 +37,7 @@ def orthogonality_work(coefficient: float, blocks: int, micro_batch: MicroBatch)
 
     def work(backward: BlockBackward) -> None:
         # The weights stand still within a step, and the engine does not scale what is added here: once is enough.
-        if micro_batch.first:
+        if micro_batch.last:
             add_orthogonality(backward, coefficient / (2 * blocks))
 
     return work

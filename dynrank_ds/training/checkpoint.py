@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -59,9 +59,10 @@ def save(
     statistics = {name: engine.layout.split(value) for name, value in method.row_statistics().items()}
     states = engine.states() | statistics
     writer = _Writer(final, engine, method) if processes.rank() == 0 else None
-    for block, factor, rows in engine.whole_rows(list(states.values())):
-        if writer:
-            writer.attempt(writer.rows, tuple(states), block, factor, rows)
+    for name, state in states.items():
+        for block, factor, rows in engine.whole_rows(state):
+            if writer:
+                writer.attempt(writer.rows, name, block, factor, rows)
     for statistic, part in method.partial_statistics().items():
         # Each process's part, not their sum: added up in another order, scores would differ in their last bits.
         for process, theirs in enumerate(processes.everyones(part)):
@@ -143,11 +144,10 @@ class _Writer:
     def tensor(self, name: str, value: Tensor) -> None:
         self.file.write(name, value)
 
-    def rows(self, states: Sequence[str], block: int, factor: str, rows: Tensor) -> None:
+    def rows(self, state: str, block: int, factor: str, rows: Tensor) -> None:
         shape = self.engine.layout.shapes[block]
         target = _factor_shape(factor, self.engine.layout.ranks[block], shape)
-        for state, value in zip(states, rows, strict=True):
-            self.file.write(f"{state}/{shape.name}.{factor}", value.reshape(target))
+        self.file.write(f"{state}/{shape.name}.{factor}", rows.reshape(target))
 
     def publish(self, about: dict[str, Any]) -> None:
         """Everything on the disk, then the name that says so."""

@@ -166,7 +166,10 @@ class Trainer:
         under_way.step = self.progress.step + 1
         for number, chosen in enumerate(micro_batches, start=1):
             batch = self.layout.collate(self.dataset, chosen)
-            under_way.token_mask, under_way.first = batch.attention_mask.to(self.device), number == 1
+            under_way.token_mask, under_way.last = (
+                batch.attention_mask.to(self.device),
+                number == len(micro_batches),
+            )
             under_way.packed = batch.packed
             summed = self.engine(**{name: value.to(self.device) for name, value in batch.inputs().items()})
             # The engine takes the mean over processes: this makes it the mean over all target tokens.

@@ -176,22 +176,16 @@ class ZeroEngine:
         with torch.no_grad():
             self._shards.zero_gates(masked)
 
-    def whole_rows(self, states: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int, str, Tensor]]:
-        """(block, factor, (n, rank, row_length)) of n states, each of one piece a fragment.
-
-        Gathered a few blocks at a time.
-        """
+    def whole_rows(self, state: Sequence[Tensor]) -> Iterator[tuple[int, str, Tensor]]:
+        """(block, factor, (rank, row_length)) of a state of one piece a fragment, gathered a few blocks at a time."""
         rules = self._rules(self.layout.ranks)
-        for some in portions(range(len(self.blocks)), self.layout, len(states)):
+        for some in portions(range(len(self.blocks)), self.layout, 1):
             chosen = set(some)
-            local = {
-                (f.factor, f.block): torch.stack([state[number] for state in states])
-                for number, f in enumerate(self.layout.fragments)
-                if f.block in chosen
-            }
+            fragments = zip(self.layout.fragments, state, strict=True)
+            local = {(f.factor, f.block): piece[None] for f, piece in fragments if f.block in chosen}
             whole = gather_blocks(local, self.layout, some, rules, processes.gather_flat)
-            for (factor, block), rows in whole.items():
-                yield block, factor, rows
+            for factor, block in list(whole):
+                yield block, factor, whole.pop((factor, block))[0]
 
     # --- building
 

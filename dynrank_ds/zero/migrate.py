@@ -20,8 +20,8 @@ GatherFlat = Callable[[Tensor], Tensor]
 NewRows = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
 """(block, fp32 rows (rank, row_length) of all its triples by factor) -> fp32 rows of its new triples."""
 
-GATHERED_AT_ONCE = 2**21
-"""fp32 elements of blocks gathered together, 8 MiB: bounds what a process holds beyond its shards."""
+GATHERED_AT_ONCE = 2**20
+"""fp32 elements of blocks gathered together, 4 MiB: bounds what a process holds beyond its shards."""
 
 
 def migrate(
@@ -124,18 +124,25 @@ def gather_blocks(
     fragments: Sequence[FragmentOf],
     gather: GatherFlat,
 ) -> dict[tuple[str, int], Tensor]:
-    """{(factor, block): (n, rank, row_length)} of whole blocks of rank > 0; one collective."""
+    """{(factor, block): (n, rank, row_length)} of whole blocks of rank > 0; one collective.
+
+    Empties `local` as it goes: no more than two copies of the blocks are held at a time.
+    """
     keys = [(factor, block) for factor in layout.factors for block in blocks if layout.ranks[block]]
     if not keys:
         return {}
     lengths = {(f, b): layout.shapes[b].row_length(f) for f, b in keys}
     spans = [[rule(f, b, layout.ranks[b] * lengths[f, b]) for f, b in keys] for rule in fragments]
     longest = max(sum(stop - start for start, stop in row) for row in spans)
-    held = torch.cat([local[key] for key in keys], dim=1)
-    n = held.shape[0]
-    mine = held.new_zeros(n, longest)
-    mine[:, : held.shape[1]] = held
+    n = local[keys[0]].shape[0]
+    mine = local[keys[0]].new_zeros(n, longest)
+    filled = 0
+    for key in keys:
+        piece = local.pop(key)
+        mine[:, filled : filled + piece.shape[1]] = piece
+        filled += piece.shape[1]
     everyone = gather(mine.flatten()).view(len(fragments), n, longest)
+    del mine
     full: dict[tuple[str, int], list[Tensor]] = {key: [] for key in keys}
     for process, row in enumerate(spans):
         sizes = [stop - start for start, stop in row]

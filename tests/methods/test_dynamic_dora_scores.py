@@ -43,7 +43,7 @@ def backward(
 ) -> None:
     """A step of micro-batches whose task has no gradient."""
     for number in range(micro_batches):
-        method.micro_batch.step, method.micro_batch.first = step, number == 0
+        method.micro_batch.step, method.micro_batch.last = step, number == 0
         for block in blocks.values():
             (0 * block(torch.randn(2, block.in_features, dtype=block.dtype))).sum().backward()
 

@@ -39,7 +39,7 @@ def test_two_micro_batches_add_the_mean_norm_over_all_factor_matrices_once() -> 
     method = PEDyRA(config, modules, 20, CPU)
     for name, block in modules.items():
         block.set_factors(svd_factors(3, *SIDES[name], block_generator(0, name, 0)))
-    for method.micro_batch.first in (True, False):
+    for method.micro_batch.last in (True, False):
         for name, block in modules.items():
             method.micro_batch.token_mask = torch.ones(1, 2)
             (0 * block(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient

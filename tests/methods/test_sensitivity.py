@@ -121,7 +121,7 @@ def test_the_penalty_is_the_mean_norm_over_all_factor_matrices() -> None:
     method = ElaLoRA(ElaLoRAConfig(t_i=2, interval=5, t_f=3, orthogonality=0.3), modules, 20, CPU)
     for name, block in modules.items():
         block.set_factors(svd_factors(3, *SIDES[name], block_generator(0, name, 0)))
-    for method.micro_batch.first in (True, False):
+    for method.micro_batch.last in (True, False):
         for name, block in modules.items():
             (0 * block(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient
     ours = [f for b in modules.values() for f in (b.lora_A, b.lora_B)]

@@ -66,7 +66,7 @@ def one_step(
     total = 0.0
     micro_batches = layout.micro_batches(indices, dataset.lengths, 0, 1, micro_batch_size)
     for number, chosen in enumerate(micro_batches):
-        method.micro_batch.first = number == 0
+        method.micro_batch.last = number == 0
         total += backward(dataset, layout, chosen, loss, method, n_targets)
     gradients = torch.cat([p.grad.flatten() for block in blocks.values() for p in block.factors().values()])
     sums = method.energy._sums if method_name == "pe_dyra" else method._sums  # type: ignore[attr-defined]
