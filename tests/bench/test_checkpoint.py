@@ -31,10 +31,8 @@ def test_it_prints_time_bytes_and_memory(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_saving_and_loading_hold_less_than_the_models_largest_tensor_above_training(
-    world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world_size: int, tmp_path: Path
 ) -> None:
-    # Otherwise malloc keeps what was freed before, and what is taken from that is not seen.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     path = write_recipe(tmp_path)
     write_model(tmp_path / "model", hidden=1024, intermediate=4096, layers=4)
     weights = load_file(tmp_path / "model" / "model.safetensors")
