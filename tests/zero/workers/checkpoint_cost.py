@@ -13,7 +13,6 @@ from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.run import build
 from tests.support.watching import main, write
 
-
 M_MMAP_THRESHOLD = -3
 
 
