@@ -13,11 +13,15 @@ def orthogonality_gradient(factor: Tensor) -> Tensor:
     """Gradient (r, n) fp32 of ||F F^T - I||_F by F (r, n), rows as triples.
 
     AdaLoRA's code, and PE-DyRA's figures, use the norm itself; the papers print its square.
-    Zero where F F^T = I exactly, as torch.linalg.norm's subgradient is.
+    Zero where F F^T = I, as torch.linalg.norm's subgradient is; entries of F F^T - I that are no larger than the
+    rounding of their dot product count as 0: Adam would scale up what they make of a row that has no other gradient.
     """
     f = factor.float()
-    residual = f @ f.T
-    residual.diagonal().sub_(1)
+    gram = f @ f.T
+    lengths = gram.diagonal().sqrt()
+    rounding = torch.finfo(torch.float32).eps * f.shape[1] ** 0.5 * torch.outer(lengths, lengths)
+    residual = gram - torch.eye(len(gram), device=gram.device)
+    residual.masked_fill_(residual.abs() <= rounding, 0)
     norm = torch.linalg.vector_norm(residual)
     return (residual * (2 / norm.clamp_min(torch.finfo(torch.float32).tiny))) @ f
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dynrank_ds.adapters.initial import block_generator, svd_factors
+from dynrank_ds.methods.elalora import orthogonal_rows
 from dynrank_ds.methods.pe_dyra import PEDyRA, PEDyRAConfig
 from dynrank_ds.methods.penalties import orthogonality_gradient
 from tests.methods.small import CPU, SIDES, blocks
@@ -23,6 +24,16 @@ def test_it_is_the_gradient_of_the_frobenius_norm(rank: int, length: int, scale:
 def test_it_is_zero_where_rows_are_orthonormal() -> None:
     factor = torch.eye(5)[[3, 0, 4]]
     assert torch.equal(orthogonality_gradient(factor), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("length", [16, 48, 576, 4096, 11008])
+def test_rounding_is_no_gradient_of_orthonormal_rows_beside_others(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    kept = 0.05 * torch.randn(6, length, generator=generator)
+    factor = torch.cat([kept, orthogonal_rows(kept, 4, generator)])
+    gradient = orthogonality_gradient(factor)
+    assert not gradient[6:].any()
+    assert gradient[:6].any(1).all()
 
 
 def test_a_16_bit_factor_gives_an_fp32_gradient() -> None:

@@ -16,9 +16,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "conserve": "parameters",
     },
     "adalora": {"name": "adalora", "t_i": 1, "interval": 4, "t_f": 6, "target_rank": 2},
-    # Without the penalty: of its new rows, which are orthonormal, that has a gradient of rounding errors alone. Adam
-    # scales them up, and losses at other world sizes differ by up to 4e-6 instead of 2e-7.
-    "elalora": {"name": "elalora", "t_i": 1, "interval": 4, "t_f": 3, "b": 5, "k": 2, "orthogonality": 0.0},
+    "elalora": {"name": "elalora", "t_i": 1, "interval": 4, "t_f": 3, "b": 5, "k": 2},
     "increlora": {"name": "increlora", "t_i": 2, "interval": 4, "target_rank": 5, "top_h": 3},
     "dynamic_dora": {"name": "dynamic_dora", "t_i": 3, "interval": 4, "t_f": 5, "target_rank": 3},
     "weightlora": {"name": "weightlora", "k": 5, "disconnect_at": 8},
