@@ -166,11 +166,8 @@ class Trainer:
         under_way.step = self.progress.step + 1
         for number, chosen in enumerate(micro_batches, start=1):
             batch = self.layout.collate(self.dataset, chosen)
-            under_way.token_mask, under_way.last = (
-                batch.attention_mask.to(self.device),
-                number == len(micro_batches),
-            )
-            under_way.packed = batch.packed
+            under_way.token_mask = batch.attention_mask.to(self.device)
+            under_way.packed, under_way.last = batch.packed, number == len(micro_batches)
             summed = self.engine(**{name: value.to(self.device) for name, value in batch.inputs().items()})
             # The engine takes the mean over processes: this makes it the mean over all target tokens.
             self.engine.backward(summed * (processes.world_size() / targets))

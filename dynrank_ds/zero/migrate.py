@@ -126,7 +126,7 @@ def gather_blocks(
 ) -> dict[tuple[str, int], Tensor]:
     """{(factor, block): (n, rank, row_length)} of whole blocks of rank > 0; one collective.
 
-    Empties `local` as it goes: no more than two copies of the blocks are held at a time.
+    Empties `local` as it goes: it holds no more than two copies of the blocks at a time, beside the collective's own.
     """
     keys = [(factor, block) for factor in layout.factors for block in blocks if layout.ranks[block]]
     if not keys:
