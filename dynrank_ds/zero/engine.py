@@ -154,7 +154,7 @@ class ZeroEngine:
         states = torch.stack([self.weights(), *(self.moments(m) for m in MOMENTS), *statistics.values()])
         old, new = self.layout, self._layout(plan.ranks)
         rules = self._rules(old.ranks), self._rules(plan.ranks)
-        moved, whole = migrate(states, old, new, plan, new_rows, rules, processes.gather_flat)
+        moved, whole = migrate(states, old, new, plan, new_rows, rules, processes.total)
         self._close()
         for index, factors in whole.items():
             block = self.blocks[index]
@@ -178,14 +178,11 @@ class ZeroEngine:
 
     def whole_rows(self, state: Sequence[Tensor]) -> Iterator[tuple[int, str, Tensor]]:
         """(block, factor, (rank, row_length)) of a state of one piece a fragment, gathered a few blocks at a time."""
-        rules = self._rules(self.layout.ranks)
+        fragments = zip(self.layout.fragments, state, strict=True)
+        local = {(f.factor, f.block): piece[None] for f, piece in fragments}
         for some in portions(range(len(self.blocks)), self.layout, 1):
-            chosen = set(some)
-            fragments = zip(self.layout.fragments, state, strict=True)
-            local = {(f.factor, f.block): piece[None] for f, piece in fragments if f.block in chosen}
-            whole = gather_blocks(local, self.layout, some, rules, processes.gather_flat)
-            for factor, block in list(whole):
-                yield block, factor, whole.pop((factor, block))[0]
+            for (factor, block), rows in gather_blocks(local, self.layout, some, processes.total).items():
+                yield block, factor, rows[0]
 
     # --- building
 
@@ -209,11 +206,9 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _write(self, weights: Tensor, moments: Mapping[str, Tensor]) -> None:
-        for view, value in zip(self._shards.masters, self.layout.split(weights), strict=True):
-            view.copy_(value)
-        for name in MOMENTS:
-            views = self._shards.moments[name]
-            for view, value in zip(views, self.layout.split(moments[name]), strict=True):
+        for name, views in self.states().items():
+            flat = weights if name == "master" else moments[name]
+            for view, value in zip(views, self.layout.split(flat), strict=True):
                 view.copy_(value)
 
     def _close(self) -> None:

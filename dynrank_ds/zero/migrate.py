@@ -16,7 +16,8 @@ from torch import Tensor
 from dynrank_ds.ranking.layout import FragmentOf, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
 
-GatherFlat = Callable[[Tensor], Tensor]
+Total = Callable[[Tensor], Tensor]
+"""Sums over all processes, in place."""
 NewRows = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
 """(block, fp32 rows (rank, row_length) of all its triples by factor) -> fp32 rows of its new triples."""
 
@@ -31,7 +32,7 @@ def migrate(
     plan: RankPlan,
     new_rows: NewRows,
     rules: tuple[Sequence[FragmentOf], Sequence[FragmentOf]],
-    gather: GatherFlat,
+    total: Total,
 ) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
     """Carries `states` (n, old.numel) over to (n, new.numel); state 0 is the weights.
 
@@ -39,26 +40,25 @@ def migrate(
     rule of the old layout and of the new one. Also returns the whole new weights, fp32, of each changed block:
     {block: {factor: ...}}.
     """
-    old_pieces = pieces(states, old)
+    held = pieces(states, old)
     whole: dict[int, dict[str, Tensor]] = {}
-    moved_pieces: dict[tuple[str, int], Tensor] = {}
+    mine = {(f.factor, f.block): (f.start, f.stop) for f in new.fragments}
     changed = set(plan.changed(old.ranks))
     moving = sorted(changed | _moved(old, rules))
     for blocks in portions(moving, old, states.shape[0]):
-        full = gather_blocks(old_pieces, old, blocks, rules[0], gather)
+        full = gather_blocks(held, old, blocks, total)
         for block in blocks:
             rows = {f: full[f, block] for f in old.factors if old.ranks[block]}
             if block in changed:
                 rows = _changed_rows(rows, block, old, plan, new_rows, states)
-                whole[block] = {f: r[0].flatten() if f == "lora_E" else r[0] for f, r in rows.items()}
-            moved_pieces |= {(f, block): r.flatten(1) for f, r in rows.items()}
-    out = [
-        moved_pieces[f.factor, f.block][:, f.start : f.stop]
-        if (f.factor, f.block) in moved_pieces
-        else old_pieces[f.factor, f.block]
-        for f in new.fragments
-    ]
-    return torch.cat(out, dim=1), whole
+                whole[block] = {
+                    f: (r[0].flatten() if f == "lora_E" else r[0]).clone() for f, r in rows.items()
+                }
+            for f, r in rows.items():
+                start, stop = mine.get((f, block), (0, 0))
+                # Here and above copied: a view would keep the whole portion, all states of it.
+                held[f, block] = r.flatten(1)[:, start:stop].clone()
+    return torch.cat([held[f.factor, f.block] for f in new.fragments], dim=1), whole
 
 
 def _moved(old: ShardLayout, rules: tuple[Sequence[FragmentOf], Sequence[FragmentOf]]) -> set[int]:
@@ -118,35 +118,26 @@ def portions(blocks: Iterable[int], layout: ShardLayout, n: int) -> Iterator[lis
 
 
 def gather_blocks(
-    local: dict[tuple[str, int], Tensor],
-    layout: ShardLayout,
-    blocks: Sequence[int],
-    fragments: Sequence[FragmentOf],
-    gather: GatherFlat,
+    local: dict[tuple[str, int], Tensor], layout: ShardLayout, blocks: Sequence[int], total: Total
 ) -> dict[tuple[str, int], Tensor]:
-    """{(factor, block): (n, rank, row_length)} of whole blocks of rank > 0; one collective.
+    """{(factor, block): (n, rank, row_length)} fp32 of whole blocks of rank > 0; one collective.
 
-    Empties `local` as it goes: it holds no more than two copies of the blocks at a time, beside the collective's own.
+    local: this process's pieces of them, (n, elements) fp32. `total` sums over processes in place: every element is
+    held by one process, so that it needs no more memory than the blocks themselves wherever their pieces lie.
     """
-    keys = [(factor, block) for factor in layout.factors for block in blocks if layout.ranks[block]]
-    if not keys:
+    chosen = set(blocks)
+    fragments = [f for f in layout.fragments if f.block in chosen]
+    if not fragments:
         return {}
-    lengths = {(f, b): layout.shapes[b].row_length(f) for f, b in keys}
-    spans = [[rule(f, b, layout.ranks[b] * lengths[f, b]) for f, b in keys] for rule in fragments]
-    longest = max(sum(stop - start for start, stop in row) for row in spans)
-    n = local[keys[0]].shape[0]
-    mine = local[keys[0]].new_zeros(n, longest)
-    filled = 0
-    for key in keys:
-        piece = local.pop(key)
-        mine[:, filled : filled + piece.shape[1]] = piece
-        filled += piece.shape[1]
-    everyone = gather(mine.flatten()).view(len(fragments), n, longest)
-    del mine
-    full: dict[tuple[str, int], list[Tensor]] = {key: [] for key in keys}
-    for process, row in enumerate(spans):
-        sizes = [stop - start for start, stop in row]
-        parts = everyone[process, :, : sum(sizes)].split(sizes, dim=1)
-        for key, part in zip(keys, parts, strict=True):
-            full[key].append(part)
-    return {key: torch.cat(parts, dim=1).view(n, -1, lengths[key]) for key, parts in full.items()}
+    lengths = [layout.shapes[f.block].row_length(f.factor) for f in fragments]
+    first = local[fragments[0].factor, fragments[0].block]
+    sizes = [layout.ranks[f.block] * length for f, length in zip(fragments, lengths, strict=True)]
+    whole = first.new_zeros(first.shape[0], sum(sizes))
+    views = whole.split(sizes, dim=1)
+    for of, view in zip(fragments, views, strict=True):
+        view[:, of.start : of.stop] = local[of.factor, of.block]
+    total(whole.view(torch.int32))  # as fp32, 0 + -0 would be 0
+    return {
+        (of.factor, of.block): view.view(len(view), -1, length)
+        for of, view, length in zip(fragments, views, lengths, strict=True)
+    }

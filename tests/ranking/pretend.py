@@ -1,4 +1,4 @@
-"""Processes that are threads: enough to test what is summed and gathered without a process group."""
+"""Processes that are threads: enough to test what is summed without a process group."""
 
 from __future__ import annotations
 
@@ -22,10 +22,6 @@ class PretendProcess:
         """The sum over all processes, in place."""
         self.sums += 1
         return tensor.copy_(torch.stack(self._exchange(tensor)).sum(0))
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The processes' flat tensors one after another."""
-        return torch.cat(self._exchange(tensor))
 
     def _exchange(self, tensor: Tensor) -> list[Tensor]:
         self._slots[self.rank] = tensor.clone()

@@ -93,7 +93,7 @@ def test_migrating_shards_equals_indexing_whole_tensors(
         old = ShardLayout(SHAPES, BEFORE, FACTORS, before[process.rank])
         new = ShardLayout(SHAPES, AFTER, FACTORS, after[process.rank])
         mine = held(full, process.rank, size)
-        return migrate(mine, old, new, PLAN, rows_of_plan, (before, after), process.gather)
+        return migrate(mine, old, new, PLAN, rows_of_plan, (before, after), process.total)
 
     for rank, (states, changed) in enumerate(run_pretend(size, work)):
         assert torch.equal(states, held(expected, rank, size))
