@@ -1,7 +1,11 @@
 """Files that a kill or a power cut leaves whole: the old content or the new, never half of one."""
 
+import errno
 import os
 from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of writing that making room mends."""
 
 
 def sync(path: Path) -> None:

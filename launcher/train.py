@@ -9,12 +9,12 @@ full disk; 1 anything else, such as another process's end.
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
 
 from dynrank_ds.errors import DynrankError, MachineError, RecipeError
+from dynrank_ds.files import DISK_FULL
 from dynrank_ds.recipe import Recipe, load_recipe
 
 
@@ -56,7 +56,7 @@ def _train(recipe: Recipe, resume: bool) -> int:
             _tell(f"{error}; go on with resume=auto")
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             raise
         raise MachineError(
             f"{recipe.output.dir}: {error.strerror}; checkpoints are whole: make room, then go on with resume=auto"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from dynrank_ds.bench.memory import added_memory
 from dynrank_ds.checkpoints import check, newest_checkpoint
@@ -35,9 +38,12 @@ def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]
     """(what, figure) of a checkpoint of the recipe's run at its beginning; the best of 2 (quick) or 5."""
     device = processes.start(recipe.deepspeed.timeout)
     with tempfile.TemporaryDirectory() as folder:
-        output = recipe.output.model_copy(update={"dir": f"{folder}/run"})
+        mine = torch.tensor(list(os.fsencode(folder)), dtype=torch.uint8, device=device)
+        first, *_ = processes.everyones(mine)
+        output = recipe.output.model_copy(update={"dir": os.fsdecode(bytes(first.tolist())) + "/run"})
         trainer = build(recipe.model_copy(update={"output": output}), False, device)
         costs = [cost(trainer) for _ in range(2 if quick else 5)]
+        processes.barrier()
     processes.stop()
     size = costs[0].nbytes
     save, load = min(c.save_seconds for c in costs), min(c.load_seconds for c in costs)
@@ -49,7 +55,7 @@ def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]
 
 
 def cost(trainer: Trainer) -> Cost:
-    """Writes the trainer's checkpoint and restores it, in all processes."""
+    """Writes the trainer's checkpoint, restores and removes it, in all processes."""
 
     def save() -> None:
         checkpoint.save(
@@ -61,10 +67,17 @@ def cost(trainer: Trainer) -> Cost:
 
     def load() -> None:
         check(path)
-        Checkpoint(path).restore(trainer.engine, trainer.method)
+        whole = Checkpoint(path)
+        for _ in whole.factors():  # of which the blocks would be built
+            pass
+        whole.restore(trainer.engine, trainer.method)
 
     load_seconds, load_memory = _timed(load)
-    return Cost(_size(path), save_seconds, save_memory, load_seconds, load_memory)
+    nbytes = _size(path)
+    processes.barrier()
+    if processes.rank() == 0:
+        checkpoint.remove([path])
+    return Cost(nbytes, save_seconds, save_memory, load_seconds, load_memory)
 
 
 def _timed(work: Callable[[], None]) -> tuple[float, int]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import transformers
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from dynrank_ds.data.formats import Format
 from dynrank_ds.data.rows import Drops, Row
 from dynrank_ds.data.tokenising import Sample, TokenisedDataset, tokenise
 from dynrank_ds.errors import DataError, MachineError
+from dynrank_ds.files import DISK_FULL
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +69,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @contextmanager
-def locked(entry: Path) -> Iterator[bool]:
+def locked(entry: Path, timeout: float) -> Iterator[bool]:
     """Whether the entry is still to be written; nobody else writes it meanwhile.
 
+    timeout: seconds for which another process that writes it is waited for.
+
     Raises:
-        MachineError: the cache folder cannot be written to.
+        MachineError: the cache folder cannot be written to, or the other process took longer.
     """
     # Asked first: a compute node may see its cache read-only.
     if (entry / _ABOUT).is_file():
@@ -81,7 +84,12 @@ def locked(entry: Path) -> Iterator[bool]:
     lock = FileLock(f"{entry}.lock")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(timeout)
+    except Timeout as error:  # an OSError too
+        raise MachineError(
+            f"another process has been tokenising into {entry} for over {timeout:g} s: look whether it hangs, or "
+            "tokenise before the run with `dynrank prepare`"
+        ) from error
     except OSError as error:
         raise MachineError(
             f"the cache folder {entry.parent} cannot be written ({error.strerror}): set DYNRANK_CACHE to one that can"
@@ -103,6 +111,7 @@ def write(
 
     Raises:
         DataError, ModelError: a row that cannot be read, no row at all, or a tokenizer that cannot be trained with.
+        MachineError: the disk is full.
     """
     unfinished = entry.with_name(entry.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -113,6 +122,12 @@ def write(
         about = {"samples": n_samples, "tokens": n_tokens, "drops": asdict(drops)}
         (unfinished / _ABOUT).write_text(json.dumps(about))
         unfinished.rename(entry)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise MachineError(
+            f"the cache folder {entry.parent}: {error.strerror}; make room, or set DYNRANK_CACHE to another disk"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -128,11 +143,13 @@ def _write_arrays(folder: Path, chunks: Iterator[list[Sample]]) -> tuple[int, in
     ):
         for chunk in chunks:
             for sample in chunk:
-                sample.ids.tofile(tokens)
-                sample.targets.tofile(targets)
+                # Not tofile, whose error does not say that the disk is full.
+                tokens.write(sample.ids.tobytes())
+                targets.write(sample.targets.tobytes())
             sizes = np.array([len(sample.ids) for sample in chunk], dtype=np.int64)
-            sizes.tofile(lengths)
-            np.array([sample.targets.sum() for sample in chunk], dtype=np.int64).tofile(target_counts)
+            lengths.write(sizes.tobytes())
+            counts = np.array([sample.targets.sum() for sample in chunk], dtype=np.int64)
+            target_counts.write(counts.tobytes())
             n_samples, n_tokens = n_samples + len(chunk), n_tokens + int(sizes.sum())
             bar.update(len(chunk))
     return n_samples, n_tokens

@@ -8,8 +8,9 @@ initial values are functions of the seed and the step.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynrank_ds.adapters.linear import FACTORS
 from dynrank_ds.checkpoints import FORMAT, STATE, TENSORS, finished, read_state, seal
 from dynrank_ds.errors import RunError
 from dynrank_ds.files import sync, write_synced
@@ -27,6 +29,8 @@ from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWrite
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.engine import ZeroEngine
 from dynrank_ds.zero.shards import MOMENTS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,7 +76,7 @@ def save(
         for key, value in method.replicated_state().items():
             writer.attempt(writer.tensor, f"replicated/{key}", value)
         writer.attempt(writer.publish, {**asdict(progress), **about})
-        writer.attempt(remove, finished(run, kind)[kept:])
+        writer.attempt(_remove_old, finished(run, kind)[kept:])
     failed = torch.tensor(float(writer is not None and writer.error is not None), device=engine.layout.device)
     # Also what all wait at until the checkpoint is there.
     if processes.total(failed) > 0:
@@ -89,6 +93,13 @@ def remove(checkpoints: Iterable[Path]) -> None:
         unfinished = path.with_name(f"{path.name}.old.tmp")
         path.rename(unfinished)
         shutil.rmtree(unfinished)
+
+
+def _remove_old(checkpoints: Iterable[Path]) -> None:
+    try:
+        remove(checkpoints)
+    except OSError as error:  # one that somebody reads on a network disk, say; the new one is there
+        logger.warning("an old checkpoint could not be removed: %s", error)
 
 
 def set_aside(checkpoints: Iterable[Path], whole: Path | None) -> None:
@@ -150,12 +161,11 @@ class _Writer:
         self.file.write(f"{state}/{shape.name}.{factor}", rows.reshape(target))
 
     def publish(self, about: dict[str, Any]) -> None:
-        """Everything on the disk, then the name that says so."""
+        """Everything on the disk, then the name that says so, which nothing may have yet."""
         self.file.close()
         write_synced(self.folder / STATE, json.dumps(about | {"format": FORMAT, "blocks": self._blocks()}))
         seal(self.folder)
         sync(self.folder)
-        remove([self.final] if self.final.exists() else [])
         self.folder.rename(self.final)
         sync(self.final.parent)
 
@@ -198,16 +208,15 @@ class Checkpoint:
         """Where the run stood."""
         return Progress(self.about["step"], self.about["batch"])
 
-    def factors(self) -> dict[str, dict[str, Tensor]]:
-        """{block: {factor: fp32 weights}}, to build the adapters at the ranks they had."""
-        out: dict[str, dict[str, Tensor]] = {name: {} for name in self.about["blocks"]}
+    def factors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(block, {factor: fp32 weights}) of every block, one after another, to build the adapters at their ranks."""
         with TensorFileReader(self.path / TENSORS) as file:
-            for name in file.entries:
-                state, _, parameter = name.partition("/")
-                if state == "master":
-                    block, _, factor = parameter.rpartition(".")
-                    out[block][factor] = file.read(name)
-        return out
+            for block in self.about["blocks"]:
+                names = {factor: f"master/{block}.{factor}" for factor in FACTORS}
+                yield (
+                    block,
+                    {factor: file.read(name) for factor, name in names.items() if name in file.entries},
+                )
 
     def restore(self, engine: ZeroEngine, method: Method) -> None:
         """Puts everything into an engine that was built at these ranks, and a method that was started."""
@@ -219,7 +228,8 @@ class Checkpoint:
                     f"{state}/{layout.shapes[of.block].name}.{of.factor}", of.start, of.stop
                 )
 
-            births = [torch.tensor(b["births"], dtype=torch.int64) for b in self.about["blocks"].values()]
+            blocks = self.about["blocks"]
+            births = [torch.tensor(blocks[s.name]["births"], dtype=torch.int64) for s in layout.shapes]
             engine.load(births, self.progress.step, part)
             statistics = method.row_statistics()
             for name, flat in statistics.items():

@@ -69,10 +69,8 @@ def data_hash(dataset: TokenisedDataset) -> str:
     return digest.hexdigest()
 
 
-def refuse_changes(
-    checkpoint: Path, about: Mapping[str, Any], recipe: Recipe, now: Mapping[str, str]
-) -> None:
-    """Compares what a checkpoint's state.json says of its run with this recipe and its `identity`.
+def refuse_changes(path: Path, about: Mapping[str, Any], recipe: Recipe, now: Mapping[str, str]) -> None:
+    """Compares what a checkpoint, or a run without one, says of its recipe and identity with these.
 
     Raises:
         RunError: with everything that differs.
@@ -85,10 +83,12 @@ def refuse_changes(
         if values.get(key) != before[section].get(key)
     ]
     differing += [
-        f"the {what} is another" for what, digest in now.items() if about["identity"][what] != digest
+        f"the {what} is another"
+        for what, digest in now.items()
+        if about["identity"].get(what, digest) != digest
     ]
     if differing:
         raise RunError(
-            f"{checkpoint} cannot be gone on with, since this run differs from its own: {'; '.join(differing)}. "
+            f"{path} cannot be gone on with, since this run differs from its own: {'; '.join(differing)}. "
             "Set that back, or give a new output.dir"
         )

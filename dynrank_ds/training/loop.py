@@ -235,6 +235,7 @@ class Trainer:
         evaluated = {} if result.held_out_loss is None else {"held_out_loss": result.held_out_loss}
         self.run.log_step(
             step=self.progress.step,
+            batch=self.progress.batch,
             loss=result.loss if math.isfinite(result.loss) else None,
             learning_rate=learning_rate(self.recipe.train, max(1, self.progress.step), self.total_steps),
             grad_norm=result.gradient_norm if result.applied else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from pathlib import Path
 
@@ -9,10 +10,19 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dynrank_ds.errors import ModelError
 from dynrank_ds.recipe import ModelSection
+
+logger = logging.getLogger(__name__)
 
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,15 +71,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrainedModel:
-    """The base model in training mode, no cache.
+    """The base model in training mode, no cache and no dropout: losses are functions of weights and data alone.
 
     Raises:
         ModelError: there is no causal language model there.
     """
     check_model_folder(section.path)
     try:
+        config = AutoConfig.from_pretrained(section.path)
+        _without_dropout(config, section.path)
         model = AutoModelForCausalLM.from_pretrained(
-            section.path, dtype=DTYPES[section.dtype], attn_implementation=section.attention
+            section.path, config=config, dtype=DTYPES[section.dtype], attn_implementation=section.attention
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path {section.path} is no causal language model: {_short(error)}") from error
@@ -85,6 +97,14 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
         # The reentrant kind runs backward hooks unevenly under ZeRO-3.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def _without_dropout(config: PreTrainedConfig, path: str) -> None:
+    names = [n for n, v in config.to_dict().items() if "drop" in n and isinstance(v, float) and v > 0]
+    for name in names:
+        setattr(config, name, 0.0)
+    if names:
+        logger.warning("model.path %s: %s of its config is set to 0 for training", path, ", ".join(names))
 
 
 class SummedLoss(nn.Module):

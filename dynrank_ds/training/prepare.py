@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
         max_length=data.max_length,
     )
     entry = folder / "tokenised" / name
-    with store.locked(entry) as missing:
+    with store.locked(entry, recipe.deepspeed.timeout) as missing:
         if missing:
             rows = select(source.rows(), data.filter, data.limit)
             store.write(entry, rows, tokenizer, FORMATS[data.format], data.max_length)
@@ -103,11 +103,11 @@ def _described(dataset: TokenisedDataset) -> str:
 
 
 def adapt(
-    model: PreTrainedModel, recipe: Recipe, restored: Mapping[str, Mapping[str, Tensor]] | None = None
+    model: PreTrainedModel, recipe: Recipe, restored: Iterable[tuple[str, Mapping[str, Tensor]]] = ()
 ) -> dict[str, Block]:
     """Freezes the model and injects the recipe's adapters.
 
-    restored: {block: {factor: weights}} that take the place of initial values.
+    restored: (block, {factor: weights}) that take the place of initial values.
     """
     section = recipe.adapter
     method = method_class(recipe.method)
@@ -115,7 +115,7 @@ def adapt(
     blocks = inject(
         model, section.targets, section.rank, section.scale, method.init, recipe.train.seed, splits
     )
-    for name, factors in (restored or {}).items():
+    for name, factors in restored:
         blocks[name].set_factors(factors)
     return blocks
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dynrank_ds.checkpoints import BEST, finished, leftovers, newest_whole, read_state
+from dynrank_ds.checkpoints import BEST, STEP, finished, leftovers, newest_whole, read_state
 from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_checkpoint
 from dynrank_ds.methods import build_method
@@ -39,7 +39,11 @@ def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
     Raises:
         DynrankError: whatever of the recipe, model, data or directory cannot be run; nothing is written then.
     """
-    _run(build(recipe, resume, device))
+    trainer = build(recipe, resume, device)
+    try:
+        _run(trainer)
+    finally:
+        trainer.run.unlock()
 
 
 def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
@@ -58,10 +62,10 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
         "recipe": recipe.model_dump(mode="json"),
         "identity": now,
     }
-    restored = _restored(run.path, recipe, now, device) if resume else None
+    restored = _restored(run, recipe, now, device) if resume else None
 
     model = load_model(recipe.model, recipe.train.activation_checkpointing)
-    blocks = adapt(model, recipe, restored.factors() if restored else None)
+    blocks = adapt(model, recipe, restored.factors() if restored else ())
     method = build_method(recipe.method, blocks, total_steps, device)
     engine = ZeroEngine(
         SummedLoss(model),
@@ -90,8 +94,8 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
         restored.restore(engine, method)
         progress = restored.progress
     if processes.rank() == 0:
-        run.create(recipe, processes.world_size())
-        run.cut_logs(progress.step)
+        run.create(recipe, now, processes.world_size())
+        run.cut_logs(progress.step, progress.batch)
         if restored:
             logger.info("resumed from %s", restored.path)
     return Trainer(
@@ -99,28 +103,41 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
     )
 
 
-def _restored(run: Path, recipe: Recipe, now: Mapping[str, str], device: torch.device) -> Checkpoint | None:
+def _restored(
+    run: RunDirectory, recipe: Recipe, now: Mapping[str, str], device: torch.device
+) -> Checkpoint | None:
     """The newest whole checkpoint, if it is of this run; what is damaged or unfinished is put out of the way."""
-    found, best = newest_whole(run), newest_whole(run, BEST)
+    folder, about = run.path, run.about()
+    whole = {kind: newest_whole(folder, kind) for kind in (STEP, BEST)}
     # Each process has looked for itself: they must have seen the same folder, before anything is moved there.
-    seen = hashlib.sha256(f"{found} {best}".encode()).hexdigest()
+    seen = hashlib.sha256(f"{about} {whole}".encode()).hexdigest()
     if not processes.agree(seen, device):
         raise RunError(
-            f"the processes see different checkpoints in {run}: output.dir must be on a disk that all of them share"
+            f"the processes see different checkpoints in {folder}: output.dir must be on a disk that all of them share"
         )
-    if found is None and finished(run):
-        raise RunError(
-            f"every checkpoint in {run} is damaged: give a new output.dir, or remove them to begin anew"
-        )
-    restored = Checkpoint(found) if found else None
-    if restored:
+    if about is None:
+        return None
+    found = [Checkpoint(path) for path in whole.values() if path]
+    if found:
+        restored = max(found, key=lambda checkpoint: checkpoint.progress.step)
         refuse_changes(restored.path, restored.about, recipe, now)
+    elif finished(folder) or finished(folder, BEST):
+        raise RunError(
+            f"every checkpoint in {folder} is damaged: give a new output.dir, or remove them to begin anew"
+        )
+    elif (folder / "adapter").exists():
+        raise RunError(
+            f"{folder} holds the adapter of a run, and no checkpoint to go on from: give a new output.dir"
+        )
+    else:
+        restored = None
+        refuse_changes(folder, about, recipe, now)
     processes.barrier()
     if processes.rank() == 0:
-        # A best checkpoint without one to go on from is of a run that begins anew.
-        checkpoint.remove([*leftovers(run), *([] if found else finished(run, BEST))])
-        checkpoint.set_aside(finished(run), found)
-        checkpoint.set_aside(finished(run, BEST), best)
+        run.lock()
+        checkpoint.remove(leftovers(folder))
+        for kind, path in whole.items():
+            checkpoint.set_aside(finished(folder, kind), path)
     return restored
 
 

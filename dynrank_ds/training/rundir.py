@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import yaml
 
 from dynrank_ds.errors import RunError
 from dynrank_ds.files import replace_text
 from dynrank_ds.recipe import Recipe
 
-RECIPE, METRICS, RANKS = "recipe.resolved.yaml", "metrics.jsonl", "ranks.jsonl"
+RECIPE, ENVIRONMENT = "recipe.resolved.yaml", "environment.json"
+METRICS, RANKS = "metrics.jsonl", "ranks.jsonl"
 _PACKAGES = ("dynrank-ds", "torch", "deepspeed", "transformers", "datasets", "peft", "safetensors")
 
 logger = logging.getLogger(__name__)
@@ -26,21 +32,66 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: IO[str] | None = None
 
-    def create(self, recipe: Recipe, world_size: int) -> None:
-        """Makes the directory with the resolved recipe and the environment."""
+    def lock(self) -> None:
+        """Keeps other runs out of the directory until `unlock` or the end of this process, killed or not.
+
+        Raises:
+            RunError: another run is in it.
+        """
+        if self._lock:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
+        # Not filelock's, which where a disk has no locks makes files instead that a killed run leaves behind.
+        self._lock = (self.path / ".run.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise RunError(
+                f"output.dir {self.path} is in use by another run: wait for it or stop it, or give a new folder"
+            ) from error
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): let no other run write there", self.path, error.strerror
+            )
+
+    def unlock(self) -> None:
+        """Lets other runs in."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def create(self, recipe: Recipe, identity: Mapping[str, str], world_size: int) -> None:
+        """Makes the locked directory with the resolved recipe and the environment."""
+        self.lock()
         # First of all, since by it the directory is known for a run's: one that is killed here can go on.
         replace_text(self.path / RECIPE, recipe.dump())
-        replace_text(self.path / "environment.json", json.dumps(_environment(world_size), indent=2) + "\n")
+        about = {**_environment(world_size), "identity": identity}
+        replace_text(self.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
         (self.path / "checkpoints").mkdir(exist_ok=True)
 
-    def cut_logs(self, step: int) -> None:
-        """Drops what an interrupted run logged after the checkpoint of `step`, its last line cut short too."""
+    def about(self) -> dict[str, Any] | None:
+        """The recipe and identity of the run that is there, as far as it came."""
+        if not (self.path / RECIPE).is_file():
+            return None
+        environment = self.path / ENVIRONMENT
+        identity = json.loads(environment.read_text()).get("identity", {}) if environment.is_file() else {}
+        return {"recipe": yaml.safe_load((self.path / RECIPE).read_text()), "identity": identity}
+
+    def cut_logs(self, step: int, batch: int) -> None:
+        """Drops what an interrupted run logged after the checkpoint of `step`, its last line cut short too.
+
+        batch: how many batches were consumed by then; discarded ones are logged under the step before them.
+        """
         for name in (METRICS, RANKS):
             path = self.path / name
             if path.is_file():
-                kept = [line for line in self._lines(name) if line["step"] <= step]
+                kept = [
+                    line
+                    for line in self._lines(name)
+                    if line["step"] <= step and line.get("batch", 0) <= batch
+                ]
                 replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log_step(self, **values: Any) -> None:
@@ -79,17 +130,20 @@ def check_output(path: Path, resume: bool) -> None:
     Raises:
         RunError: with what to do.
     """
-    if not path.exists():
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise RunError(f"output.dir {path}: {there} is a file: give a new folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"output.dir {path}: {there} may not be written to: give another folder")
+    if there != path:
         return
-    if not path.is_dir():
-        raise RunError(f"output.dir {path} is a file: give a new folder")
     is_run = (path / RECIPE).is_file()
     if is_run and not resume:
         raise RunError(
             f"output.dir {path} already holds a run: add resume=auto to go on with it, or give a new folder"
         )
-    # A run killed at its very start leaves the recipe's temporary name.
-    if not is_run and any(not name.endswith(".tmp") for name in os.listdir(path)):
+    # A run killed at its very start leaves the lock and the recipe's temporary name.
+    if not is_run and any(not name.endswith((".tmp", ".lock")) for name in os.listdir(path)):
         raise RunError(f"output.dir {path} is not empty and holds no run: give a new folder")
 
 
@@ -100,12 +154,16 @@ def _environment(world_size: int) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    revision = ""
+    if git := shutil.which("git"):
+        command, here = [git, "rev-parse", "HEAD"], Path(__file__).parent
+        revision = subprocess.run(
+            command, cwd=here, capture_output=True, text=True, check=False
+        ).stdout.strip()
     return {
         "versions": versions,
         "python": sys.version.split()[0],
-        "git_revision": git.stdout.strip() or None,
+        "git_revision": revision or None,
         "world_size": world_size,
         "command": sys.argv,
     }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,18 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradient(folder: Path
         loss.backward()
         results.append((loss.detach(), model.model.layers[0].mlp.up_proj.weight.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+def test_a_models_dropout_is_off_and_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    model = SummedLoss(load_model(section(tmp_path / "model"), False))
+    batch = torch.arange(3, 19).view(2, 8), torch.tensor([6, 15]), torch.tensor([4, 5])
+    assert model.training and torch.equal(model(*batch), model(*batch))
+    assert "attention_dropout of its config is set to 0" in caplog.text
 
 
 def test_weights_load_in_the_dtype_of_the_recipe(folder: Path) -> None:

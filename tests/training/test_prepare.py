@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,32 @@ def test_a_cache_that_cannot_be_written_is_named(folder: Path, monkeypatch: pyte
         MachineError, match=r"the cache folder .*file/tokenised cannot be written .*set DYNRANK_CACHE"
     ):
         prepare_data(recipe(folder))
+
+
+def test_a_process_that_hangs_while_it_tokenises_is_not_waited_for_for_ever(
+    folder: Path, written: list[Path]
+) -> None:
+    prepare_data(recipe(folder))
+    [entry] = written
+    (entry / "about.json").unlink()
+    chosen = recipe(folder)
+    chosen = chosen.model_copy(update={"deepspeed": chosen.deepspeed.model_copy(update={"timeout": 0.2})})
+    with Path(f"{entry}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(MachineError, match=r"tokenising into .* for over 0\.2 s.*dynrank prepare"):
+            prepare_data(chosen)
+
+
+def test_a_full_disk_of_the_cache_is_told_and_leaves_nothing(folder: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(MachineError, match=r"the cache folder .*: File too large; make room"):
+            prepare_data(recipe(folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.suffix for path in (folder / "cache" / "tokenised").iterdir()] == [".lock"]
+    assert len(prepare_data(recipe(folder))[0]) == 12
 
 
 def test_a_finished_entry_needs_no_cache_that_can_be_written(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,10 @@ def transformers_loss(folder: Path, adapter: Path) -> float:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_its_best_checkpoint_and_the_held_out_losses(
+def test_a_run_goes_on_from_its_best_checkpoint_where_that_is_the_newest_and_keeps_it(
     folder: Path, plain: list[dict[str, Any]]
 ) -> None:
-    """Three processes, stopped in the middle by having only the checkpoint of step 6 left."""
+    """Three processes, stopped in the middle by having only the best checkpoint left."""
     options = (
         "train.held_out_interval=3",
         "train.checkpoint_interval=6",
@@ -119,11 +120,17 @@ def test_a_resumed_run_keeps_its_best_checkpoint_and_the_held_out_losses(
     )
     run(folder, "resumed", 3, *options)
     checkpoints = folder / "resumed" / "checkpoints"
-    (checkpoints / f"step-{STEPS}").rename(folder / "away")
-    [best] = checkpoints.glob("best-*/state.json")
-    before = best.read_text()
-    again = run(folder, "resumed", 3, *options, "resume=auto")
+    for last in checkpoints.glob("step-*"):
+        shutil.rmtree(last)
+    [best] = checkpoints.iterdir()
+    before = (best / "state.json").read_text()
+    out = f"output.dir={folder / 'resumed'}"
+    chosen = (f"train.steps={STEPS}", f"data.held_out={HELD_OUT}", out, *options)
+    first, *_ = train(3, folder / "recipe.yaml", *chosen, "resume=auto")
+    assert f"resumed from {best}" in first.output
+    again = lines(folder / "resumed" / "metrics.jsonl")
     assert [x["step"] for x in again] == [x["step"] for x in plain]
     assert largest_difference(plain, again, "held_out_loss") <= 1e-6
     assert largest_difference(plain, again, "loss") <= 1e-6
-    assert best.read_text() == before
+    assert (best / "state.json").read_text() == before
+    assert sorted(path.name for path in checkpoints.iterdir()) == [best.name, f"step-{STEPS}", "step-6"]

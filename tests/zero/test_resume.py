@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,8 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import errors_told, start_processes, train, train_command, wait, wait_until
-from tests.support.recipes import STEPS, lines
+from tests.support.launch import (
+    errors_told,
+    run_worker,
+    start_processes,
+    train,
+    train_command,
+    wait,
+    wait_until,
+)
+from tests.support.recipes import STEPS, lines, write_recipe
 
 EVERY_TEN = "train.checkpoint_interval=10"
 
@@ -59,17 +68,88 @@ def test_each_step_is_logged_once(resumed: tuple[int, Path]) -> None:
 
 
 def test_another_run_than_the_checkpoints_is_refused_in_one_sentence(uninterrupted: Path) -> None:
-    run = uninterrupted / "run"
+    told = refused(uninterrupted, "run", "train.learning_rate=1e-4", "train.micro_batch_size=3")
+    assert "train.learning_rate is 0.0001, was 0.005. Set that back" in told
+
+
+def refused(uninterrupted: Path, name: str, *overrides: str) -> str:
+    """What going on with a run is refused with, which changes no file."""
+    run = uninterrupted / name
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    options = ("train.learning_rate=1e-4", "train.micro_batch_size=3", f"output.dir={run}", "resume=auto")
+    options = (*overrides, f"output.dir={run}", "resume=auto")
     processes = start_processes(
         2, train_command(uninterrupted / "recipe.yaml", *options), uninterrupted / "logs"
     )
     wait(processes)
     assert [process.returncode for process in processes] == [2, 2]
     [told] = errors_told(processes)
-    assert "train.learning_rate is 0.0001, was 0.005. Set that back" in told
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    return told
+
+
+def test_a_run_without_a_checkpoint_is_begun_anew_by_its_own_recipe_and_model_only(
+    uninterrupted: Path,
+) -> None:
+    run = uninterrupted / "unsaved"
+    shutil.copytree(uninterrupted / "run", run)
+    shutil.rmtree(run / "checkpoints")
+    assert "holds the adapter of a run, and no checkpoint" in refused(uninterrupted, "unsaved")
+    shutil.rmtree(run / "adapter")
+    told = refused(uninterrupted, "unsaved", "train.seed=1")
+    assert f"{run} cannot be gone on with" in told and "train.seed is 1, was 0" in told
+    environment = json.loads((run / "environment.json").read_text())
+    environment["identity"]["base model"] = "another's"
+    (run / "environment.json").write_text(json.dumps(environment))
+    assert "the base model is another" in refused(uninterrupted, "unsaved")
+
+
+def test_a_run_keeps_others_out_of_its_directory_until_it_ends(uninterrupted: Path) -> None:
+    run = uninterrupted / "busy"
+    options = (EVERY_TEN, f"output.dir={run}", "resume=auto")
+    command = train_command(uninterrupted / "recipe.yaml", *options)
+    first = start_processes(1, command, uninterrupted / "logs")
+    wait_until(lambda: (run / "metrics.jsonl").is_file(), first)
+    os.kill(first[0].pid, signal.SIGSTOP)
+    second = start_processes(1, command, uninterrupted / "logs")
+    wait(second)
+    os.kill(first[0].pid, signal.SIGCONT)
+    assert second[0].returncode == 2
+    [told] = errors_told(second)
+    assert f"output.dir {run} is in use by another run" in told
+    wait(first)
+    assert first[0].returncode == 0, first[0].output
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+SETUPS = [
+    "deepspeed.config=zero3",
+    "deepspeed.config=zero2",
+    "model.dtype=bf16,deepspeed.config=zero3_offload",
+]
+
+
+@pytest.fixture(scope="module")
+def discarding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("discarding")
+    write_recipe(folder)
+    run_worker(2, "discarding", folder, *SETUPS)
+    return folder
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_run_that_discarded_batches_goes_on_with_the_batch_it_would_have_had(
+    discarding: Path, setup: str
+) -> None:
+    whole, resumed = discarding / setup / "whole", discarding / setup / "resumed"
+    logged = [
+        [(x["step"], x["batch"], x["discarded"], x["loss"]) for x in lines(run / "metrics.jsonl")]
+        for run in (whole, resumed)
+    ]
+    assert logged[0] == logged[1]
+    assert [batch for _, batch, was, _ in logged[0] if was] == [4, 8]  # counted once they are done
+    assert plans(whole) == plans(resumed)
+    weights = "adapter/adapter_model.safetensors"
+    assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 def test_a_signal_to_one_process_saves_and_ends_all_and_the_run_can_go_on(uninterrupted: Path) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every method's whole run in one process, and the same run resumed from each point in one and in two."""
+    """Every method's whole run in one process, resumed from each point in one and in two, and one in two, resumed."""
     folder = tmp_path_factory.mktemp("resume")
     write_recipe(folder)
     for name in NAMES:
@@ -32,14 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     run_worker(1, "resuming", folder, *NAMES, EVERY_SIX)
     for world_size in (1, 2):
-        copies = [_stopped(folder, name, point, world_size) for name in NAMES for point in POINTS]
+        copies = [_stopped(folder, name, point, str(world_size)) for name in NAMES for point in POINTS]
         run_worker(world_size, "resuming", folder, *copies, EVERY_SIX)
+    together = [f"{name}-together" for name in NAMES]
+    run_worker(2, "resuming", folder, *together, EVERY_SIX)
+    copies = [_stopped(folder, name, POINTS[0], "resumed") for name in together]
+    run_worker(2, "resuming", folder, *copies, EVERY_SIX)
     return folder
 
 
-def _stopped(folder: Path, name: str, point: int, world_size: int) -> str:
+def _stopped(folder: Path, name: str, point: int, what: str) -> str:
     """A copy of the whole run as if it had stopped at `point`."""
-    run = folder / f"{name}-{point}-{world_size}"
+    run = folder / f"{name}-{point}-{what}"
     shutil.copytree(folder / name, run)
     shutil.rmtree(run / "adapter")
     for checkpoint in (run / "checkpoints").iterdir():
@@ -56,7 +60,15 @@ def _logged(run: Path, log: str, *keys: str) -> list[list[Any]]:
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder: Path, name: str, point: int) -> None:
-    whole, resumed = folder / name, folder / f"{name}-{point}-1"
+    check_bits(folder / name, folder / f"{name}-{point}-1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_so_it_is_in_two_processes(folder: Path, name: str) -> None:
+    check_bits(folder / f"{name}-together", folder / f"{name}-together-{POINTS[0]}-resumed")
+
+
+def check_bits(whole: Path, resumed: Path) -> None:
     for log, keys in (
         ("metrics.jsonl", ["step", "loss", "total_rank_stored"]),
         ("ranks.jsonl", ["step", "scores", "after"]),
