@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.support.launch import run_worker, train
+from tests.support.methods import METHODS
 from tests.support.recipes import write_recipe
+from tests.zero.workers.shards import NAN_METHODS
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +18,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes held in the runs of workers/shards.py."""
     folder = tmp_path_factory.mktemp("shards")
     write_recipe(folder)
+    for name in NAN_METHODS:
+        (folder / f"{name}.yaml").write_text(json.dumps({"base": "recipe.yaml", "method": METHODS[name]}))
     run_worker(2, "shards", folder)
     return folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training import run
 from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.zero import processes
-from tests.support.methods import METHODS
 from tests.support.watching import (
     adapter_parameters,
     differing,
@@ -34,6 +32,8 @@ from tests.support.watching import (
     write,
 )
 
+NAN_METHODS = ("pe_dyra", "weightlora", "dynamic_dora")
+"""With statistics of elements, of blocks and of triples: each has its recipe in the folder."""
 POISONED = {5: 0, 9: -1}
 """{global batch: row of the gradient that is NaN}: of the first process's shard, and of the last one's."""
 
@@ -195,10 +195,8 @@ def disks_that_are_not_shared(folder: Path) -> None:
 
 
 def nan_on_one_process(folder: Path) -> None:
-    """Methods whose statistics are of elements, of blocks and of triples."""
-    for method in ("pe_dyra", "weightlora", "dynamic_dora"):
+    for method in NAN_METHODS:
         recipe = folder / f"{method}.yaml"
-        recipe.write_text(json.dumps({"base": "recipe.yaml", "method": METHODS[method]}))
         train_watched(recipe, Poisoned, f"output.dir={folder / f'nan-{method}'}", "model.dtype=bf16")
 
 
