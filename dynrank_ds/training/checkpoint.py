@@ -54,7 +54,7 @@ def save(
 ) -> None:
     """Writes a checkpoint under a temporary name, renames it, and removes all of its kind but the newest `kept`.
 
-    Every process must call it. about: what else goes into state.json. kind: STEP, or BEST, which resuming passes over.
+    Every process must call it. about: what else goes into state.json. kind: STEP, or BEST.
 
     Raises:
         RunError: on every process, if the first could not write it; what was there before is whole.
@@ -135,7 +135,7 @@ class _Writer:
         self.folder.mkdir(parents=True)
         layout = self.engine.layout
         entries = [
-            TensorEntry(f"{state}/{shape.name}.{factor}", torch.float32, _factor_shape(factor, rank, shape))
+            TensorEntry(_name(state, shape.name, factor), torch.float32, _factor_shape(factor, rank, shape))
             for state in ("master", *MOMENTS, *self.method.row_statistics())
             for shape, rank in zip(layout.shapes, layout.ranks, strict=True)
             for factor in layout.factors
@@ -158,7 +158,7 @@ class _Writer:
     def rows(self, state: str, block: int, factor: str, rows: Tensor) -> None:
         shape = self.engine.layout.shapes[block]
         target = _factor_shape(factor, self.engine.layout.ranks[block], shape)
-        self.file.write(f"{state}/{shape.name}.{factor}", rows.reshape(target))
+        self.file.write(_name(state, shape.name, factor), rows.reshape(target))
 
     def publish(self, about: dict[str, Any]) -> None:
         """Everything on the disk, then the name that says so, which nothing may have yet."""
@@ -188,6 +188,10 @@ class _Writer:
         }
 
 
+def _name(state: str, block: str, factor: str) -> str:
+    return f"{state}/{block}.{factor}"
+
+
 def _factor_shape(factor: str, rank: int, shape: Any) -> tuple[int, ...]:
     return (rank,) if factor == "lora_E" else (rank, shape.row_length(factor))
 
@@ -212,7 +216,7 @@ class Checkpoint:
         """(block, {factor: fp32 weights}) of every block, one after another, to build the adapters at their ranks."""
         with TensorFileReader(self.path / TENSORS) as file:
             for block in self.about["blocks"]:
-                names = {factor: f"master/{block}.{factor}" for factor in FACTORS}
+                names = {factor: _name("master", block, factor) for factor in FACTORS}
                 yield (
                     block,
                     {factor: file.read(name) for factor, name in names.items() if name in file.entries},
@@ -224,9 +228,8 @@ class Checkpoint:
         with TensorFileReader(self.path / TENSORS) as file:
 
             def part(state: str, of: Fragment) -> Tensor:
-                return file.read_part(
-                    f"{state}/{layout.shapes[of.block].name}.{of.factor}", of.start, of.stop
-                )
+                name = _name(state, layout.shapes[of.block].name, of.factor)
+                return file.read_part(name, of.start, of.stop)
 
             blocks = self.about["blocks"]
             births = [torch.tensor(blocks[s.name]["births"], dtype=torch.int64) for s in layout.shapes]
