@@ -76,7 +76,7 @@ def save(
         for key, value in method.replicated_state().items():
             writer.attempt(writer.tensor, f"replicated/{key}", value)
         writer.attempt(writer.publish, {**asdict(progress), **about})
-        writer.attempt(_remove_old, finished(run, kind)[kept:])
+        writer.attempt(remove, finished(run, kind)[kept:])
     failed = torch.tensor(float(writer is not None and writer.error is not None), device=engine.layout.device)
     # Also what all wait at until the checkpoint is there.
     if processes.total(failed) > 0:
@@ -88,18 +88,17 @@ def save(
 
 
 def remove(checkpoints: Iterable[Path]) -> None:
-    """Removes folders; one that is half removed does not look like a checkpoint."""
+    """Removes folders; one that is half removed does not look like a checkpoint.
+
+    One that cannot be removed, since somebody reads it on a network disk, say, is told and stays.
+    """
     for path in checkpoints:
-        unfinished = path.with_name(f"{path.name}.old.tmp")
-        path.rename(unfinished)
-        shutil.rmtree(unfinished)
-
-
-def _remove_old(checkpoints: Iterable[Path]) -> None:
-    try:
-        remove(checkpoints)
-    except OSError as error:  # one that somebody reads on a network disk, say; the new one is there
-        logger.warning("an old checkpoint could not be removed: %s", error)
+        unfinished = path if path.suffix == ".tmp" else path.with_name(f"{path.name}.old.tmp")
+        try:
+            path.rename(unfinished)
+            shutil.rmtree(unfinished)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", path, error)
 
 
 def set_aside(checkpoints: Iterable[Path], whole: Path | None) -> None:
@@ -161,12 +160,16 @@ class _Writer:
         self.file.write(_name(state, shape.name, factor), rows.reshape(target))
 
     def publish(self, about: dict[str, Any]) -> None:
-        """Everything on the disk, then the name that says so, which nothing may have yet."""
+        """Everything on the disk, then the name that says so; if the step has a checkpoint already, that stays."""
         self.file.close()
         write_synced(self.folder / STATE, json.dumps(about | {"format": FORMAT, "blocks": self._blocks()}))
         seal(self.folder)
         sync(self.folder)
-        self.folder.rename(self.final)
+        if self.final.exists():
+            # It is the same but for batches discarded since; to replace it, it would have to be away for a moment.
+            shutil.rmtree(self.folder)
+        else:
+            self.folder.rename(self.final)
         sync(self.final.parent)
 
     def _blocks(self) -> dict[str, dict[str, Any]]:

@@ -100,9 +100,11 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
 
 
 def _without_dropout(config: PreTrainedConfig, path: str) -> None:
-    names = [n for n, v in config.to_dict().items() if "drop" in n and isinstance(v, float) and v > 0]
+    decoder = config.get_text_config()
+    found = {name: value for name, value in vars(decoder).items() if "drop" in name or "jitter" in name}
+    names = [name for name, value in found.items() if isinstance(value, float) and value > 0]
     for name in names:
-        setattr(config, name, 0.0)
+        setattr(decoder, name, 0.0)
     if names:
         logger.warning("model.path %s: %s of its config is set to 0 for training", path, ", ".join(names))
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shlex
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,6 +19,7 @@ from dynrank_ds.checkpoints import BEST, STEP, finished, leftovers, newest_whole
 from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_checkpoint
 from dynrank_ds.methods import build_method
+from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training import checkpoint
 from dynrank_ds.training.adamw import RowAgedAdamW
@@ -50,8 +54,13 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
     """Everything of a run, at its beginning or where it stopped; raises what `train` does."""
     run = RunDirectory(Path(recipe.output.dir))
     check_output(run.path, resume)
-    accumulation = recipe.accumulation(processes.world_size())
-    config = load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
+    config = complete_config(
+        load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16"),
+        recipe.train.micro_batch_size,
+        recipe.accumulation(processes.world_size()),
+        recipe.train.max_grad_norm,
+        recipe.model.dtype == "bf16",
+    )
     samples, pad_id = prepare_data(recipe)
     dataset, held_out = split_held_out(samples, recipe)
     total_steps = recipe.total_steps(len(dataset))
@@ -62,8 +71,31 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
         "recipe": recipe.model_dump(mode="json"),
         "identity": now,
     }
-    restored = _restored(run, recipe, now, device) if resume else None
+    with ExitStack() as failing:
+        failing.callback(run.unlock)
+        _enter(run, resume, now, device)
+        restored = _restored(run, recipe, now, device) if resume else None
+        engine, method = _engine(recipe, config, restored, total_steps, device)
+        progress = restored.progress if restored else Progress()
+        if processes.rank() == 0:
+            run.create(recipe, now, processes.world_size())
+            run.cut_logs(progress.step, progress.batch)
+            if restored:
+                logger.info("resumed from %s", restored.path)
+        failing.pop_all()  # the directory stays locked while it trains
+    return Trainer(
+        recipe, dataset, held_out, pad_id, engine, method, progress, total_steps, device, run, about
+    )
 
+
+def _engine(
+    recipe: Recipe,
+    config: dict[str, Any],
+    restored: Checkpoint | None,
+    total_steps: int,
+    device: torch.device,
+) -> tuple[ZeroEngine, Method]:
+    """The model with its adapters in DeepSpeed, and their method, at the beginning or as they were saved."""
     model = load_model(recipe.model, recipe.train.activation_checkpointing)
     blocks = adapt(model, recipe, restored.factors() if restored else ())
     method = build_method(recipe.method, blocks, total_steps, device)
@@ -71,13 +103,7 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
         SummedLoss(model),
         blocks,
         method.factors,
-        complete_config(
-            config,
-            recipe.train.micro_batch_size,
-            accumulation,
-            recipe.train.max_grad_norm,
-            recipe.model.dtype == "bf16",
-        ),
+        config,
         partial(
             RowAgedAdamW,
             lr=recipe.train.learning_rate,
@@ -89,18 +115,27 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
         unit=type(model.get_decoder().layers[0]),
     )
     method.start(engine.layout)
-    progress = Progress()
     if restored:
         restored.restore(engine, method)
-        progress = restored.progress
-    if processes.rank() == 0:
-        run.create(recipe, now, processes.world_size())
-        run.cut_logs(progress.step, progress.batch)
-        if restored:
-            logger.info("resumed from %s", restored.path)
-    return Trainer(
-        recipe, dataset, held_out, pad_id, engine, method, progress, total_steps, device, run, about
-    )
+    return engine, method
+
+
+def _enter(run: RunDirectory, resume: bool, now: Mapping[str, str], device: torch.device) -> None:
+    """Locks the directory; what it holds cannot change from here on.
+
+    Raises:
+        RunError: on every process: another run is in it, or the processes do not hold the same model and data.
+    """
+    if not processes.agree(hashlib.sha256(json.dumps(now).encode()).hexdigest(), device):
+        raise RunError(
+            f"the processes hold different models, tokenizers or data: {', '.join(now)} must be the same on every node"
+        )
+    refused = torch.tensor(float(processes.rank() == 0 and not run.lock()), device=device)
+    if processes.total(refused) > 0:
+        raise RunError(
+            f"output.dir {run.path} is in use by another run: wait for it or stop it, or give a new folder"
+        )
+    check_output(run.path, resume)
 
 
 def _restored(
@@ -134,7 +169,6 @@ def _restored(
         refuse_changes(folder, about, recipe, now)
     processes.barrier()
     if processes.rank() == 0:
-        run.lock()
         checkpoint.remove(leftovers(folder))
         for kind, path in whole.items():
             checkpoint.set_aside(finished(folder, kind), path)

@@ -22,49 +22,49 @@ from dynrank_ds.recipe import Recipe
 
 RECIPE, ENVIRONMENT = "recipe.resolved.yaml", "environment.json"
 METRICS, RANKS = "metrics.jsonl", "ranks.jsonl"
+_LOCK = ".run.lock"
 _PACKAGES = ("dynrank-ds", "torch", "deepspeed", "transformers", "datasets", "peft", "safetensors")
 
 logger = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """Writes the files of a run; only the first process makes one."""
+    """The files of a run, which only the first process writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
 
-    def lock(self) -> None:
-        """Keeps other runs out of the directory until `unlock` or the end of this process, killed or not.
+    def lock(self) -> bool:
+        """Makes the directory and keeps other runs out until `unlock` or the end of this process, killed or not.
 
-        Raises:
-            RunError: another run is in it.
+        False where another run is in it.
         """
-        if self._lock:
-            return
         self.path.mkdir(parents=True, exist_ok=True)
         # Not filelock's, which where a disk has no locks makes files instead that a killed run leaves behind.
-        self._lock = (self.path / ".run.lock").open("w")
+        self._lock = (self.path / _LOCK).open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise RunError(
-                f"output.dir {self.path} is in use by another run: wait for it or stop it, or give a new folder"
-            ) from error
+        except (BlockingIOError, PermissionError):
+            self._lock.close()
+            self._lock = None
+            return False
         except OSError as error:
             logger.warning(
                 "%s cannot be locked (%s): let no other run write there", self.path, error.strerror
             )
+        return True
 
     def unlock(self) -> None:
-        """Lets other runs in."""
+        """Lets other runs in; a directory in which nothing was written goes."""
         if self._lock:
+            if os.listdir(self.path) == [_LOCK]:
+                shutil.rmtree(self.path)
             self._lock.close()
             self._lock = None
 
     def create(self, recipe: Recipe, identity: Mapping[str, str], world_size: int) -> None:
-        """Makes the locked directory with the resolved recipe and the environment."""
-        self.lock()
+        """Writes the resolved recipe and the environment into the locked directory."""
         # First of all, since by it the directory is known for a run's: one that is killed here can go on.
         replace_text(self.path / RECIPE, recipe.dump())
         about = {**_environment(world_size), "identity": identity}
@@ -143,7 +143,7 @@ def check_output(path: Path, resume: bool) -> None:
             f"output.dir {path} already holds a run: add resume=auto to go on with it, or give a new folder"
         )
     # A run killed at its very start leaves the lock and the recipe's temporary name.
-    if not is_run and any(not name.endswith((".tmp", ".lock")) for name in os.listdir(path)):
+    if not is_run and any(name != _LOCK and not name.endswith(".tmp") for name in os.listdir(path)):
         raise RunError(f"output.dir {path} is not empty and holds no run: give a new folder")
 
 

@@ -17,9 +17,6 @@ class Saving:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._section, self._about = trainer, trainer.recipe.train, trainer.about
-        step = trainer.progress.step
-        # What is gone on with may be a best one, and then the last step has none of its own yet.
-        self._saved_at = step if self._path(step) in finished(trainer.run.path)[:1] else None
         best = finished(trainer.run.path, BEST)[:1]
         self._best: float = read_state(best[0])["held_out_loss"] if best else math.inf
 
@@ -34,19 +31,12 @@ class Saving:
             self._save_step()
 
     def last(self) -> Path:
-        """The checkpoint of the last step, written now unless the run was gone on with at its end."""
+        """The checkpoint of the last step, written now."""
         self._save_step()
-        return self._path(self._trainer.progress.step)
+        return self._trainer.run.path / "checkpoints" / f"{STEP}-{self._trainer.progress.step}"
 
     def _save_step(self) -> None:
-        """Once a step: a signal may come again before another step was applied."""
-        step = self._trainer.progress.step
-        if self._saved_at != step:
-            self._saved_at = step
-            self._save(self._about, self._section.checkpoints_kept, STEP)
-
-    def _path(self, step: int) -> Path:
-        return self._trainer.run.path / "checkpoints" / f"{STEP}-{step}"
+        self._save(self._about, self._section.checkpoints_kept, STEP)
 
     def _save(self, about: Mapping[str, Any], kept: int, kind: str) -> None:
         trainer = self._trainer

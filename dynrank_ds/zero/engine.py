@@ -46,7 +46,7 @@ class ZeroEngine:
     unit's gradients before they exist.
 
     `rates` multiplies the learning rate of each factor. Flat vectors are fp32, of this process's elements, in
-    the order of `layout`.
+    the order of `layout`, on the device that trains, wherever the optimizer's state is.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ZeroEngine:
 
     def weights(self) -> Tensor:
         """The fp32 master weights."""
-        return torch.cat(self._shards.masters)
+        return torch.cat(self._shards.masters).to(self.layout.device)
 
     def gradients(self) -> Tensor:
         """The gradients of the whole step, between the last backward and `step`."""
@@ -122,7 +122,7 @@ class ZeroEngine:
 
     def moments(self, name: str) -> Tensor:
         """`exp_avg` or `exp_avg_sq`."""
-        return torch.cat(self._shards.moments[name])
+        return torch.cat(self._shards.moments[name]).to(self.layout.device)
 
     def states(self) -> dict[str, list[Tensor]]:
         """Views of the master weights and of both moments, one for each fragment of `layout`."""

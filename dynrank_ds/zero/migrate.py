@@ -22,7 +22,7 @@ NewRows = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
 """(block, fp32 rows (rank, row_length) of all its triples by factor) -> fp32 rows of its new triples."""
 
 GATHERED_AT_ONCE = 2**20
-"""fp32 elements of blocks gathered together, 4 MiB: bounds what a process holds beyond its shards."""
+"""fp32 elements of blocks gathered together, 4 MiB; two of these are held at a time, the last one and the next."""
 
 
 def migrate(
@@ -132,7 +132,8 @@ def gather_blocks(
     lengths = [layout.shapes[f.block].row_length(f.factor) for f in fragments]
     first = local[fragments[0].factor, fragments[0].block]
     sizes = [layout.ranks[f.block] * length for f, length in zip(fragments, lengths, strict=True)]
-    whole = first.new_zeros(first.shape[0], sum(sizes))
+    # On the device that trains: pieces may be offloaded.
+    whole = first.new_zeros(len(first), sum(sizes), device=layout.device)
     views = whole.split(sizes, dim=1)
     for of, view in zip(fragments, views, strict=True):
         view[:, of.start : of.stop] = local[of.factor, of.block]

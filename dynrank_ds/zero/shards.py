@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
 from dynrank_ds.ranking.layout import BlockShape, FragmentOf, ShardLayout
@@ -76,17 +76,20 @@ class Zero3Shards:
         ):
             padded[param.ds_id] = _padded(runs, param.partition_numel(), rates[fragment.factor])
         groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
+        # Not by DeepSpeed's safe_get_local_fp32_param, which copies what is offloaded to the GPU: these must be views.
+        pieces: dict[str, dict[int, Tensor]] = {name: {} for name in ("master", *MOMENTS)}
         for flat, group in groups:
             runs = torch.cat([padded[param.ds_id] for param in group], dim=1)
             self._optimizer.optimizer.set_state(flat, updates, *runs.to(flat.device))
-        self.masters = self._local(lambda p: safe_get_local_fp32_param(p).detach())
-        self.moments = {
-            name: self._local(lambda p, name=name: safe_get_local_optimizer_state(p, name))  # type: ignore[misc]
-            for name in MOMENTS
-        }
+            states = {"master": flat.detach(), **self._optimizer.optimizer.state[flat]}
+            for name, found in pieces.items():
+                parts = states[name].split([param.partition_numel() for param in group])
+                found.update(zip((param.ds_id for param in group), parts, strict=True))
+        self.masters = self._local(pieces.pop("master"))
+        self.moments = {name: self._local(found) for name, found in pieces.items()}
 
     def gradients(self) -> Tensor:
-        return torch.cat(self._local(safe_get_local_grad))
+        return torch.cat(self._local({p.ds_id: safe_get_local_grad(p) for p in self._params}))
 
     def zero_gates(self, masked: Sequence[Sequence[int]]) -> None:
         """Sets lora_E of these triples to 0, in master and 16-bit copy."""
@@ -97,9 +100,10 @@ class Zero3Shards:
             if param.ds_status == ZeroParamStatus.AVAILABLE:  # kept gathered between uses
                 param.data.view(-1)[triples] = 0
 
-    def _local(self, piece: Callable[[Any], Tensor]) -> list[Tensor]:
+    def _local(self, pieces: Mapping[int, Tensor]) -> list[Tensor]:
+        """Of every parameter's piece what is no padding, by ds_id."""
         pairs = zip(self._params, self._layout.fragments, strict=True)
-        return [piece(p).view(-1)[: f.stop - f.start] for p, f in pairs]
+        return [pieces[p.ds_id].view(-1)[: f.stop - f.start] for p, f in pairs]
 
 
 class Zero2Shards:
@@ -124,7 +128,7 @@ class Zero2Shards:
             flat = self._optimizer.single_partition_of_fp32_groups[0].grad
         else:
             flat = torch.cat([g.flatten() for g in self._optimizer.averaged_gradients[0]])
-        return flat[: self._layout.numel].float()
+        return flat[: self._layout.numel].to(self._layout.device, torch.float32)
 
     def zero_gates(self, masked: Sequence[Sequence[int]]) -> None:
         """Sets lora_E of these triples to 0, in master and 16-bit copy."""

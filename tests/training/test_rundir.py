@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from dynrank_ds.checkpoints import STEP
+from dynrank_ds.checkpoints import finished, leftovers
 from dynrank_ds.errors import RunError
 from dynrank_ds.training import checkpoint
-from dynrank_ds.training.loop import StepResult
 from dynrank_ds.training.rundir import RunDirectory, _environment, check_output
-from dynrank_ds.training.saving import Saving
 
 
 @pytest.mark.parametrize("name", ["file", "file/run", "file/a/b"])
@@ -46,29 +43,32 @@ def test_logs_are_cut_after_a_checkpoints_last_batch(tmp_path: Path) -> None:
     assert (tmp_path / "ranks.jsonl").read_text() == '{"step": 2}\n'
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_no_checkpoint_any_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint._remove_old([tmp_path / "gone"])
-    assert "an old checkpoint could not be removed" in caplog.text
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "somebody reads it", str(path))
+
+    for name in ("step-2", "step-4.old.tmp", "step-6"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    checkpoint.remove([*finished(tmp_path)[1:], *leftovers(tmp_path)])
+    monkeypatch.undo()
+    assert finished(tmp_path) == [tmp_path / "checkpoints" / "step-6"]
+    left = sorted(path.name for path in leftovers(tmp_path))
+    assert left == ["step-2.old.tmp", "step-4.old.tmp"]
+    assert caplog.text.count("could not be removed") == 2
 
 
-def test_a_step_is_saved_once_however_often_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As by a signal while batches are discarded: what is there would have to go before the same can be written."""
-    saved: list[Any] = []
-    monkeypatch.setattr(checkpoint, "save", lambda *arguments: saved.append(arguments[-1]))
-    trainer: Any = SimpleNamespace(
-        progress=SimpleNamespace(step=4),
-        recipe=SimpleNamespace(train=SimpleNamespace(checkpoint_interval=2, checkpoints_kept=2)),
-        run=SimpleNamespace(path=tmp_path),
-        about={},
-        engine=None,
-        method=None,
-        total_steps=9,
-    )
-    saving = Saving(trainer)
-    saving.after_step(StepResult(1.0, 1.0, stop=False, applied=True))
-    saving.after_step(StepResult(1.0, 1.0, stop=True, applied=False))
-    assert saved == [STEP]
+def test_a_directory_is_one_runs_at_a_time_and_goes_when_nothing_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    first, second = RunDirectory(path), RunDirectory(path)
+    assert first.lock() and not second.lock()
+    second.unlock()
+    assert not second.lock()
+    first.unlock()
+    assert not path.exists()
+    assert second.lock()
+    (path / "recipe.resolved.yaml").touch()
+    second.unlock()
+    assert path.is_dir() and first.lock()

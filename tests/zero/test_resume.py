@@ -110,15 +110,27 @@ def test_a_run_keeps_others_out_of_its_directory_until_it_ends(uninterrupted: Pa
     first = start_processes(1, command, uninterrupted / "logs")
     wait_until(lambda: (run / "metrics.jsonl").is_file(), first)
     os.kill(first[0].pid, signal.SIGSTOP)
-    second = start_processes(1, command, uninterrupted / "logs")
+    second = start_processes(2, command, uninterrupted / "logs")
     wait(second)
     os.kill(first[0].pid, signal.SIGCONT)
-    assert second[0].returncode == 2
+    assert [process.returncode for process in second] == [2, 2]
     [told] = errors_told(second)
     assert f"output.dir {run} is in use by another run" in told
     wait(first)
     assert first[0].returncode == 0, first[0].output
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_a_finished_run_that_is_gone_on_with_keeps_its_last_checkpoint(uninterrupted: Path) -> None:
+    run = uninterrupted / "finished"
+    shutil.copytree(uninterrupted / "run", run)
+    shutil.rmtree(run / "adapter")
+    last = run / "checkpoints" / f"step-{STEPS}"
+    before = last.stat().st_ino
+    train(2, uninterrupted / "recipe.yaml", EVERY_TEN, f"output.dir={run}", "resume=auto")
+    assert last.stat().st_ino == before and not [*run.rglob("*.tmp")]
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (uninterrupted / "run" / weights).read_bytes()
 
 
 SETUPS = [

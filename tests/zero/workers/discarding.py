@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -50,6 +51,16 @@ def runs(folder: Path) -> None:
         train(resumed, resume=True)
 
 
+def copied(optimizer: Any, param: Any, state: str | None = None) -> Tensor:
+    """What DeepSpeed gives of offloaded state on a GPU; on a CPU it would be the state itself."""
+    return of_deepspeed(optimizer, param, state).clone()
+
+
+of_deepspeed = DeepSpeedZeroOptimizer_Stage3.get_local_fp32_param
+
 if __name__ == "__main__":
-    with patch.object(run, "Trainer", Poisoned):
+    with (
+        patch.object(run, "Trainer", Poisoned),
+        patch.object(DeepSpeedZeroOptimizer_Stage3, "get_local_fp32_param", copied),
+    ):
         main([runs])
