@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dynrank_ds.errors import DynrankError
+from dynrank_ds.files import DISK_FULL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command(arguments)
     except DynrankError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,11 +1,27 @@
 """Files that a kill or a power cut leaves whole: the old content or the new, never half of one."""
 
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from dynrank_ds.errors import RunError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors of writing that making room mends."""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        RunError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bytes that are no text too
+        raise RunError(f"{path} is no JSON ({error}): is it cut short?") from error
 
 
 def sync(path: Path) -> None:

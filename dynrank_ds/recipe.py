@@ -9,6 +9,7 @@ method:    how ranks change              eval:      what `dynrank-eval` is to sc
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from collections.abc import Sequence
 from importlib import resources
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHOD_NAMES, AnyMethodConfig
@@ -26,12 +27,13 @@ from dynrank_ds.section import Section
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Scalar = str | int | float | bool
 
 
 class ModelSection(Section):
-    path: str
+    path: LocalPath
     """Folder of a Hugging Face model, or its hub id."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -110,7 +112,7 @@ class DeepSpeedSection(Section):
 
 
 class OutputSection(Section):
-    dir: str
+    dir: LocalPath
 
 
 class EvalSection(Section):

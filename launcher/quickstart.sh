@@ -36,7 +36,11 @@ if [ -n "$short" ]; then
     limit=(--limit 8)
 fi
 if [ "$DYNRANK_DEVICE" = gpu ]; then
-    launch=(deepspeed)
+    # The recipe's batch of 8 is shared out evenly.
+    gpus=$DYNRANK_PROCESSES
+    while ((8 % gpus)); do gpus=$((gpus - 1)); done
+    launch=(deepspeed --num_gpus "$gpus")
+    overrides+=(train.micro_batch_size=$((gpus > 2 ? 8 / gpus : 4)))
 else
     launch=(deepspeed --num_accelerators "$DYNRANK_PROCESSES")
     # One thread a process: two processes share two cores.

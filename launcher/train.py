@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value, or resume=auto|never")
     arguments = parser.parse_intermixed_args()
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    # A mistake that all see is told once a node: another node's files may be what is wrong.
+    first_here = first or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID")) == "0"
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(levelname)s %(message)s")
     for noisy in ("DeepSpeed", "httpx", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -36,7 +38,9 @@ def main() -> int:
         recipe = load_recipe(arguments.recipe, overrides)
         return _train(recipe, resume)
     except DynrankError as error:
-        if first:
+        if first_here or isinstance(
+            error, MachineError
+        ):  # a disk or a neighbour's process may be this one's alone
             _tell(error)
         return 2
 

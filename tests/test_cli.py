@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from dynrank_ds.cli import main
+from dynrank_ds.recipe import load_recipe
 from tests.support.tiny import write_data, write_model
 
 
@@ -124,6 +126,23 @@ def test_a_missing_run_or_adapter_is_named_and_nothing_is_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert "nowhere" in refused(arguments, capsys)
+
+
+def test_an_output_that_cannot_be_written_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "merged"))
+
+    monkeypatch.setattr("dynrank_ds.export.merge_adapter", full)
+    arguments = ["merge", "--adapter", "a", "--output", str(tmp_path / "merged")]
+    assert refused(arguments, capsys) == f"{tmp_path / 'merged'}: No space left on device"
+
+
+def test_a_home_folder_is_found_in_a_recipe() -> None:
+    overrides = ["output.dir=~/run", "model.path=~/model"]
+    recipe = load_recipe("quickstart", overrides)
+    assert recipe.output.dir == f"{Path.home()}/run" and recipe.model.path == f"{Path.home()}/model"
 
 
 @pytest.mark.parametrize("command", ["validate", "prepare", "export", "merge", "report"])

@@ -8,7 +8,9 @@ et al., GSM-Symbolic, arXiv:2410.05229). Names, things and numbers vary from dra
 
 import argparse
 import json
+import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -202,7 +204,8 @@ def _held_out_rows(name: str, problems: list[Problem]) -> Iterator[dict[str, obj
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    unfinished = path.with_suffix(".tmp")
+    # A name of its own: processes that start together write the same file.
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     with unfinished.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     unfinished.replace(path)

@@ -32,7 +32,7 @@ from dynrank_ds.files import DISK_FULL
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _ABOUT = "about.json"
 _ARRAYS = {"tokens": np.int32, "targets": np.bool_, "lengths": np.int64, "target_counts": np.int64}
 

@@ -107,10 +107,20 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, format: Format) -> None:
         )
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that no text may hold: the named special tokens, and those without a name, as LLaMA-3's <|eot_id|>.
+
+    The unknown token is not one of them, unless it is another's too: it stands for ordinary text.
+    """
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    unnamed = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*tokenizer.all_special_ids, *unnamed} - ({tokenizer.unk_token_id} - named))
+
+
 class _Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, format: Format, max_length: int) -> None:
         self.tokenizer, self.format, self.max_length = tokenizer, format, max_length
-        self.specials = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        self.specials = special_ids(tokenizer)
 
     def samples(self, rows: Sequence[Row], drops: Drops) -> Iterator[Sample]:
         """The samples of the rows that can be trained on."""

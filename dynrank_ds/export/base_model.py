@@ -1,6 +1,5 @@
 """The frozen base of an adapter: where it lies and which files it has."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from dynrank_ds.errors import ModelError
+from dynrank_ds.files import read_json
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -46,7 +46,7 @@ def find_base(base: str) -> BaseModel:
         raise ModelError(f"{folder} has no config.json: name the folder or hub id of a Hugging Face model")
     shards = _shards(folder)
     companions = {path.name for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    tied = bool(json.loads(config.read_text()).get("tie_word_embeddings"))
+    tied = bool(read_json(config).get("tie_word_embeddings"))
     return BaseModel(folder, shards, sorted(companions), tied)
 
 
@@ -71,7 +71,7 @@ def _shards(folder: Path) -> list[str]:
     index = folder / _INDEX
     if not index.is_file():
         raise ModelError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}: only safetensors weights are read")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = sorted(set(read_json(index)["weight_map"].values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ModelError(f"{index} names the file {name}, which is not in {folder}")

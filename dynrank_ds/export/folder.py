@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dynrank_ds.errors import RunError
-from dynrank_ds.files import sync
+from dynrank_ds.files import read_json, sync
 
 RECORD = "dynrank.json"
 
@@ -49,7 +49,7 @@ def _refuse_foreign(output: Path) -> None:
         raise RunError(f"The output {output} is a file: name a folder that is new or empty")
     present = {path.name for path in output.iterdir()} if output.is_dir() else set()
     record = output / RECORD
-    ours = set(json.loads(record.read_text())["files"]) if record.is_file() else set()
+    ours = set(read_json(record)["files"]) if record.is_file() else set()
     if foreign := sorted(present - ours):
         raise RunError(
             f"The output folder {output} holds {foreign[0]}, which this command did not write: "

@@ -1,6 +1,5 @@
 """PEFT LoRA adapters, written by this package or by PEFT, read module by module."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 
 from dynrank_ds.errors import RunError
 from dynrank_ds.export.layouts import CONFIG, WEIGHTS, factor_key
+from dynrank_ds.files import read_json
 from dynrank_ds.tensorfile import TensorFileReader
 
 # Settings that make the adapted layer something else than W x + (alpha / r) B A x.
@@ -118,7 +118,7 @@ def _read_config(folder: Path) -> dict:
     path = folder / CONFIG
     if not path.is_file():
         raise RunError(f"{path} does not exist: name the folder of a PEFT adapter")
-    config = json.loads(path.read_text())
+    config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise RunError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
     if config.get("bias", "none") != "none":

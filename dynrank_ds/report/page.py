@@ -79,7 +79,8 @@ def _lines_by_step(path: Path) -> list[dict]:
                 raise RunError(f"{path}, line {number}, is not JSON ({error})") from error
             _log.warning("%s: the last line is cut short (a killed run) and left out", path)
             continue
-        found[entry["step"]] = entry
+        if not entry.get("discarded"):  # logged under the step before, whose line it would replace
+            found[entry["step"]] = entry
     return [found[step] for step in sorted(found)]
 
 

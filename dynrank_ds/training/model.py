@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -24,6 +27,8 @@ from dynrank_ds.recipe import ModelSection
 
 logger = logging.getLogger(__name__)
 
+_UNFIT = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
+"""What transformers raises of a folder that it cannot load."""
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -50,9 +55,12 @@ def fetch_model(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=_MODEL_FILES))
+        folder = Path(snapshot_download(path, allow_patterns=_MODEL_FILES))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {path} cannot be fetched from the hub: {_short(error)}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"model.path {path} has no safetensors weights: name a model that has them")
+    return folder
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -74,17 +82,26 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
     """The base model in training mode, no cache and no dropout: losses are functions of weights and data alone.
 
     Raises:
-        ModelError: there is no causal language model there.
+        ModelError: there is no causal language model there, or not all of its weights.
     """
     check_model_folder(section.path)
     try:
         config = AutoConfig.from_pretrained(section.path)
         _without_dropout(config, section.path)
-        model = AutoModelForCausalLM.from_pretrained(
-            section.path, config=config, dtype=DTYPES[section.dtype], attn_implementation=section.attention
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            section.path,
+            config=config,
+            dtype=DTYPES[section.dtype],
+            attn_implementation=section.attention,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except _UNFIT as error:
         raise ModelError(f"model.path {section.path} is no causal language model: {_short(error)}") from error
+    model: PreTrainedModel = found[0]
+    if missing := sorted(found[1]["missing_keys"]):
+        raise ModelError(
+            f"model.path {section.path} lacks {len(missing)} weights, the first {missing[0]}: give a whole model"
+        )
     for key, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0)):
         if getattr(model.config, key, neutral) != neutral:
             raise ModelError(
@@ -97,6 +114,20 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
         # The reentrant kind runs backward hooks unevenly under ZeRO-3.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def model_without_weights(path: str) -> PreTrainedModel:
+    """The model on the meta device, from its configuration alone.
+
+    Raises:
+        ModelError: there is no causal language model there.
+    """
+    check_model_folder(path)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except _UNFIT as error:
+        raise ModelError(f"model.path {path} is no causal language model: {_short(error)}") from error
 
 
 def _without_dropout(config: PreTrainedConfig, path: str) -> None:

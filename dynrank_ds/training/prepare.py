@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.inject import inject
@@ -20,14 +20,14 @@ from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import DataError, RecipeError
 from dynrank_ds.methods import build_method, method_class
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.training.model import check_model_folder, fetch_model, load_tokenizer
+from dynrank_ds.training.model import fetch_model, load_tokenizer, model_without_weights
 from dynrank_ds.zero.config import load_config
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
-    """The tokenised samples and the padding token's id.
+    """The tokenised samples and the token to pad with.
 
     What was tokenised before, with the same content, tokenizer and format, is taken from the cache, by every process
     of a machine; the source is not asked then, so that a hub is needed only the first time.
@@ -63,8 +63,8 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
     drops.check(data.max_dropped)
     if drops.n_dropped:
         logger.warning("%s and were dropped", drops.told())
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return dataset, pad_id
+    # Not the padding token, which the model may have no embedding of (LLaMA-2); no other token ever sees padding.
+    return dataset, tokenizer.eos_token_id
 
 
 def split_held_out(dataset: TokenisedDataset, recipe: Recipe) -> tuple[TokenisedDataset, TokenisedDataset]:
@@ -129,9 +129,7 @@ def validate(recipe: Recipe) -> str:
     load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
     recipe.accumulation(world_size=1)
     dataset, held_out = split_held_out(prepare_data(recipe)[0], recipe)
-    check_model_folder(recipe.model.path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.model.path))
+    model = model_without_weights(recipe.model.path)
     blocks = adapt(model, recipe)
     steps = recipe.total_steps(len(dataset))
     method = build_method(recipe.method, blocks, steps, torch.device("meta"))

@@ -40,7 +40,8 @@ def start(timeout: float = 1800) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        # Under srun a process may be shown its own device alone.
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]) % accelerator.device_count())
     backend = accelerator.communication_backend_name()
     try:
         deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout), verbose=False)

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from dynrank_ds.data.formats import FORMATS, Format, Text
 from dynrank_ds.data.layouts import IGNORED, Padded
 from dynrank_ds.data.rows import Row
 from dynrank_ds.data.sources import read_jsonl
+from dynrank_ds.data.tokenising import special_ids
 from dynrank_ds.errors import DataError, ModelError
 from tests.data.conftest import tokenised
 
@@ -140,6 +141,21 @@ def test_each_reason_to_drop_rows_is_counted_and_shown_by_its_first_row(
 def test_special_tokens_in_a_rows_text_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl, line 7: the text holds .* special token '</s>'"):
         tokenised([row("a", "ends here</s> or not", line=7)], tokenizer, METAMATH, max_length=500)
+
+
+def test_special_tokens_without_a_name_are_refused_and_ordinary_ones_are_not(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """As LLaMA-3's <|eot_id|>, and as GPT-2's unknown token, which ends texts too."""
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="</s>"
+    )
+    copy.add_tokens([AddedToken("<|eot_id|>", special=True), AddedToken("<think>", special=False)])
+    named = {copy.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<|eot_id|>")}
+    assert special_ids(copy) == named
+    with pytest.raises(DataError, match=r"the text holds .* special token '<\|eot_id\|>'"):
+        tokenised([row("a", "ends <|eot_id|> here")], copy, METAMATH, max_length=500)
+    assert len(tokenised([row("a", "<think> here")], copy, METAMATH, max_length=500)) == 1
 
 
 def test_a_boundary_that_generation_would_not_see_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

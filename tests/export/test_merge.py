@@ -225,6 +225,9 @@ def test_a_base_that_cannot_be_used_is_told(run, tmp_path, adapter):
     next(base.glob("model-*.safetensors")).unlink()
     with pytest.raises(ModelError, match="which is not in"):
         merge_adapter(plain, str(base), tmp_path / "merged")
+    (base / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(RunError, match=r"index\.json is no JSON"):
+        merge_adapter(plain, str(base), tmp_path / "merged")
     (base / "model.safetensors.index.json").unlink()
     with pytest.raises(ModelError, match="only safetensors weights"):
         merge_adapter(plain, str(base), tmp_path / "merged")

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from dynrank_ds.errors import RecipeError
+from dynrank_ds.errors import MachineError, RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launcher" / "train.py"
@@ -67,6 +67,23 @@ def test_only_the_first_process_tells_a_mistake(
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "nowhere"])
     assert script.main() == 2
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert script.main() == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_what_one_machine_lacks_is_told_by_whichever_process_sees_it(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> int:
+        raise MachineError("the cache folder is full")
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(script, "_train", full)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "quickstart", "output.dir=x"])
+    assert script.main() == 2
+    assert capsys.readouterr().err == "error: the cache folder is full\n"
 
 
 def test_help_shows_an_example(

@@ -79,6 +79,13 @@ def test_steps_that_a_resumed_run_did_again_count_once(run):
     assert told["Steps"] == "30" and told["Loss, first and last step"] == "3.0000 → 1.0000"
 
 
+def test_discarded_batches_leave_the_step_before_as_it_was(run):
+    lost = {"loss": None, "grad_norm": None, "discarded": True}
+    lines = [metric(1, 3.0) | lost, *(metric(step, 2.0) for step in range(1, 31)), metric(30, 2.0) | lost]
+    write_lines(run / "metrics.jsonl", lines)
+    assert summary(write_report(run).read_text())["Loss, first and last step"] == "2.0000 → 2.0000"
+
+
 def test_what_is_no_run_is_told(run, tmp_path):
     with pytest.raises(RunError, match=r"metrics\.jsonl does not exist or is empty"):
         write_report(tmp_path / "nowhere")

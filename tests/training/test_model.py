@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dynrank_ds.errors import ModelError
 from dynrank_ds.recipe import ModelSection
-from dynrank_ds.training.model import SummedLoss, load_model, load_tokenizer
+from dynrank_ds.training.model import SummedLoss, load_model, load_tokenizer, model_without_weights
 from tests.support.tiny import write_model
 
 
@@ -85,6 +86,30 @@ def test_a_folder_whose_config_is_broken_is_told_in_one_sentence(tmp_path: Path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"model.path .* is no causal language model: "):
         load_model(section(tmp_path), False)
+
+
+def test_a_base_with_weights_missing_or_cut_short_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({k: v for k, v in weights.items() if k != name}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"lacks 1 weights, the first {name}: give a whole model"):
+        load_model(section(tmp_path / "model"), False)
+    save_file(weights, file, {"format": "pt"})
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ModelError, match=r"is no causal language model: "):
+        load_model(section(tmp_path / "model"), False)
+
+
+@pytest.mark.parametrize("change", [{"model_type": "t5"}, {"model_type": "nothing"}, {"hidden_size": "x"}])
+def test_a_configuration_of_no_causal_language_model_is_refused(
+    change: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"model.path .* is no causal language model: "):
+        model_without_weights(str(tmp_path))
 
 
 def test_a_model_folder_without_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
