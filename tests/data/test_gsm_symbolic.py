@@ -1,6 +1,8 @@
 import json
 import re
+import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,21 @@ def read(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> GsmSymbolicFiles:
     return write_gsm_symbolic(tmp_path_factory.mktemp("gsm"), n_train=3200)
+
+
+def write_at_once(folder: Path, start: float) -> bytes:
+    time.sleep(max(0.0, start - time.time()))
+    return write_gsm_symbolic(folder, n_train=160).train.read_bytes()
+
+
+def test_processes_that_start_together_on_an_empty_cache_all_find_the_same_file(
+    tmp_path: Path, files: GsmSymbolicFiles
+) -> None:
+    with ProcessPoolExecutor(4) as pool:
+        found = [pool.submit(write_at_once, tmp_path, time.time() + 0.5) for _ in range(4)]
+        contents = {future.result() for future in found}
+    assert len(contents) == 1
+    assert not [*tmp_path.glob("*.tmp")]
 
 
 def test_no_held_out_problem_was_trained_on(files: GsmSymbolicFiles) -> None:

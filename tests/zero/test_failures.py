@@ -28,6 +28,12 @@ def test_processes_that_see_different_checkpoints_are_told_to_share_a_disk(shard
         assert message.endswith("output.dir must be on a disk that all of them share")
 
 
+def test_processes_that_hold_different_data_are_told_so_before_anything_is_made(shards: Path) -> None:
+    for message in outcomes(shards, "differing", 2):
+        assert message.startswith("the processes hold different models, tokenizers or data")
+    assert not (shards / "differing").exists()
+
+
 def test_a_run_whose_ranks_never_changed_ends_with_a_warning(shards: Path) -> None:
     first, second = outcomes(shards / "unchanged", "warnings", 2)
     assert second == []

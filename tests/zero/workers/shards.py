@@ -194,6 +194,16 @@ def disks_that_are_not_shared(folder: Path) -> None:
         write(folder, "unshared", str(error))
 
 
+def data_that_differ(folder: Path) -> None:
+    """The second process has fewer samples, as of an older copy on its node."""
+    limit = ["data.limit=20"] if processes.rank() else []
+    overrides = [f"output.dir={folder / 'differing'}", *limit]
+    try:
+        run.train(load_recipe(str(folder / "recipe.yaml"), overrides), False, torch.device("cpu"))
+    except RunError as error:
+        write(folder, "differing", str(error))
+
+
 def nan_on_one_process(folder: Path) -> None:
     for method in NAN_METHODS:
         recipe = folder / f"{method}.yaml"
@@ -201,4 +211,13 @@ def nan_on_one_process(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main([sizes, disagreement, ranks_that_never_change, disks_that_are_not_shared, nan_on_one_process])
+    main(
+        [
+            sizes,
+            disagreement,
+            ranks_that_never_change,
+            disks_that_are_not_shared,
+            data_that_differ,
+            nan_on_one_process,
+        ]
+    )
