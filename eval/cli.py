@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynrank_ds.errors import DynrankError, RecipeError
+from dynrank_ds.errors import DynrankError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from dynrank_eval.evaluation import Job
@@ -172,6 +172,15 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from dynrank_eval.generation import SAMPLES, SETTINGS
+
+    # What is written there is what was scored: the model's other completions would be gone, or others in their place.
+    if (args.output / SETTINGS).is_file() or args.generations.absolute() == (
+        args.output / SAMPLES
+    ).absolute():
+        raise RunError(
+            f"--output {args.output} holds completions of a model; name another folder for the scores."
+        )
     jobs = _jobs(args, generating=False, scoring=True)
     _finish(args, jobs, args.generations, {"generations": str(args.generations)})
 
@@ -247,6 +256,8 @@ def _compare(args: argparse.Namespace) -> None:
 
     if args.output is not None:
         check_output(args.output.parent)
+        if args.output.is_dir():
+            raise RunError(f"--output {args.output} is a folder; name a file.")
     comparisons = compare(args.first, args.second)
     header = f"{'task':<20} {'n':>5} {'difference':>10}  {'95% interval':<18} {'McNemar p':>9}"
     print(f"{header} {'both':>6} {'first':>6} {'second':>6} {'neither':>7}")
@@ -259,7 +270,11 @@ def _compare(args: argparse.Namespace) -> None:
         print(
             f"{done.task:<20} {done.n:>5} {done.difference:>+10.1%}  {interval:<18} {done.p_value:>9.2g} {counts}"
         )
-    print("first and second: solved by that one only; the difference is the second's score minus the first's")
+    print(
+        "first and second: solved by that one only; the difference is the second's share of solved minus the first's"
+    )
+    if any(done.samples > 1 for done in comparisons):
+        print("solved: at least half of a problem's samples are correct; these shares are not the scores")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(

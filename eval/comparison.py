@@ -20,6 +20,8 @@ class Comparison:
     """
 
     task: str
+    samples: int
+    """Per problem, in the run that has more."""
     both: tuple[str, ...]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
@@ -78,14 +80,15 @@ def compare(first: Path, second: Path) -> list[Comparison]:
     for task in shared:
         if verdicts[0][task].keys() != verdicts[1][task].keys():
             raise RunError(f"the samples.jsonl of {first} and {second} hold other problems of {task}.")
-    return [_compare_one(task, verdicts[0][task], verdicts[1][task]) for task in shared]
+    samples = {task: max(result[task]["samples_per_problem"] for result in results) for task in shared}
+    return [_compare_one(task, samples[task], verdicts[0][task], verdicts[1][task]) for task in shared]
 
 
 def _results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["tasks"])
-    except FileNotFoundError as error:
+    except OSError as error:
         raise RunError(f"{folder} has no results.json: name the --output of `run` or `score`.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is no result of dynrank-eval: {error!r}.") from error
@@ -103,8 +106,9 @@ def _solved(folder: Path) -> dict[str, dict[str, bool]]:
     return defaultdict(dict, solved)
 
 
-def _compare_one(task: str, first: dict[str, bool], second: dict[str, bool]) -> Comparison:
+def _compare_one(task: str, samples: int, first: dict[str, bool], second: dict[str, bool]) -> Comparison:
     def where(a: bool, b: bool) -> tuple[str, ...]:
         return tuple(task_id for task_id in first if (first[task_id], second[task_id]) == (a, b))
 
-    return Comparison(task, where(True, True), where(True, False), where(False, True), where(False, False))
+    pairs = [(True, True), (True, False), (False, True), (False, False)]
+    return Comparison(task, samples, *(where(a, b) for a, b in pairs))

@@ -1,4 +1,4 @@
-r"""The classic string comparison of MATH answers (Hendrycks et al. 2021, `is_equiv` of their math_equivalence.py).
+r"""The classic string comparison of MATH answers (Hendrycks et al. 2021), `is_equiv` of MetaMath's util.py.
 
 Every published MATH score before symbolic graders rests on it, so it normalises exactly what the original does and
 nothing more: 0.5 equals \frac{1}{2}, but 0.25 does not equal \frac{1}{4}.

@@ -74,7 +74,7 @@ def _after(completion: str, marker: str) -> str | None:
     place = completion.rfind(marker)
     if place < 0:
         return None
-    lines = completion[place + len(marker) :].lstrip().split("\n")
+    lines = completion[place + len(marker) :].lstrip(" \t\r\n:").split("\n")
     answer = lines[0]
     for line in lines[1:]:
         if not _is_open(answer):

@@ -5,7 +5,6 @@ in a main thread. So each worker is a process that answers one question at a tim
 """
 
 import json
-import os
 import queue
 import select
 import subprocess
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 from tqdm import tqdm
 
 from dynrank_ds.errors import MachineError
+from dynrank_eval.cpus import usable_cpus
 
 DEADLINE_SECONDS = 10.0
 # Importing sympy takes seconds on a busy machine: not the answer's time.
@@ -42,7 +42,7 @@ def compare(pairs: Sequence[tuple[str, str]], deadline: float | None = None) -> 
 
     Both are wrapped as `$...$` first: bare LaTeX is often not recognised. `deadline` is in seconds, 10 where None.
     """
-    workers = max(1, min(os.cpu_count() or 1, len(pairs) // 20 + 1))
+    workers = max(1, min(usable_cpus(), len(pairs) // 20 + 1))
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     everyone = [_Worker(deadline or DEADLINE_SECONDS) for _ in range(workers)]
     for worker in everyone:

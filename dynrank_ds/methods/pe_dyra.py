@@ -78,7 +78,8 @@ class PEDyRA(MovesMethod):
 
     def _work(self, block: int, penalty: BackwardWork) -> BackwardWork:
         def work(backward: BlockBackward) -> None:
-            self.energy.add(block, backward.x, self.micro_batch.token_mask)
+            if self.micro_batch.step <= self.last_observed:
+                self.energy.add(block, backward.x, self.micro_batch.token_mask)
             penalty(backward)
 
         return work
@@ -87,8 +88,6 @@ class PEDyRA(MovesMethod):
         super().observe(view)
         if view.step <= self.last_observed:
             self.energy.update(view.tokens)
-        else:
-            self.energy.discard()
 
     def discard_step(self) -> None:
         self.energy.discard()

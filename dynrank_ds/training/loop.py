@@ -221,7 +221,8 @@ class Trainer:
             self._log_adjustment(plan, before, scores)
 
     def _max_rank(self, in_features: int, out_features: int) -> int:
-        return min(in_features, out_features, self.recipe.adapter.max_rank or 512)
+        section = self.recipe.adapter
+        return min(in_features, out_features, section.max_rank or max(512, section.rank))
 
     def _new_rows(self, plan: RankPlan, block: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = self.engine.shapes[block].name

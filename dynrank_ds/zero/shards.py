@@ -125,7 +125,7 @@ class Zero2Shards:
 
     def gradients(self) -> Tensor:
         if self._optimizer.cpu_offload:
-            flat = self._optimizer.single_partition_of_fp32_groups[0].grad
+            flat = self._optimizer.single_partition_of_fp32_groups[0].grad.clone()  # clipped in place later
         else:
             flat = torch.cat([g.flatten() for g in self._optimizer.averaged_gradients[0]])
         return flat[: self._layout.numel].to(self._layout.device, torch.float32)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dynrank_eval.engines.model import adapter_config, adapter_rank, adapter_ranks, load_config
 
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 # What vLLM accepts as max_lora_rank; it serves every rank up to it.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -23,6 +24,11 @@ def needs_merging(adapter: Path) -> str | None:
         return "it is weight-decomposed (DoRA)"
     if config.get("modules_to_save"):
         return "it holds whole modules (modules_to_save)"
+    if config.get("bias", "none") != "none":
+        return f"it trains biases (bias: {config['bias']})"
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.split("_")[0] in _CHANGE_THE_BASE:
+        return f"its base is changed first (init_lora_weights: {initial})"
     return None
 
 
@@ -33,11 +39,13 @@ def allowed_rank(adapter: Path) -> int:
 
 
 def parallel_size(model: str, gpus: int) -> int:
-    """The largest number of GPUs that can share the model's attention heads (vLLM splits by whole heads)."""
+    """The largest number of GPUs that can share the model's attention heads and its MLP (vLLM splits them evenly)."""
     config = load_config(model)
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads
-    size = max(n for n in range(1, gpus + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0))
+    wide = getattr(config, "intermediate_size", None) or heads
+    sizes = [n for n in range(1, gpus + 1) if heads % n == 0 and wide % n == 0]
+    size = max(n for n in sizes if shared % n == 0 or n % shared == 0)
     if size < gpus:
         log.warning("%d of %d GPUs are used: %s has %d attention heads", size, gpus, model, heads)
     return size

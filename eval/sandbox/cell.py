@@ -196,11 +196,11 @@ def _resident_bytes(pid: int) -> int:
 
 def _disk_bytes(folder: Path) -> int:
     total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
             try:
                 total += os.lstat(os.path.join(place, name)).st_blocks * 512
-            except FileNotFoundError:
+            except OSError:  # gone meanwhile, a path too long, a folder without rights
                 continue
     return total
 

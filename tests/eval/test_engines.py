@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from dynrank_ds.errors import ModelError, RunError
 from dynrank_eval.engines import Completion, Engine, Request, start_engine
@@ -235,6 +236,9 @@ def test_an_adapter_that_changes_nothing_is_refused(
         ({"rank_pattern": {"x": 0}}, "rank 0"),
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "biases"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
+        ({"init_lora_weights": "gaussian"}, None),
         ({}, None),
     ],
 )
@@ -252,6 +256,12 @@ def test_lora_rank_and_gpus_that_vllm_allows(tiny_model: Path, tiny_adapter: Pat
     assert adapter_rank(tiny_adapter) == 9
     assert allowed_rank(tiny_adapter) == 16
     assert [parallel_size(str(tiny_model), gpus) for gpus in (1, 2, 3, 8)] == [1, 2, 2, 2]
+
+
+def test_gpus_share_the_mlp_evenly_too(tmp_path: Path) -> None:
+    """LLaMA-2-13B: 40 heads go into 5, an MLP of 13824 does not."""
+    LlamaConfig(num_attention_heads=40, hidden_size=5120, intermediate_size=13824).save_pretrained(tmp_path)
+    assert [parallel_size(str(tmp_path), gpus) for gpus in (4, 5, 7, 8)] == [4, 4, 4, 8]
 
 
 def test_incomplete_folders_are_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -96,6 +96,20 @@ def test_scoring_again_gives_the_same_bytes_but_for_the_run_block(
     assert len({(folder / "samples.jsonl").read_bytes() for folder in folders}) == 1
 
 
+def test_scores_do_not_take_the_place_of_a_models_completions(
+    data: Path, generations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "samples.jsonl").write_text(generations.read_text())
+    for other, made in ((out / "samples.jsonl", False), (generations, True)):
+        if made:
+            (out / "generation.json").write_text("{}")
+        assert main([*score_arguments(data, other), "--output", str(out)]) == 2
+        assert "holds completions of a model; name another folder" in capsys.readouterr().err
+    assert (out / "samples.jsonl").read_text() == generations.read_text()
+
+
 def test_compare_pairs_the_problems(
     data: Path, generations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,8 +132,11 @@ def test_compare_pairs_the_problems(
     assert entry["p_value"] == mcnemar_exact(1, 2)
     assert "+16.7%" in capsys.readouterr().out
 
-    assert main(["compare", str(first), str(tmp_path)]) == 2
-    assert "has no results.json" in capsys.readouterr().err
+    for no_run in (tmp_path, out):
+        assert main(["compare", str(first), str(no_run)]) == 2
+        assert "has no results.json" in capsys.readouterr().err
+    assert main(["compare", str(first), str(second), "--output", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
     changed = (second / "results.json").read_text().replace('"data_hash": "', '"data_hash": "0')
     (second / "results.json").write_text(changed)
     assert main(["compare", str(first), str(second)]) == 2

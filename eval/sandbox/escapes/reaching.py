@@ -98,6 +98,16 @@ OUTSIDE = [
         kills=True,
     ),
     Escape("kill-victim", "a process of the same user", solve("os.kill(@VICTIM@, 9)"), kills=True),
+    Escape(
+        "signal-by-descriptor",
+        "a process of the same user, as the owner of a pipe",
+        solve(
+            "import fcntl\nr, w = os.pipe()\n"
+            "fcntl.fcntl(r, 8, @VICTIM@)\nfcntl.fcntl(r, 10, 9)\n"
+            "fcntl.fcntl(r, 4, os.O_ASYNC | os.O_NONBLOCK)\nos.write(w, b'x')"
+        ),
+        kills=True,
+    ),
     Escape("kill-evaluator", "the evaluator", solve("os.kill(@EVALUATOR@, 9)"), kills=True),
     Escape(
         "stop-parent",
