@@ -26,9 +26,9 @@ def test_linears_of_one_input_square_it_once(tmp_path: Path, checkpointing: bool
     ids = torch.arange(3, 9).view(1, 6)
     with patch.object(energy, "_summed_squares", wraps=energy._summed_squares) as squared:
         SummedLoss(model)(ids, torch.tensor([1, 4]), torch.tensor([4, 5])).backward()
-    assert len(blocks) == 7 * model.config.num_hidden_layers
         # Of q, k and v; of o; of gate and up; of down.
         assert squared.call_count == 4 * model.config.num_hidden_layers
         method.micro_batch.step = method.last_observed + 1  # type: ignore[attr-defined]
         SummedLoss(model)(ids, torch.tensor([1, 4]), torch.tensor([4, 5])).backward()
         assert squared.call_count == 4 * model.config.num_hidden_layers  # nothing reads them any more
+    assert len(blocks) == 7 * model.config.num_hidden_layers
