@@ -175,9 +175,8 @@ def _score(args: argparse.Namespace) -> None:
     from dynrank_eval.generation import SAMPLES, SETTINGS
 
     # What is written there is what was scored: the model's other completions would be gone, or others in their place.
-    if (args.output / SETTINGS).is_file() or args.generations.absolute() == (
-        args.output / SAMPLES
-    ).absolute():
+    itself = args.generations.absolute() == (args.output / SAMPLES).absolute()
+    if itself or (args.output / SETTINGS).is_file():
         raise RunError(
             f"--output {args.output} holds completions of a model; name another folder for the scores."
         )

@@ -38,9 +38,8 @@ def main() -> int:
         recipe = load_recipe(arguments.recipe, overrides)
         return _train(recipe, resume)
     except DynrankError as error:
-        if first_here or isinstance(
-            error, MachineError
-        ):  # a disk or a neighbour's process may be this one's alone
+        # What a machine lacks, such as room on its disk, may be seen by one process alone.
+        if first_here or isinstance(error, MachineError):
             _tell(error)
         return 2
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 import yaml
 
 from dynrank_ds.errors import RunError
-from dynrank_ds.files import replace_text
+from dynrank_ds.files import read_json, replace_text
 from dynrank_ds.recipe import Recipe
 
 RECIPE, ENVIRONMENT = "recipe.resolved.yaml", "environment.json"
@@ -76,7 +76,7 @@ class RunDirectory:
         if not (self.path / RECIPE).is_file():
             return None
         environment = self.path / ENVIRONMENT
-        identity = json.loads(environment.read_text()).get("identity", {}) if environment.is_file() else {}
+        identity = read_json(environment).get("identity", {}) if environment.is_file() else {}
         return {"recipe": yaml.safe_load((self.path / RECIPE).read_text()), "identity": identity}
 
     def cut_logs(self, step: int, batch: int) -> None:

@@ -117,6 +117,7 @@ def _free_users(held: ExitStack) -> Iterator[int]:
         try:
             claim.bind(f"\0dynrank-sandbox-{uid}")  # a name without a file, gone with the evaluator
         except OSError:
+            claim.close()
             continue
         yield uid
     raise MachineError(f"the sandbox has no user left of {_UNUSED_UIDS}: other evaluators use them all.")
