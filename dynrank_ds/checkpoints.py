@@ -1,6 +1,6 @@
 """Checkpoints on disk: their names, which there are, and whether one is whole.
 
-`checkpoints/step-N/` holds `state.safetensors` (fp32, names like `master/BLOCK.lora_A`), `state.json`, and
+`checkpoints/step-N/` holds `state.safetensors` (fp32, names like `master/MODULE.lora_A`), `state.json`, and
 `SHA256SUMS` of both, which `sha256sum -c` checks too. `best-N/` is that of the lowest held-out loss so far. A folder
 called `*.tmp` is unfinished or on its way out, one called `*.damaged` was found so. Training writes and restores
 checkpoints, export reads them.

@@ -102,7 +102,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from dynrank_ds.export import export_adapter
 
-    export_adapter(arguments.run, arguments.output, layout=arguments.format)
+    export_adapter(arguments.run, arguments.output, format=arguments.format)
     print(arguments.output)
 
 

@@ -66,10 +66,10 @@ class AdapterSection(Section):
     rank: int = Field(default=4, ge=1)
     alpha: float = Field(default=8.0, gt=0)
     scaling: Literal["rank", "root_rank"] = "rank"
-    """The scale of every block, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
+    """The scale of every module, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
     targets: tuple[str, ...] = Field(default=LLAMA_LINEARS, min_length=1)
     max_rank: int | None = Field(default=None, ge=1)
-    """Upper limit of a block's rank; by default min(in, out, 512)."""
+    """Upper limit of a module's rank; by default min(in, out, 512)."""
 
     @property
     def scale(self) -> float:

@@ -48,13 +48,13 @@ def _train(recipe: Recipe, resume: bool) -> int:
     # Imported late: a mistake in the recipe is told before DeepSpeed loads.
     from dynrank_ds.training.run import train
     from dynrank_ds.zero import processes
-    from dynrank_ds.zero.roll_call import LostProcessError, naming_the_lost
+    from dynrank_ds.zero.peer_failure import PeerFailureError, name_failed_peer
 
     device = processes.start(recipe.deepspeed.timeout)
     try:
-        with naming_the_lost():
+        with name_failed_peer():
             train(recipe, resume, device)
-    except LostProcessError as error:
+    except PeerFailureError as error:
         if error.speaks:
             _tell(f"{error}; go on with resume=auto")
         return 1

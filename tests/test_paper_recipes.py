@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dynrank_ds.adapters.linear import Block
+from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.methods import build_method
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankState
@@ -41,28 +41,28 @@ def test_pe_dyra_on_llama_trains_the_share_of_parameters_that_the_paper_names(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     base = sum(p.numel() for p in model.parameters())
-    blocks = adapt(model, recipe)
-    trainable = sum(p.numel() for b in blocks.values() for p in b.factors().values())
-    assert len(blocks) == 224
+    modules = adapt(model, recipe)
+    trainable = sum(p.numel() for b in modules.values() for p in b.factors().values())
+    assert len(modules) == 224
     assert trainable / base == pytest.approx(share, abs=0.5e-5)
     # 100,000 rows, batches of 16, 5 epochs; adjustments end 11,250 steps before the end.
     steps = recipe.total_steps(100_000)
     assert steps == 31_250
-    method = build_method(recipe.method, blocks, steps, torch.device("meta"))
+    method = build_method(recipe.method, modules, steps, torch.device("meta"))
     due = [step for step in range(1, steps + 1) if method.adjusts_at(step)]
     assert due == list(range(3000, 20_000, 1000)) and len(due) == method.planned_adjustments()
 
 
-def final_ranks(name: str) -> tuple[list[Block], tuple[int, ...]]:
-    """The blocks of a quickstart recipe on SmolLM2-135M's sides, and their ranks at the end if scores were chance."""
+def final_ranks(name: str) -> tuple[list[AdaptedModule], tuple[int, ...]]:
+    """The modules of a quickstart recipe on SmolLM2-135M's sides, and their ranks at the end if scores were chance."""
     recipe = load_recipe(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SMOLLM2_135M)
-    blocks, steps = adapt(model, recipe), recipe.total_steps(0)
-    method = build_method(recipe.method, blocks, steps, torch.device("cpu"))
-    ranks = tuple(block.initial_rank for block in blocks.values())
+    modules, steps = adapt(model, recipe), recipe.total_steps(0)
+    method = build_method(recipe.method, modules, steps, torch.device("cpu"))
+    ranks = tuple(module.initial_rank for module in modules.values())
     method.start(ShardLayout(method.shapes, ranks, method.factors, whole))
-    limits = tuple(min(block.in_features, block.out_features) for block in blocks.values())
+    limits = tuple(min(module.in_features, module.out_features) for module in modules.values())
     generator, adjustments = torch.Generator().manual_seed(0), 0
     for step in range(1, steps + 1):
         method.micro_batch.step = step
@@ -72,7 +72,7 @@ def final_ranks(name: str) -> tuple[list[Block], tuple[int, ...]]:
             method.applied(plan)
             ranks, adjustments = plan.ranks, adjustments + 1
     assert adjustments == method.planned_adjustments()
-    return list(blocks.values()), ranks
+    return list(modules.values()), ranks
 
 
 @pytest.mark.parametrize("method", ["pe_dyra", "lora", "adalora", "elalora", "increlora", "dynamic_dora"])
@@ -86,15 +86,15 @@ def test_weightlora_keeps_the_papers_share_of_adapters_and_plus_fills_their_memo
     kept = final_ranks("quickstart_weightlora")[1]
     assert set(kept) == {0, 4}
     assert sum(rank > 0 for rank in kept) == round(210 * 100 / 224)  # of LLaMA3-8B
-    blocks, grown = final_ranks("quickstart_weightlora_plus")
-    costs = [block.in_features + block.out_features for block in blocks]
+    modules, grown = final_ranks("quickstart_weightlora_plus")
+    costs = [module.in_features + module.out_features for module in modules]
     held = sum(rank * cost for rank, cost in zip(grown, costs, strict=True)) / (4 * sum(costs))
     assert 0.85 < held <= 1 and sum(rank > 0 for rank in grown) == 94
 
 
 def test_ard_loras_quickstart_begins_with_loras_number_of_parameters() -> None:
-    blocks, _ = final_ranks("quickstart_ard_lora")
-    assert len(blocks) == 30 * (9 + 3 + 3 + 9 + 3)
-    per_head = 2 * sum(block.in_features + block.out_features for block in blocks)
-    lora = 4 * sum(block.in_features + block.out_features for block in final_ranks("quickstart_lora")[0])
+    modules, _ = final_ranks("quickstart_ard_lora")
+    assert len(modules) == 30 * (9 + 3 + 3 + 9 + 3)
+    per_head = 2 * sum(module.in_features + module.out_features for module in modules)
+    lora = 4 * sum(module.in_features + module.out_features for module in final_ranks("quickstart_lora")[0])
     assert per_head / lora == pytest.approx(1.07, abs=0.005)

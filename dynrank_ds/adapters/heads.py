@@ -1,7 +1,7 @@
-"""A frozen linear whose attention heads are blocks of their own.
+"""A frozen linear whose attention heads are modules of their own.
 
-q, k and v compute a head's part of the output, so that a head's block is `head_dim` x in and sees the whole input;
-o takes a head's part of the input, so that its block is out x `head_dim` and adds to the whole output. What all heads
+q, k and v compute a head's part of the output, so that a head's module is `head_dim` x in and sees the whole input;
+o takes a head's part of the input, so that its module is out x `head_dim` and adds to the whole output. What all heads
 of a linear share is multiplied once for all of them: with H separate updates, x and its gradient would be read and
 written H times.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward, Part, wide_dtype
+from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward, Part, wide_dtype
 from dynrank_ds.errors import ModelError
 
 
@@ -62,7 +62,7 @@ class _Heads:
 
 
 class HeadUpdate(torch.autograd.Function):
-    """What TripleUpdate is for one block, for all heads of a linear at once; x is (n, in).
+    """What TripleUpdate is for one module, for all heads of a linear at once; x is (n, in).
 
     `tensors` are the heads' lora_A, then their gates (all None or none), then their lora_B.
     """
@@ -100,7 +100,7 @@ class HeadUpdate(torch.autograd.Function):
                 shown_x = x if heads.columns is None else x[:, heads.columns[i]]
                 shown_y = grad_y if heads.rows is None else grad_y[:, heads.rows[i]]
                 factors = (lora_a[i], lora_b[i], gates[i], grad_a[i], grad_b[i], grad_gates[i])
-                work(BlockBackward(shown_x, shown_y, heads.scale, *factors))
+                work(ModuleBackward(shown_x, shown_y, heads.scale, *factors))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _back(grad_hidden, lora_a, heads.columns, heads.in_features)
@@ -148,7 +148,7 @@ def _scaled(
 
 
 class HeadedLinear(nn.Module):
-    """A frozen `nn.Linear` (out, in) with one block a head.
+    """A frozen `nn.Linear` (out, in) with one module a head.
 
     Raises:
         ModelError: its side is no multiple of the heads.
@@ -162,38 +162,38 @@ class HeadedLinear(nn.Module):
             raise ModelError(f"{name} has {whole} {split.side}, no multiple of its {split.heads} heads")
         size = whole // split.heads
         sides = (base.in_features, size) if split.side == "rows" else (size, base.out_features)
-        self.blocks = nn.ModuleList()
+        self.blocks = nn.ModuleList()  # the name that checkpoints and ranks.jsonl have
         for head in range(split.heads):
-            block = Block(*sides, scale, base.weight.dtype)
-            block.part = Part(name, split.side, head * size, (head + 1) * size, whole)
-            self.blocks.append(block)
+            module = AdaptedModule(*sides, scale, base.weight.dtype)
+            module.part = Part(name, split.side, head * size, (head + 1) * size, whole)
+            self.blocks.append(module)
 
-    def named_blocks(self, name: str) -> Mapping[str, Block]:
-        """The blocks by the full names that they have where this linear is called `name`."""
-        return {f"{name}.blocks.{head}": block for head, block in enumerate(self._heads())}
+    def adapted_modules(self, name: str) -> Mapping[str, AdaptedModule]:
+        """The modules by the full names that they have where this linear is called `name`."""
+        return {f"{name}.blocks.{head}": module for head, module in enumerate(self._heads())}
 
-    def _heads(self) -> Iterator[Block]:
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            yield block
+    def _heads(self) -> Iterator[AdaptedModule]:
+        for module in self.blocks:
+            assert isinstance(module, AdaptedModule)
+            yield module
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        present = [block for block in self._heads() if block.lora_A is not None]
+        present = [module for module in self._heads() if module.lora_A is not None]
         if not present:
             return y
-        slices = [slice(block.part.start, block.part.stop) for block in present if block.part is not None]
+        slices = [slice(module.part.start, module.part.stop) for module in present if module.part is not None]
         heads = _Heads(
             columns=slices if self.side == "columns" else None,
             rows=slices if self.side == "rows" else None,
             in_features=self.base.in_features,
             out_features=self.base.out_features,
             scale=self.scale,
-            works=[block.work for block in present],
+            works=[module.work for module in present],
         )
         tensors = [
-            *(block.lora_A for block in present),
-            *(block.lora_E if block.lora_E is not None else block.gate for block in present),
-            *(block.lora_B for block in present),
+            *(module.lora_A for module in present),
+            *(module.lora_E if module.lora_E is not None else module.gate for module in present),
+            *(module.lora_B for module in present),
         ]
         return y + HeadUpdate.apply(x.flatten(0, -2), heads, *tensors).view_as(y)

@@ -1,6 +1,6 @@
-"""Initial values of triples, drawn so that they depend on the seed and the block alone.
+"""Initial values of triples, drawn so that they depend on the seed and the module alone.
 
-Neither the world size, the order of blocks nor the process matters: every process draws the same rows
+Neither the world size, the order of modules nor the process matters: every process draws the same rows
 and keeps its shard of them.
 """
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 
-def block_generator(seed: int, block: str, event: int) -> torch.Generator:
-    """CPU generator for one block at one event: 0 at the start, the step number at an adjustment."""
-    digest = hashlib.sha256(f"{seed}/{block}/{event}".encode()).digest()
+def module_generator(seed: int, module: str, event: int) -> torch.Generator:
+    """CPU generator for one module at one event: 0 at the start, the step number at an adjustment."""
+    digest = hashlib.sha256(f"{seed}/{module}/{event}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from dynrank_ds.adapters.heads import HeadedLinear, HeadSplit
-from dynrank_ds.adapters.initial import block_generator
-from dynrank_ds.adapters.linear import AdaptedLinear, Block, FactorInit
+from dynrank_ds.adapters.initial import module_generator
+from dynrank_ds.adapters.linear import AdaptedLinear, AdaptedModule, FactorInit
 from dynrank_ds.errors import RecipeError
 
 
@@ -20,11 +20,11 @@ def inject(
     init: FactorInit,
     seed: int,
     splits: Mapping[str, HeadSplit] | None = None,
-) -> dict[str, Block]:
+) -> dict[str, AdaptedModule]:
     """Freezes `model` and replaces every `nn.Linear` whose last name is in `targets` by an adapted one.
 
     Factors are created in the dtype of the base weight. `splits` names the linears, by their last names, that fall
-    into one block a head. Returns the blocks by their full module names, in the model's order.
+    into one module a head. Returns the modules by their full module names, in the model's order.
 
     Raises:
         RecipeError: a target matches no linear of the model, or the rank exceeds a linear's sides.
@@ -44,20 +44,22 @@ def inject(
             raise RecipeError(
                 f"adapter.targets names '{target}', but the model has no linear of that name; it has {', '.join(known)}"
             )
-    blocks: dict[str, Block] = {}
+    modules: dict[str, AdaptedModule] = {}
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         split = (splits or {}).get(child)
         adapted = AdaptedLinear(linear, scale) if split is None else HeadedLinear(linear, split, scale, name)
-        for block_name, block in adapted.named_blocks(name).items():
-            if rank > min(block.in_features, block.out_features):
+        for module_name, module in adapted.adapted_modules(name).items():
+            if rank > min(module.in_features, module.out_features):
                 raise RecipeError(
-                    f"adapter.rank is {rank}, but {block_name} is {block.out_features} x {block.in_features}: "
-                    f"at most {min(block.in_features, block.out_features)} is possible"
+                    f"adapter.rank is {rank}, but {module_name} is {module.out_features} x {module.in_features}: "
+                    f"at most {min(module.in_features, module.out_features)} is possible"
                 )
-            block.initial_rank = rank
-            drawn = init(rank, block.in_features, block.out_features, block_generator(seed, block_name, 0))
-            block.set_factors({k: v.to(linear.weight.device) for k, v in drawn.items()})
-            blocks[block_name] = block
+            module.initial_rank = rank
+            drawn = init(
+                rank, module.in_features, module.out_features, module_generator(seed, module_name, 0)
+            )
+            module.set_factors({k: v.to(linear.weight.device) for k, v in drawn.items()})
+            modules[module_name] = module
         setattr(model.get_submodule(parent), child, adapted)
-    return blocks
+    return modules

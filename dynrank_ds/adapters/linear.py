@@ -5,9 +5,9 @@ A triple i is row i of three factors: lora_A (r, in), lora_E (r) and lora_B (r, 
     y = W x + s * B^T diag(g) A x
 
 The gate g is lora_E where triples have a trainable scale of their own, a small replicated vector where a method
-moves gates itself (WeightLoRA's block weight, ARD-LoRA's soft rank), and 1 for LoRA. Storing B by rows makes
+moves gates itself (WeightLoRA's module weight, ARD-LoRA's soft rank), and 1 for LoRA. Storing B by rows makes
 every factor a stack of rows, one a triple: pruning, growing, sharding and scoring never ask which factor they
-hold. At rank 0 a block owns no adapter parameter at all.
+hold. At rank 0 a module owns no adapter parameter at all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
 @dataclass
-class BlockBackward:
-    """What one block's backward of one micro-batch holds; a method's work reads it and adds to the gradients.
+class ModuleBackward:
+    """What one module's backward of one micro-batch holds; a method's work reads it and adds to the gradients.
 
     Factors are whole here under ZeRO-3 too, in the dtype of the forward.
     """
@@ -33,7 +33,7 @@ class BlockBackward:
     x: Tensor
     """(n, in), the input before anything is done to it."""
     grad_y: Tensor
-    """(n, out), gradient of the loss by the block's output."""
+    """(n, out), gradient of the loss by the module's output."""
     scale: float
     lora_a: Tensor
     lora_b: Tensor
@@ -44,7 +44,7 @@ class BlockBackward:
     """(r,) of `wide_dtype`; None where there is no gate."""
 
 
-BackwardWork = Callable[[BlockBackward], None]
+BackwardWork = Callable[[ModuleBackward], None]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +92,7 @@ class TripleUpdate(torch.autograd.Function):
             grad_gate = (through_b.to(wide) * flat_hidden.to(wide)).sum(0).mul_(ctx.scale)
         if ctx.work is not None:
             ctx.work(
-                BlockBackward(flat_x, grad_y, ctx.scale, lora_a, lora_b, gate, grad_a, grad_b, grad_gate)
+                ModuleBackward(flat_x, grad_y, ctx.scale, lora_a, lora_b, gate, grad_a, grad_b, grad_gate)
             )
         grad_x = (grad_hidden @ lora_a).view_as(x) if ctx.needs_input_grad[0] else None
         if grad_gate is not None:
@@ -102,7 +102,7 @@ class TripleUpdate(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Part:
-    """What a block is of its linear, where it is not the whole of it."""
+    """What a module is of its linear, where it is not the whole of it."""
 
     linear: str
     """Full module name."""
@@ -114,8 +114,8 @@ class Part:
     """Rows or columns of the linear."""
 
 
-class Block(nn.Module):
-    """The triples of one block, `out_features` x `in_features`, without a base.
+class AdaptedModule(nn.Module):
+    """The triples of one module, `out_features` x `in_features`, without a base.
 
     `scale` (s) is fixed for the whole run, so that a rank change never rescales what was learned.
     """
@@ -154,15 +154,15 @@ class Block(nn.Module):
         return TripleUpdate.apply(x, self.lora_A, gate, self.lora_B, self.scale, self.work)
 
 
-class AdaptedLinear(Block):
-    """A frozen `nn.Linear` (out, in) that is one block."""
+class AdaptedLinear(AdaptedModule):
+    """A frozen `nn.Linear` (out, in) that is one module."""
 
     def __init__(self, base: nn.Linear, scale: float) -> None:
         super().__init__(base.in_features, base.out_features, scale, base.weight.dtype)
         self.base = base
 
-    def named_blocks(self, name: str) -> Mapping[str, Block]:
-        """The blocks by the full names that they have where this linear is called `name`."""
+    def adapted_modules(self, name: str) -> Mapping[str, AdaptedModule]:
+        """The modules by the full names that they have where this linear is called `name`."""
         return {name: self}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]
     device = processes.start(recipe.deepspeed.timeout)
     with tempfile.TemporaryDirectory() as folder:
         mine = torch.tensor(list(os.fsencode(folder)), dtype=torch.uint8, device=device)
-        first, *_ = processes.everyones(mine)
+        first, *_ = processes.from_each_process(mine)
         output = recipe.output.model_copy(update={"dir": os.fsdecode(bytes(first.tolist())) + "/run"})
         trainer = build(recipe.model_copy(update={"output": output}), False, device)
         costs = [cost(trainer) for _ in range(2 if quick else 5)]
@@ -68,7 +68,7 @@ def cost(trainer: Trainer) -> Cost:
     def load() -> None:
         check(path)
         whole = Checkpoint(path)
-        for _ in whole.factors():  # of which the blocks would be built
+        for _ in whole.factors():  # of which the modules would be built
             pass
         whole.restore(trainer.engine, trainer.method)
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from dynrank_ds.data import store
 from dynrank_ds.data.batching import GlobalBatches
+from dynrank_ds.data.collating import Collator, PackedCollator, PaddedCollator
 from dynrank_ds.data.formats import FORMATS
-from dynrank_ds.data.layouts import Layout, Packed, Padded
 from dynrank_ds.data.rows import Drops, Row
 from dynrank_ds.data.sources import open_source
 from dynrank_ds.data.tokenising import TokenisedDataset, tokenise
@@ -35,8 +35,8 @@ def measure_data(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
         with patch.dict(os.environ, {"TOKENIZERS_PARALLELISM": parallel}):
             yield f"tokenising, {cores}", _tokenising_rate(recipe, rows)
     dataset, pad_id = prepare_data(recipe)
-    for name, layout in (("grouped by length", Padded(pad_id)), ("packed", Packed())):
-        yield from _layout_figures(name, layout, dataset, steps=5 if quick else 50)
+    for name, collator in (("grouped by length", PaddedCollator(pad_id)), ("packed", PackedCollator())):
+        yield from _collator_figures(name, collator, dataset, steps=5 if quick else 50)
 
 
 def _tokenising_rate(recipe: Recipe, rows: list[Row]) -> str:
@@ -48,8 +48,8 @@ def _tokenising_rate(recipe: Recipe, rows: list[Row]) -> str:
     return f"{len(rows) / seconds:,.0f} rows/s, {tokens / seconds:,.0f} tokens/s"
 
 
-def _layout_figures(
-    name: str, layout: Layout, dataset: TokenisedDataset, steps: int
+def _collator_figures(
+    name: str, collator: Collator, dataset: TokenisedDataset, steps: int
 ) -> Iterator[tuple[str, str]]:
     batches = GlobalBatches(len(dataset), GLOBAL_BATCH, seed=0)
     tokens = computed = 0
@@ -57,9 +57,9 @@ def _layout_figures(
     for step in range(steps):
         indices = batches.indices(step)
         sizes = [
-            [layout.collate(dataset, chosen).input_ids.numel() for chosen in dealt]
+            [collator.collate(dataset, chosen).input_ids.numel() for chosen in dealt]
             for dealt in (
-                layout.micro_batches(indices, dataset.lengths, rank, PROCESSES, MICRO_BATCH)
+                collator.micro_batches(indices, dataset.lengths, rank, PROCESSES, MICRO_BATCH)
                 for rank in range(PROCESSES)
             )
         ]

@@ -55,10 +55,10 @@ class Timing:
         self.quiet = max(before, default=trainer.total_steps)
         """The last step before an adjustment that is none itself; the run's last, where all before adjust."""
         engine = trainer.engine
-        blocks = {shape.name: block for shape, block in zip(engine.shapes, engine.blocks, strict=True)}
+        modules = {shape.name: module for shape, module in zip(engine.shapes, engine.modules, strict=True)}
         self._trainer, self._method = trainer, trainer.method
-        self._at_rest = Method(trainer.recipe.method, blocks, trainer.total_steps, trainer.device)
-        self._work = [block.work for block in engine.blocks]
+        self._at_rest = Method(trainer.recipe.method, modules, trainer.total_steps, trainer.device)
+        self._work = [module.work for module in engine.modules]
 
     def seconds(self, steps: Sequence[tuple[int, bool]]) -> list[float]:
         """Of each of these steps: its number, which decides whether it adjusts, and whether the method is at work."""
@@ -72,8 +72,8 @@ class Timing:
             trainer = self._trainer
             trainer.progress.step, trainer.progress.batch = number - 1, 0
             trainer.method = self._method if works else self._at_rest
-            for block, work in zip(trainer.engine.blocks, self._work, strict=True):
-                block.work = work if works else None
+            for module, work in zip(trainer.engine.modules, self._work, strict=True):
+                module.work = work if works else None
             began = time.perf_counter()
             trainer.train(after_step)
         return times

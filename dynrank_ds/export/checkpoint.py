@@ -14,19 +14,19 @@ from dynrank_ds.tensorfile import TensorFileReader
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One adapted linear: W x + scale * B^T A x with `rank` triples, those of all its heads where they are blocks."""
+    """One adapted linear: W x + scale * B^T A x with `rank` triples, those of all its heads where they are modules."""
 
     rank: int
     scale: float
     in_features: int
     out_features: int
     heads: int
-    """Blocks that it falls into; 1 for a linear that is one block."""
+    """Modules that it falls into; 1 for a linear that is one module."""
 
 
 @dataclass(frozen=True)
-class _Block:
-    """What state.json says of a block: scale * B^T diag(e g) A with e = 1 or g = 1 where absent."""
+class _Module:
+    """What state.json says of a module: scale * B^T diag(e g) A with e = 1 or g = 1 where absent."""
 
     name: str
     rank: int
@@ -55,11 +55,11 @@ class TrainedAdapter:
         self.base_model: str = state["base_model"]
         self.step: int = state["step"]
         self.method: str = state["method"]
-        self._blocks: dict[str, list[_Block]] = {}
+        self._modules: dict[str, list[_Module]] = {}
         for name, value in state["blocks"].items():
-            block = _block(name, value)
-            self._blocks.setdefault(block.part.linear if block.part else name, []).append(block)
-        self.linears = {name: _linear(blocks) for name, blocks in self._blocks.items()}
+            module = _module(name, value)
+            self._modules.setdefault(module.part.linear if module.part else name, []).append(module)
+        self.linears = {name: _linear(modules) for name, modules in self._modules.items()}
         self._path = check_tensors(checkpoint)
         self._file = TensorFileReader(self._path)
 
@@ -71,19 +71,21 @@ class TrainedAdapter:
         Raises:
             RunError: for a tensor that is missing, misshapen or not finite.
         """
-        pairs = [self._triples(block) for block in self._blocks[name] if block.rank]
+        pairs = [self._triples(module) for module in self._modules[name] if module.rank]
         return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
 
-    def _triples(self, block: _Block) -> tuple[torch.Tensor, torch.Tensor]:
-        a = self._tensor(f"master/{block.name}.lora_A", (block.rank, block.in_features))
-        b = self._tensor(f"master/{block.name}.lora_B", (block.rank, block.out_features))
-        if f"master/{block.name}.lora_E" in self._file.entries:
-            b *= self._tensor(f"master/{block.name}.lora_E", (block.rank,))[:, None]
-        if block.gate is not None:
-            b *= torch.tensor(block.gate)[:, None]
-        if block.part is None:
+    def _triples(self, module: _Module) -> tuple[torch.Tensor, torch.Tensor]:
+        a = self._tensor(f"master/{module.name}.lora_A", (module.rank, module.in_features))
+        b = self._tensor(f"master/{module.name}.lora_B", (module.rank, module.out_features))
+        if f"master/{module.name}.lora_E" in self._file.entries:
+            b *= self._tensor(f"master/{module.name}.lora_E", (module.rank,))[:, None]
+        if module.gate is not None:
+            b *= torch.tensor(module.gate)[:, None]
+        if module.part is None:
             return a, b
-        return (_widened(a, block.part), b) if block.part.side == "columns" else (a, _widened(b, block.part))
+        return (
+            (_widened(a, module.part), b) if module.part.side == "columns" else (a, _widened(b, module.part))
+        )
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         entry = self._file.entries.get(name)
@@ -109,20 +111,20 @@ class TrainedAdapter:
         self._file.close()
 
 
-def _block(name: str, value: dict) -> _Block:
+def _module(name: str, value: dict) -> _Module:
     fields = {field: value[field] for field in ("rank", "scale", "in_features", "out_features")}
     part = value.get("part")
-    return _Block(name, **fields, gate=value.get("gate"), part=Part(**part) if part else None)
+    return _Module(name, **fields, gate=value.get("gate"), part=Part(**part) if part else None)
 
 
-def _linear(blocks: list[_Block]) -> LinearShape:
-    """The linear that these blocks make up, or the only one is."""
-    first = blocks[0]
+def _linear(modules: list[_Module]) -> LinearShape:
+    """The linear that these modules make up, or the only one is."""
+    first = modules[0]
     sides = {"columns": first.in_features, "rows": first.out_features}
     if first.part is not None:
         sides[first.part.side] = first.part.of
-    rank = sum(block.rank for block in blocks)
-    return LinearShape(rank, first.scale, sides["columns"], sides["rows"], len(blocks))
+    rank = sum(module.rank for module in modules)
+    return LinearShape(rank, first.scale, sides["columns"], sides["rows"], len(modules))
 
 
 def _widened(factor: torch.Tensor, part: Part) -> torch.Tensor:

@@ -53,17 +53,17 @@ def merge_adapter(adapter: Path, base: str | None, output: Path) -> None:
 
 def _check_targets(adapter: PeftAdapter, model: BaseModel) -> None:
     """Refuse, before anything is written, an adapter that does not fit the base."""
-    missing = dict(adapter.blocks)
+    missing = dict(adapter.modules)
     for shard in model.shards:
         with TensorFileReader(model.folder / shard) as reader:
             for entry in reader.entries.values():
-                shape = missing.pop(_block(entry.name), None)
+                shape = missing.pop(_module(entry.name), None)
                 if shape is not None:
                     _check_target(entry, shape, model)
     if missing:
         raise ModelError(
             f"{model.folder} has no weight {next(iter(missing))}.weight, which the adapter changes "
-            f"({len(missing)} of {len(adapter.blocks)} modules are missing): is it the adapter's base model?"
+            f"({len(missing)} of {len(adapter.modules)} modules are missing): is it the adapter's base model?"
         )
 
 
@@ -93,7 +93,7 @@ def _merge_shards(adapter: PeftAdapter, model: BaseModel, folder: Path) -> None:
                 changed += _merge_shard(adapter, reader, folder / shard, bar)
     if changed == 0:
         raise RunError(f"No weight of {model.folder} changes at its precision: the adapter changes nothing")
-    _log.info("merged: %d of the adapter's %d modules changed their weight", changed, len(adapter.blocks))
+    _log.info("merged: %d of the adapter's %d modules changed their weight", changed, len(adapter.modules))
 
 
 def _merge_shard(adapter: PeftAdapter, reader: TensorFileReader, path: Path, bar: tqdm) -> int:
@@ -111,8 +111,8 @@ def _merge_tensor(
 ) -> bool:
     """Copy one tensor with what the adapter adds to it; returning frees it before the next one is read."""
     tensor = reader.read(name)
-    block = _block(name)
-    changed = block in adapter.blocks and _add(tensor, adapter.update(block))
+    module = _module(name)
+    changed = module in adapter.modules and _add(tensor, adapter.update(module))
     writer.write(name, tensor)
     return changed
 
@@ -135,5 +135,5 @@ def _slices(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def _block(name: str) -> str:
+def _module(name: str) -> str:
     return name.removesuffix(".weight")

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 
 from dynrank_ds.errors import RunError
-from dynrank_ds.export.layouts import CONFIG, WEIGHTS, factor_key
+from dynrank_ds.export.adapter_formats import CONFIG, WEIGHTS, factor_key
 from dynrank_ds.files import read_json
 from dynrank_ds.tensorfile import TensorFileReader
 
@@ -24,14 +24,14 @@ _REFUSED = {
     "trainable_token_indices": "accompanied by trained token embeddings",
     "alora_invocation_tokens": "active for some tokens only (aLoRA)",
     "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal",
+    "use_bdlora": "module-diagonal",
     "arrow_config": "a mixture (Arrow)",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
 # Of PEFT's initial values named by a string, those that leave the base's weights as they are.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
-_KEY = re.compile(r"base_model\.model\.(?P<block>.+)\.lora_[AB]\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PeftAdapter:
     """A folder with adapter_config.json and adapter_model.safetensors.
 
     Attributes:
-        blocks: (out, in) of every adapted module, by its full name.
+        modules: (out, in) of every adapted module, by its full name.
         base_model: the base that the adapter names, if it does.
 
     Raises:
@@ -61,42 +61,42 @@ class PeftAdapter:
         if not self._path.is_file():
             raise RunError(f"{self._path} does not exist: adapters are read from safetensors files only")
         self._file = TensorFileReader(self._path)
-        self.blocks = {name: self._shape(name) for name in self._block_names()}
-        if not self.blocks:
+        self.modules = {name: self._shape(name) for name in self._module_names()}
+        if not self.modules:
             raise RunError(f"{self._path} holds no LoRA tensors")
 
-    def update(self, block: str) -> Update:
-        """What the adapter adds to the weight of `block`.
+    def update(self, module: str) -> Update:
+        """What the adapter adds to the weight of `module`.
 
         Raises:
             RunError: for values that are not finite.
         """
-        a, b = (self._finite(factor_key(block, side)).float() for side in "AB")
+        a, b = (self._finite(factor_key(module, side)).float() for side in "AB")
         rank = a.shape[0]
-        alpha = _by_pattern(self._config.get("alpha_pattern"), block, self._config["lora_alpha"])
+        alpha = _by_pattern(self._config.get("alpha_pattern"), module, self._config["lora_alpha"])
         divisor = math.sqrt(rank) if self._config.get("use_rslora") else rank
         return Update(a, b, alpha / divisor)
 
-    def _block_names(self) -> list[str]:
+    def _module_names(self) -> list[str]:
         names: dict[str, None] = {}
         for key in self._file.entries:
             match = _KEY.fullmatch(key)
             if not match:
                 raise RunError(f"{self._path} holds {key}, which is no LoRA factor of a linear layer")
-            names[match["block"]] = None
+            names[match["module"]] = None
         return list(names)
 
-    def _shape(self, block: str) -> tuple[int, int]:
-        a, b = (self._file.entries.get(factor_key(block, side)) for side in "AB")
+    def _shape(self, module: str) -> tuple[int, int]:
+        a, b = (self._file.entries.get(factor_key(module, side)) for side in "AB")
         if a is None or b is None:
-            raise RunError(f"{self._path} holds only one of lora_A and lora_B of {block}")
+            raise RunError(f"{self._path} holds only one of lora_A and lora_B of {module}")
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise RunError(
-                f"{self._path}: lora_A {a.shape} and lora_B {b.shape} of {block} do not fit together"
+                f"{self._path}: lora_A {a.shape} and lora_B {b.shape} of {module} do not fit together"
             )
-        rank = _by_pattern(self._config.get("rank_pattern"), block, self._config["r"])
+        rank = _by_pattern(self._config.get("rank_pattern"), module, self._config["r"])
         if rank != a.shape[0]:
-            raise RunError(f"{self._path}: {block} has rank {a.shape[0]}, but {CONFIG} says {rank}")
+            raise RunError(f"{self._path}: {module} has rank {a.shape[0]}, but {CONFIG} says {rank}")
         return b.shape[0], a.shape[1]
 
     def _finite(self, key: str) -> torch.Tensor:
@@ -139,9 +139,9 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _by_pattern(pattern: dict | None, block: str, default: float) -> float:
-    """The value for `block` by PEFT's rule: the first key that matches the name or a dotted suffix of it."""
+def _by_pattern(pattern: dict | None, module: str, default: float) -> float:
+    """The value for `module` by PEFT's rule: the first key that matches the name or a dotted suffix of it."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", block):
+        if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from dynrank_ds.adapters.linear import Block
+from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.methods.adalora import AdaLoRA, AdaLoRAConfig
 from dynrank_ds.methods.ard_lora import ARDLoRA, ARDLoRAConfig
 from dynrank_ds.methods.base import Method, MethodConfig
@@ -52,16 +52,16 @@ METHOD_NAMES = tuple(config.model_fields["name"].default for config in _CLASSES)
 
 
 def method_class(config: MethodConfig) -> type[Method]:
-    """The class behind a recipe section: its `init` and `factors` are needed before blocks exist."""
+    """The class behind a recipe section: its `init` and `factors` are needed before modules exist."""
     return _CLASSES[type(config)]
 
 
 def build_method(
-    config: MethodConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+    config: MethodConfig, modules: Mapping[str, AdaptedModule], total_steps: int, device: torch.device
 ) -> Method:
-    """The method on these blocks.
+    """The method on these modules.
 
     Raises:
         RecipeError: its times leave it nothing to do in `total_steps`.
     """
-    return method_class(config)(config, blocks, total_steps, device)
+    return method_class(config)(config, modules, total_steps, device)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import Block
+from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Steps, resolve_steps
 from dynrank_ds.methods.sensitivity import SensitivityConfig, SensitivityMethod
@@ -40,18 +40,22 @@ class AdaLoRA(SensitivityMethod):
     """AdaLoRA (paper section 3, Algorithm 1) with physical removal at the final mask."""
 
     def __init__(
-        self, config: AdaLoRAConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+        self,
+        config: AdaLoRAConfig,
+        modules: Mapping[str, AdaptedModule],
+        total_steps: int,
+        device: torch.device,
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
+        super().__init__(config, modules, total_steps, device)
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
         self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         t_f = resolve_steps(config.t_f, total_steps, "method.t_f")
         self.end = total_steps - t_f
         """The last global_step of the schedule: the final mask."""
         self.last_observed = self.end
-        initial = next(iter(blocks.values())).initial_rank
+        initial = next(iter(modules.values())).initial_rank
         target = config.target_rank or max(1, round(initial * 2 / 3))
-        self.target_total = target * len(blocks)
+        self.target_total = target * len(modules)
         if target >= initial:
             raise RecipeError(
                 f"method.target_rank {target} is not below adapter.rank {initial}: nothing would be pruned"
@@ -86,4 +90,4 @@ class AdaLoRA(SensitivityMethod):
         if state.step - 1 == self.end:
             return RankPlan(kept_triples(scores, lowest), tuple(none))
         everything = tuple(tuple(range(rank)) for rank in state.ranks)
-        return RankPlan(everything, tuple(none), tuple(tuple(sorted(block)) for block in lowest))
+        return RankPlan(everything, tuple(none), tuple(tuple(sorted(module)) for module in lowest))

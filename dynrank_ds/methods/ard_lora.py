@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import lora_factors
-from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
+from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
 from dynrank_ds.ranking.layout import ShardLayout
@@ -46,8 +46,8 @@ class ARDLoRAConfig(MethodConfig):
     reference: Literal["commit", "previous"] = "commit"
     """What alpha's variation is taken against: its value at the last commit, which holds ranks where they are, or
     that of the step before, which only damps its moves."""
-    alpha_per: Literal["block", "head"] = "block"
-    """One alpha per block, that is per linear and head; or one for the q, k, v and o blocks of a key/value head, the
+    alpha_per: Literal["module", "head"] = "module"
+    """One alpha per module, that is per linear and head; or one for the q, k, v and o modules of a key/value head, the
     paper's alpha_lh, which has no index for the linear."""
 
 
@@ -62,9 +62,13 @@ class ARDLoRA(Method):
     per_head = True
 
     def __init__(
-        self, config: ARDLoRAConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+        self,
+        config: ARDLoRAConfig,
+        modules: Mapping[str, AdaptedModule],
+        total_steps: int,
+        device: torch.device,
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
+        super().__init__(config, modules, total_steps, device)
         self.config = config
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
         self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
@@ -78,13 +82,13 @@ class ARDLoRA(Method):
                 f"method.t_i {self.t_i} + method.interval {self.interval} leaves no commit before the last at step "
                 f"{self.end} (train steps {total_steps} less method.t_f): alpha would hardly decide anything"
             )
-        self.r0 = next(iter(blocks.values())).initial_rank
+        self.r0 = next(iter(modules.values())).initial_rank
         # Rounded first: 1.1 x 10 is a little more than 11 in floating point.
         self.most_slots = math.ceil(round(config.alpha_max * self.r0, 9))
-        self.blocks = list(blocks.values())
-        for index, block in enumerate(self.blocks):
-            block.work = self._work(index)
-        self.alpha_of = alpha_of_blocks(blocks) if config.alpha_per == "head" else list(range(len(blocks)))
+        self.modules = list(modules.values())
+        for index, module in enumerate(self.modules):
+            module.work = self._work(index)
+        self.alpha_of = alpha_of_modules(modules) if config.alpha_per == "head" else list(range(len(modules)))
         self.alpha = torch.ones(max(self.alpha_of) + 1, dtype=self.dtype, device=device)
         self.reference = self.alpha.clone()
         self.adam = torch.optim.Adam([self.alpha], lr=config.alpha_lr)
@@ -110,8 +114,8 @@ class ARDLoRA(Method):
         self._gates = torch.ones(sum(ranks), dtype=self.dtype, device=self.device)
         self._gate_gradients = torch.zeros(sum(ranks), dtype=torch.float64, device=self.device)
         self._gradient_of = self._gate_gradients.split(list(ranks))
-        for block, gate in zip(self.blocks, self._gates.split(list(ranks)), strict=True):
-            block.gate = None if self.hard else gate
+        for module, gate in zip(self.modules, self._gates.split(list(ranks)), strict=True):
+            module.gate = None if self.hard else gate
         self._refresh()
 
     def _beyond(self) -> Tensor:
@@ -121,11 +125,11 @@ class ARDLoRA(Method):
     def _refresh(self) -> None:
         self._gates.copy_(self._beyond().clamp_(0, 1))
 
-    def _work(self, block: int) -> BackwardWork:
-        def work(backward: BlockBackward) -> None:
+    def _work(self, module: int) -> BackwardWork:
+        def work(backward: ModuleBackward) -> None:
             if self.t_i < self.micro_batch.step <= self.end:
                 assert backward.grad_gate is not None
-                self._gradient_of[block].add_(backward.grad_gate)
+                self._gradient_of[module].add_(backward.grad_gate)
 
         return work
 
@@ -142,7 +146,7 @@ class ARDLoRA(Method):
         mine[-1] = 1
         self._gate_gradients.zero_()
         # Gradients are means over processes; the last entry counts them.
-        summed = view.total(mine)
+        summed = view.all_reduce_sum(mine)
         before = self.alpha.clone()
         self.alpha.grad = (summed[:-1] / summed[-1] + self.penalty_gradient()).to(self.dtype)
         self.adam.param_groups[0]["lr"] = self.config.alpha_lr * view.schedule
@@ -175,8 +179,8 @@ class ARDLoRA(Method):
         return len(range(self.t_i or self.interval, self.end, self.interval)) + 1
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
-        """Per block the continuous rank r0 alpha, repeated over its triples."""
-        return view.layout.by_block(self.r0 * self.alpha.double()[self._alpha_of_triple])
+        """Per module the continuous rank r0 alpha, repeated over its triples."""
+        return view.layout.by_module(self.r0 * self.alpha.double()[self._alpha_of_triple])
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
         """r = max(1, round(r0 alpha)), half to even, and one spare slot to grow into until the last commit.
@@ -185,8 +189,8 @@ class ARDLoRA(Method):
         """
         spare = 0 if state.step == self.end else 1
         keep, new = [], []
-        for block_scores, rank, max_rank in zip(scores, state.ranks, state.max_ranks, strict=True):
-            slots = min(max(1, round(float(block_scores[0]))) + spare, self.most_slots, max_rank)
+        for module_scores, rank, max_rank in zip(scores, state.ranks, state.max_ranks, strict=True):
+            slots = min(max(1, round(float(module_scores[0]))) + spare, self.most_slots, max_rank)
             keep.append(tuple(range(min(rank, slots))))
             new.append(max(0, slots - rank))
         return RankPlan(tuple(keep), tuple(new))
@@ -198,7 +202,7 @@ class ARDLoRA(Method):
         self._lay_out(plan.ranks)
 
     def gates(self) -> list[Tensor | None]:
-        return [block.gate for block in self.blocks]
+        return [module.gate for module in self.modules]
 
     # --- checkpoints
 
@@ -221,19 +225,19 @@ class ARDLoRA(Method):
         self._lay_out([len(gradient) for gradient in self._gradient_of])
 
 
-def alpha_of_blocks(blocks: Mapping[str, Block]) -> list[int]:
-    """Per block the number of its alpha, where the heads of one attention that work on a key/value head share one.
+def alpha_of_modules(modules: Mapping[str, AdaptedModule]) -> list[int]:
+    """Per module the number of its alpha, where the heads of one attention that work on a key/value head share one.
 
-    Under grouped-query attention that is the key/value head itself and all query heads of its group. A block
+    Under grouped-query attention that is the key/value head itself and all query heads of its group. A module
     that is no head has its own.
     """
     heads: dict[str, tuple[str, int, int]] = {}
     fewest: dict[str, int] = {}
-    for name, block in blocks.items():
-        if block.part is not None:
-            attention = block.part.linear.rpartition(".")[0]
-            count = block.part.of // (block.part.stop - block.part.start)
-            heads[name] = (attention, block.part.start * count // block.part.of, count)
+    for name, module in modules.items():
+        if module.part is not None:
+            attention = module.part.linear.rpartition(".")[0]
+            count = module.part.of // (module.part.stop - module.part.start)
+            heads[name] = (attention, module.part.start * count // module.part.of, count)
             fewest[attention] = min(count, fewest.get(attention, count))
 
     def key(name: str) -> tuple[str, int]:
@@ -242,6 +246,6 @@ def alpha_of_blocks(blocks: Mapping[str, Block]) -> list[int]:
         attention, head, count = heads[name]
         return attention, head * fewest[attention] // count
 
-    keys = [key(name) for name in blocks]
+    keys = [key(name) for name in modules]
     number = {k: i for i, k in enumerate(dict.fromkeys(keys))}
     return [number[k] for k in keys]

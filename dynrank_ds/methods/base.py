@@ -14,13 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import Block, FactorInit, wide_dtype
+from dynrank_ds.adapters.linear import AdaptedModule, FactorInit, wide_dtype
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.ranking.layout import BlockShape, ShardLayout
+from dynrank_ds.ranking.layout import ModuleShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.section import Section
 
-SumOverProcesses = Callable[[Tensor], Tensor]
+AllReduceSum = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes, in place, and returns it; one collective."""
 
 Steps = Annotated[int | float, Field(ge=0, description="whole steps, or a fraction of training below 1")]
@@ -81,7 +81,7 @@ class StepView:
     """Tokens of the global batch without padding."""
     schedule: float
     """The learning rate of this step by the recipe's, which methods with rates of their own follow."""
-    total: SumOverProcesses
+    all_reduce_sum: AllReduceSum
 
 
 class Method:
@@ -90,17 +90,21 @@ class Method:
     init: FactorInit
     factors: tuple[str, ...]
     per_head = False
-    """Whether attention heads are blocks of their own, instead of their whole linear."""
+    """Whether attention heads are modules of their own, instead of their whole linear."""
     observes_after_step = False
     """Whether `observe` is shown the weights after the optimizer step and clipped gradients, as some authors' code
     has it, instead of both as they were before."""
 
     def __init__(
-        self, config: MethodConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+        self,
+        config: MethodConfig,
+        modules: Mapping[str, AdaptedModule],
+        total_steps: int,
+        device: torch.device,
     ) -> None:
-        self.shapes = tuple(BlockShape(n, b.in_features, b.out_features) for n, b in blocks.items())
+        self.shapes = tuple(ModuleShape(n, b.in_features, b.out_features) for n, b in modules.items())
         self.device = device
-        self.dtype = wide_dtype(next(iter(blocks.values())).dtype)
+        self.dtype = wide_dtype(next(iter(modules.values())).dtype)
         """Of gates and statistics: fp32, or fp64 where the factors are."""
         self.micro_batch = MicroBatch()
 
@@ -122,7 +126,7 @@ class Method:
         return 0
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
-        """Per block, the scores (rank,) fp64 on the CPU of its triples; at most two sums over processes."""
+        """Per module, the scores (rank,) fp64 on the CPU of its triples; at most two sums over processes."""
         raise TypeError(f"{type(self).__name__} never adjusts ranks")
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
@@ -130,20 +134,20 @@ class Method:
         raise TypeError(f"{type(self).__name__} never adjusts ranks")
 
     def new_rows(
-        self, block: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
+        self, module: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """fp32 rows of the new triples of a block, by factor; by default initial values.
+        """fp32 rows of the new triples of a module, by factor; by default initial values.
 
         old: fp32 rows of all its triples before the plan, (rank, row_length) by factor; {} at rank 0.
         """
-        shape = self.shapes[block]
-        return self.init(plan.new[block], shape.in_features, shape.out_features, generator)
+        shape = self.shapes[module]
+        return self.init(plan.new[module], shape.in_features, shape.out_features, generator)
 
     def applied(self, plan: RankPlan) -> None:
         """Follows a plan that was just applied with what is neither row nor partial statistics: gates."""
 
     def gates(self) -> list[Tensor | None]:
-        """Per block, what its exported triples must be scaled by beside lora_E: fp32 (r,) or (1,), or None."""
+        """Per module, what its exported triples must be scaled by beside lora_E: fp32 (r,) or (1,), or None."""
         return [None] * len(self.shapes)
 
     def row_statistics(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
+from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
 from dynrank_ds.methods.penalties import add_variance
@@ -27,7 +27,7 @@ class DynamicDoRAConfig(MethodConfig):
 
     name: Literal["dynamic_dora"] = "dynamic_dora"
     target_rank: int | None = Field(default=None, ge=1)
-    """Mean rank per block at the end; by default two thirds of adapter.rank, rounded down (the paper starts at
+    """Mean rank per module at the end; by default two thirds of adapter.rank, rounded down (the paper starts at
     1.5 times the target, rounded up)."""
     t_i: Steps = 0.15
     """Initial steps without masks; the first mask is at step t_i."""
@@ -77,18 +77,22 @@ class DynamicDoRA(Method):
     factors = ("lora_A", "lora_E", "lora_B")
 
     def __init__(
-        self, config: DynamicDoRAConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+        self,
+        config: DynamicDoRAConfig,
+        modules: Mapping[str, AdaptedModule],
+        total_steps: int,
+        device: torch.device,
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
+        super().__init__(config, modules, total_steps, device)
         self.beta = config.beta
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
         self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         self.span = total_steps - self.t_i - resolve_steps(config.t_f, total_steps, "method.t_f")
         self.end = self.t_i + self.span
         """The step of the last mask."""
-        initial = next(iter(blocks.values())).initial_rank
+        initial = next(iter(modules.values())).initial_rank
         target = config.target_rank or max(1, initial * 2 // 3)
-        self.surplus = (initial - target) * len(blocks)
+        self.surplus = (initial - target) * len(modules)
         """Triples that are gone in the end."""
         if target >= initial:
             raise RecipeError(
@@ -101,9 +105,9 @@ class DynamicDoRA(Method):
                 "before the last"
             )
         # All components count, masked ones too, as in the authors' code; eq. 10 prints twice this.
-        self.penalty = config.variance / (2 * initial * len(blocks))
-        for index, block in enumerate(blocks.values()):
-            block.work = self._work(index)
+        self.penalty = config.variance / (2 * initial * len(modules))
+        for index, module in enumerate(modules.values()):
+            module.work = self._work(index)
 
     def start(self, layout: ShardLayout) -> None:
         self.ranks = layout.ranks
@@ -111,17 +115,17 @@ class DynamicDoRA(Method):
         self._now = self.smoothed.clone()
         self._now_of = self._now.split(list(layout.ranks))
 
-    def _work(self, block: int) -> BackwardWork:
+    def _work(self, module: int) -> BackwardWork:
         """Scores where the factors are whole, so that every process has them without any communication.
 
         They are of the weights before the optimizer step; the authors take them after it (ours).
         """
 
-        def work(backward: BlockBackward) -> None:
+        def work(backward: ModuleBackward) -> None:
             # The weights stand still within a step: one micro-batch shows them all.
             if self.micro_batch.last and self.micro_batch.step <= self.end:
                 assert backward.gate is not None
-                self._now_of[block].copy_(relative_norms(backward.lora_a, backward.gate, backward.lora_b))
+                self._now_of[module].copy_(relative_norms(backward.lora_a, backward.gate, backward.lora_b))
                 add_variance(backward, self.penalty)
 
         return work
@@ -139,7 +143,7 @@ class DynamicDoRA(Method):
         return first + self.span // self.interval + (self.span % self.interval > 0)
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
-        return view.layout.by_block(self.smoothed)
+        return view.layout.by_module(self.smoothed)
 
     def masked_at(self, step: int) -> int:
         """Triples masked at an adjustment: surplus ((t - t_i) / span)^3 rounded down, at least one.
@@ -154,7 +158,7 @@ class DynamicDoRA(Method):
         if state.step == self.end:
             return RankPlan(kept_triples(scores, lowest), none)
         everything = tuple(tuple(range(rank)) for rank in state.ranks)
-        return RankPlan(everything, none, tuple(tuple(sorted(block)) for block in lowest))
+        return RankPlan(everything, none, tuple(tuple(sorted(module)) for module in lowest))
 
     def applied(self, plan: RankPlan) -> None:
         if plan.ranks != self.ranks:

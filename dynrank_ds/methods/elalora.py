@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import Block
+from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.methods.sensitivity import MovesConfig, MovesMethod, refuse_rank_one
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples
 
@@ -35,11 +35,15 @@ class ElaLoRA(MovesMethod):
     """ElaLoRA (paper section 3, Algorithm 1)."""
 
     def __init__(
-        self, config: ElaLoRAConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+        self,
+        config: ElaLoRAConfig,
+        modules: Mapping[str, AdaptedModule],
+        total_steps: int,
+        device: torch.device,
     ) -> None:
         self.config = config
-        super().__init__(config, blocks, total_steps, device)
-        refuse_rank_one(config.name, blocks)
+        super().__init__(config, modules, total_steps, device)
+        refuse_rank_one(config.name, modules)
 
     def adjusts_at(self, step: int) -> bool:
         return super().adjusts_at(step) and self.moves(step) > 0
@@ -62,34 +66,34 @@ class ElaLoRA(MovesMethod):
         highest = sorted(_lowest_of_each(scores, self.config.k, spared=0), key=lambda c: (-c[0], *c[1:]))
         for count in range(min(self.moves(state.step), len(lowest)), -1, -1):
             pruned: list[set[int]] = [set() for _ in scores]
-            for _, block, triple in lowest[:count]:
-                pruned[block].add(triple)
+            for _, module, triple in lowest[:count]:
+                pruned[module].add(triple)
             keep = kept_triples(scores, pruned)
             new = [0] * len(scores)
-            for _, block, triple in highest:
-                full = len(keep[block]) + new[block] >= state.max_ranks[block]
-                if sum(new) < count and triple not in pruned[block] and not full:
-                    new[block] += 1
+            for _, module, triple in highest:
+                full = len(keep[module]) + new[module] >= state.max_ranks[module]
+                if sum(new) < count and triple not in pruned[module] and not full:
+                    new[module] += 1
             if sum(new) == count:
                 break
         return RankPlan(keep, tuple(new))
 
     def new_rows(
-        self, block: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
+        self, module: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Orthonormal rows of A and B, orthogonal to those of the triples that stay; e = 0."""
-        kept, count = list(plan.keep[block]), plan.new[block]
+        kept, count = list(plan.keep[module]), plan.new[module]
         rows = {f: orthogonal_rows(old[f][kept].cpu(), count, generator) for f in ("lora_A", "lora_B")}
         return {**rows, "lora_E": torch.zeros(count)}
 
 
 def _lowest_of_each(scores: Sequence[Tensor], k: int, spared: int) -> list[tuple[float, int, int]]:
-    """(score, block, triple) of the min(k, rank - spared) lowest triples of every block."""
+    """(score, module, triple) of the min(k, rank - spared) lowest triples of every module."""
     return [
         (score, b, i)
-        for b, block in enumerate(scores)
-        for score, i in sorted(zip(block.tolist(), range(len(block)), strict=True))[
-            : min(k, len(block) - spared)
+        for b, module in enumerate(scores)
+        for score, i in sorted(zip(module.tolist(), range(len(module)), strict=True))[
+            : min(k, len(module) - spared)
         ]
     ]
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import svd_factors
-from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
+from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
 from dynrank_ds.methods.penalties import orthogonality_work
@@ -57,25 +57,29 @@ class IncreLoRA(Method):
     factors = ("lora_A", "lora_E", "lora_B")
 
     def __init__(
-        self, config: IncreLoRAConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+        self,
+        config: IncreLoRAConfig,
+        modules: Mapping[str, AdaptedModule],
+        total_steps: int,
+        device: torch.device,
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
+        super().__init__(config, modules, total_steps, device)
         self.config, self.total_steps = config, total_steps
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
         self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         self.add_rank = config.add_rank or config.target_rank // 2
-        self.target_total = config.target_rank * len(blocks)
-        self.total_rank = self.initial_total = sum(block.initial_rank for block in blocks.values())
-        self._refuse(next(iter(blocks.values())).initial_rank)
+        self.target_total = config.target_rank * len(modules)
+        self.total_rank = self.initial_total = sum(module.initial_rank for module in modules.values())
+        self._refuse(next(iter(modules.values())).initial_rank)
 
         sizes = [s.in_features * s.out_features for s in self.shapes]
         self._sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
         self._sums, self.smoothed, self.uncertainty = torch.zeros(
-            3, len(blocks), dtype=torch.float64, device=device
+            3, len(modules), dtype=torch.float64, device=device
         )
-        penalise = orthogonality_work(config.orthogonality, len(blocks), self.micro_batch)
-        for index, block in enumerate(blocks.values()):
-            block.work = self._block_work(index, penalise)
+        penalise = orthogonality_work(config.orthogonality, len(modules), self.micro_batch)
+        for index, module in enumerate(modules.values()):
+            module.work = self._module_work(index, penalise)
 
     def _refuse(self, initial: int) -> None:
         """Raises RecipeError for what would do nothing, fall short of the target, or not fit."""
@@ -99,8 +103,8 @@ class IncreLoRA(Method):
                 f"{self.total_steps} steps"
             )
 
-    def _block_work(self, index: int, penalise: BackwardWork) -> BackwardWork:
-        def work(backward: BlockBackward) -> None:
+    def _module_work(self, index: int, penalise: BackwardWork) -> BackwardWork:
+        def work(backward: ModuleBackward) -> None:
             if self.growing:
                 self._sums[index] += product_sensitivity(backward, self.micro_batch.sample_sizes)
             penalise(backward)
@@ -118,7 +122,7 @@ class IncreLoRA(Method):
     def observe(self, view: StepView) -> None:
         if self.growing:
             # Each process saw its samples' gradients times the number of processes: the engine takes means.
-            summed = view.total(torch.cat([self._sums, self._sums.new_ones(1)]))
+            summed = view.all_reduce_sum(torch.cat([self._sums, self._sums.new_ones(1)]))
             sensitivity = summed[:-1] / summed[-1] / self._sizes.sqrt()
             self.smoothed.lerp_(sensitivity, 1 - self.config.beta1)
             self.uncertainty.lerp_((sensitivity - self.smoothed).abs(), 1 - self.config.beta2)
@@ -144,15 +148,15 @@ class IncreLoRA(Method):
     def scores(self, view: StepView) -> Sequence[Tensor]:
         """Scores of modules, repeated for each triple."""
         scores = self.smoothed * self.uncertainty
-        return view.layout.by_block(scores[view.layout.block_of_triple])
+        return view.layout.by_module(scores[view.layout.module_of_triple])
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
         left, chosen = self.target_total - sum(state.ranks), 0
         new = [0] * len(scores)
-        for block in sorted(range(len(scores)), key=lambda b: (-float(scores[b][0]), b)):
-            count = min(self.add_rank, left, state.max_ranks[block] - state.ranks[block])
+        for module in sorted(range(len(scores)), key=lambda b: (-float(scores[b][0]), b)):
+            count = min(self.add_rank, left, state.max_ranks[module] - state.ranks[module])
             if count > 0 and chosen < self.config.top_h:
-                new[block], left, chosen = count, left - count, chosen + 1
+                new[module], left, chosen = count, left - count, chosen + 1
         return RankPlan(tuple(tuple(range(rank)) for rank in state.ranks), tuple(new))
 
     def applied(self, plan: RankPlan) -> None:
@@ -166,7 +170,7 @@ class IncreLoRA(Method):
         self.uncertainty.copy_(values["uncertainty"])
 
 
-def product_sensitivity(backward: BlockBackward, sizes: list[int]) -> Tensor:
+def product_sensitivity(backward: ModuleBackward, sizes: list[int]) -> Tensor:
     """() fp64: sum over a micro-batch's samples of sum |dW * dL/dW|, with dW = s B^T diag(e) A and dL/dW of one sample.
 
     sizes: positions of each sample. By samples, so that it does not matter how a batch is cut into micro-batches,

@@ -13,13 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
+from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import StepView
 from dynrank_ds.methods.penalties import orthogonality_work
 from dynrank_ds.methods.sensitivity import MovesConfig, MovesMethod, refuse_rank_one
 from dynrank_ds.ranking.layout import ShardLayout
-from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples, spread_over_blocks
+from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples, spread_over_modules
 from dynrank_ds.ranking.statistics import InputEnergy
 
 
@@ -58,28 +58,28 @@ class PEDyRA(MovesMethod):
     def __init__(
         self,
         config: PEDyRAConfig,
-        blocks: Mapping[str, Block],
+        modules: Mapping[str, AdaptedModule],
         total_steps: int,
         device: torch.device,
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
+        super().__init__(config, modules, total_steps, device)
         self.config = config
         if config.moves != "expand":
-            refuse_rank_one(config.name, blocks)
+            refuse_rank_one(config.name, modules)
         if config.conserve == "parameters" and (config.moves != "both" or config.k == "auto"):
             raise RecipeError(
                 f"method.conserve is parameters with method.moves {config.moves} and method.k {config.k}: it needs "
                 "moves: both and a number k"
             )
         self.energy = InputEnergy(self.shapes, config.beta1, device, self.dtype)
-        penalty = orthogonality_work(config.orthogonality, len(blocks), self.micro_batch)
-        for index, block in enumerate(blocks.values()):
-            block.work = self._work(index, penalty)
+        penalty = orthogonality_work(config.orthogonality, len(modules), self.micro_batch)
+        for index, module in enumerate(modules.values()):
+            module.work = self._work(index, penalty)
 
-    def _work(self, block: int, penalty: BackwardWork) -> BackwardWork:
-        def work(backward: BlockBackward) -> None:
+    def _work(self, module: int, penalty: BackwardWork) -> BackwardWork:
+        def work(backward: ModuleBackward) -> None:
             if self.micro_batch.step <= self.last_observed:
-                self.energy.add(block, backward.x, self.micro_batch.token_mask)
+                self.energy.add(module, backward.x, self.micro_batch.token_mask)
             penalty(backward)
 
         return work
@@ -97,10 +97,10 @@ class PEDyRA(MovesMethod):
         if self.config.importance == "random":
             drawn = torch.Generator().manual_seed(view.step)
             return [torch.rand(rank, generator=drawn, dtype=torch.float64) for rank in layout.ranks]
-        # What enters nonlinearly is summed first: input energies, and squared gradient norms per factor and block.
-        squares = layout.block_sums(layout.row_sums(view.gradients.square()))
+        # What enters nonlinearly is summed first: input energies, and squared gradient norms per factor and module.
+        squares = layout.module_sums(layout.row_sums(view.gradients.square()))
         energy = self.energy.smoothed.double()
-        summed = view.total(torch.cat([squares.flatten(), energy]))
+        summed = view.all_reduce_sum(torch.cat([squares.flatten(), energy]))
         norms, energy = summed[: squares.numel()].view_as(squares).sqrt(), summed[squares.numel() :]
         if self.config.input_energy == "rms":
             energy = energy.sqrt()
@@ -110,8 +110,10 @@ class PEDyRA(MovesMethod):
         layout.factor(weighted, "lora_A").copy_(a.abs() * energy[layout.input_ids])
         layout.factor(weighted, "lora_B").copy_(b.square())
         layout.factor(weighted, "lora_E").copy_(e.abs())
-        sums = view.total(torch.stack([self.sensitivity.row_sums(layout), layout.row_sums(weighted)]))
-        return layout.by_block(self._combine(sums[0] / layout.row_lengths(), sums[1], norms, layout))
+        sums = view.all_reduce_sum(
+            torch.stack([self.sensitivity.row_sums(layout), layout.row_sums(weighted)])
+        )
+        return layout.by_module(self._combine(sums[0] / layout.row_lengths(), sums[1], norms, layout))
 
     def _combine(self, sensitivity: Tensor, magnitudes: Tensor, norms: Tensor, layout: ShardLayout) -> Tensor:
         """(total_rank,) scores from global sums; rows of the (3, ...) arguments are A, E, B."""
@@ -120,7 +122,7 @@ class PEDyRA(MovesMethod):
         if self.config.combination == "linear":
             norms = torch.zeros_like(norms)
         share = torch.where(norms.sum(0) > 0, share, torch.full_like(share, 1 / 3))
-        gradient_score = (share[:, layout.block_of_triple] * sensitivity).sum(0)
+        gradient_score = (share[:, layout.module_of_triple] * sensitivity).sum(0)
         input_score = magnitudes[0] * magnitudes[1] * magnitudes[2].sqrt()
         if self.config.normalise == "mean":
             gradient_score, input_score = _by_mean(gradient_score), _by_mean(input_score)
@@ -134,18 +136,18 @@ class PEDyRA(MovesMethod):
         pruned = lowest_triples(scores, config.k if config.moves != "expand" else 0, ones)
         keep = kept_triples(scores, pruned)
         judged = keep if config.module_mean == "after" else kept_triples(scores, [set()] * len(scores))
-        means = [float(block[list(triples)].mean()) for block, triples in zip(scores, judged, strict=True)]
+        means = [float(module[list(triples)].mean()) for module, triples in zip(scores, judged, strict=True)]
         kept = [len(triples) for triples in keep]
         room = [limit - rank for limit, rank in zip(state.max_ranks, kept, strict=True)]
         if config.moves == "prune":
             new = [0] * len(scores)
         elif config.conserve == "ranks":
             count = config.k if config.moves == "expand" else sum(map(len, pruned))
-            new = spread_over_blocks(means, count, ones, room)
+            new = spread_over_modules(means, count, ones, room)
         else:
             costs = [shape.triple_parameters(self.factors) for shape in self.shapes]
             left = sum(c * (state.initial_rank - r) for c, r in zip(costs, kept, strict=True))
-            new = spread_over_blocks(means, left, costs, room)
+            new = spread_over_modules(means, left, costs, room)
         return RankPlan(keep, tuple(new))
 
     def partial_statistics(self) -> dict[str, Tensor]:
@@ -156,21 +158,21 @@ class PEDyRA(MovesMethod):
 
 
 def _toward_theorem(scores: Sequence[Tensor], state: RankState, k_max: int) -> RankPlan:
-    """Up to `k_max` moves of a triple from block to block, each of which lowers sum_l (G_l / r_l)^2.
+    """Up to `k_max` moves of a triple from module to module, each of which lowers sum_l (G_l / r_l)^2.
 
     That sum is what r_l proportional to G_l^(2/3) (Theorem 3.1) minimises; it is convex in every r_l, so the best
     single moves lead there. G_l, the paper's gradient of module l, is taken as the sum of its triples' scores.
     """
-    squares = [float(block.sum()) ** 2 for block in scores]
+    squares = [float(module.sum()) ** 2 for module in scores]
     ranks = list(state.ranks)
-    blocks = range(len(ranks))
+    modules = range(len(ranks))
     for _ in range(k_max):
         givers = [
-            (squares[b] * (1 / (ranks[b] - 1) ** 2 - 1 / ranks[b] ** 2), b) for b in blocks if ranks[b] > 1
+            (squares[b] * (1 / (ranks[b] - 1) ** 2 - 1 / ranks[b] ** 2), b) for b in modules if ranks[b] > 1
         ]
         takers = [
             (squares[b] * (1 / ranks[b] ** 2 - 1 / (ranks[b] + 1) ** 2), -b)
-            for b in blocks
+            for b in modules
             if ranks[b] < state.max_ranks[b]
         ]
         if not givers or not takers or max(takers)[0] <= min(givers)[0]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import BackwardWork, BlockBackward
+from dynrank_ds.adapters.linear import BackwardWork, ModuleBackward
 from dynrank_ds.methods.base import MicroBatch
 
 
@@ -26,23 +26,23 @@ def orthogonality_gradient(factor: Tensor) -> Tensor:
     return (residual * (2 / norm.clamp_min(torch.finfo(torch.float32).tiny))) @ f
 
 
-def add_orthogonality(backward: BlockBackward, coefficient: float) -> None:
-    """Adds coefficient * (||A A^T - I||_F + ||B B^T - I||_F)'s gradient to a block's."""
+def add_orthogonality(backward: ModuleBackward, coefficient: float) -> None:
+    """Adds coefficient * (||A A^T - I||_F + ||B B^T - I||_F)'s gradient to a module's."""
     if coefficient:
         for factor, gradient in ((backward.lora_a, backward.grad_a), (backward.lora_b, backward.grad_b)):
             gradient.add_(orthogonality_gradient(factor), alpha=coefficient)
 
 
-def orthogonality_work(coefficient: float, blocks: int, micro_batch: MicroBatch) -> BackwardWork:
+def orthogonality_work(coefficient: float, modules: int, micro_batch: MicroBatch) -> BackwardWork:
     """Backward work that adds the gradient of `coefficient` times the mean of ||F F^T - I||_F over all A and B.
 
-    The mean is over the 2 * `blocks` matrices of the model, as AdaLoRA's code has it.
+    The mean is over the 2 * `modules` matrices of the model, as AdaLoRA's code has it.
     """
 
-    def work(backward: BlockBackward) -> None:
+    def work(backward: ModuleBackward) -> None:
         # The weights stand still within a step, and the engine does not scale what is added here: once is enough.
         if micro_batch.last:
-            add_orthogonality(backward, coefficient / (2 * blocks))
+            add_orthogonality(backward, coefficient / (2 * modules))
 
     return work
 
@@ -53,8 +53,8 @@ def variance_gradient(factor: Tensor) -> Tensor:
     return (f - f.mean(1, keepdim=True)) * (2 / max(1, f.shape[1] - 1))
 
 
-def add_variance(backward: BlockBackward, coefficient: float) -> None:
-    """Adds coefficient * sum_i (Var(a_i) + Var(b_i))'s gradient to a block's (dynamic DoRA, eq. 10)."""
+def add_variance(backward: ModuleBackward, coefficient: float) -> None:
+    """Adds coefficient * sum_i (Var(a_i) + Var(b_i))'s gradient to a module's (dynamic DoRA, eq. 10)."""
     if coefficient:
         for factor, gradient in ((backward.lora_a, backward.grad_a), (backward.lora_b, backward.grad_b)):
             gradient.add_(variance_gradient(factor), alpha=coefficient)

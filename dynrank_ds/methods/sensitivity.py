@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import svd_factors
-from dynrank_ds.adapters.linear import Block
+from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
 from dynrank_ds.methods.penalties import orthogonality_work
@@ -47,14 +47,18 @@ class SensitivityMethod(Method):
     last_observed: int
 
     def __init__(
-        self, config: SensitivityConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+        self,
+        config: SensitivityConfig,
+        modules: Mapping[str, AdaptedModule],
+        total_steps: int,
+        device: torch.device,
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
+        super().__init__(config, modules, total_steps, device)
         self.betas = (config.beta1, config.beta2)
         self.observes_after_step = config.observe == "after_step"
-        work = orthogonality_work(config.orthogonality, len(blocks), self.micro_batch)
-        for block in blocks.values():
-            block.work = work
+        work = orthogonality_work(config.orthogonality, len(modules), self.micro_batch)
+        for module in modules.values():
+            module.work = work
 
     def start(self, layout: ShardLayout) -> None:
         self.sensitivity = Sensitivity(layout.numel, *self.betas, self.device, self.dtype)
@@ -64,8 +68,8 @@ class SensitivityMethod(Method):
             self.sensitivity.update(view.weights, view.gradients)
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
-        sums = view.total(self.sensitivity.row_sums(view.layout))
-        return view.layout.by_block((sums / view.layout.row_lengths()).sum(0))
+        sums = view.all_reduce_sum(self.sensitivity.row_sums(view.layout))
+        return view.layout.by_module((sums / view.layout.row_lengths()).sum(0))
 
     def row_statistics(self) -> dict[str, Tensor]:
         return {"sensitivity": self.sensitivity.smoothed, "uncertainty": self.sensitivity.uncertainty}
@@ -90,9 +94,13 @@ class MovesMethod(SensitivityMethod):
     """Adjusts every `interval` steps between t_i and the last t_f; every module keeps at least one triple."""
 
     def __init__(
-        self, config: MovesConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+        self,
+        config: MovesConfig,
+        modules: Mapping[str, AdaptedModule],
+        total_steps: int,
+        device: torch.device,
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
+        super().__init__(config, modules, total_steps, device)
         self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
         self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         self.end = total_steps - resolve_steps(config.t_f, total_steps, "method.t_f")
@@ -114,9 +122,9 @@ class MovesMethod(SensitivityMethod):
         return sum(map(self.adjusts_at, self._due()))
 
 
-def refuse_rank_one(name: str, blocks: Mapping[str, Block]) -> None:
+def refuse_rank_one(name: str, modules: Mapping[str, AdaptedModule]) -> None:
     """Raises RecipeError where a method that leaves every module one triple would have none to take."""
-    if next(iter(blocks.values())).initial_rank == 1:
+    if next(iter(modules.values())).initial_rank == 1:
         raise RecipeError(
             f"adapter.rank is 1: {name} leaves every module one triple, so none could move; give at least 2"
         )

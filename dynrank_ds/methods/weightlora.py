@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import lora_factors
-from dynrank_ds.adapters.linear import BackwardWork, Block, BlockBackward
+from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -70,34 +70,38 @@ class WeightLoRA(Method):
     factors = ("lora_A", "lora_B")
 
     def __init__(
-        self, config: WeightsConfig, blocks: Mapping[str, Block], total_steps: int, device: torch.device
+        self,
+        config: WeightsConfig,
+        modules: Mapping[str, AdaptedModule],
+        total_steps: int,
+        device: torch.device,
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
+        super().__init__(config, modules, total_steps, device)
         self.k, self.weight_lr, self.seed = config.k, config.weight_lr, config.seed
         self.last = resolve_steps(config.disconnect_at, total_steps, "method.disconnect_at")
         self.learned = config.selection == "weights"
-        if self.k >= len(blocks):
+        if self.k >= len(modules):
             raise RecipeError(
-                f"method.k is {self.k}, and the model has {len(blocks)} adapted linears: none would be dropped"
+                f"method.k is {self.k}, and the model has {len(modules)} adapted linears: none would be dropped"
             )
         if not 1 + self.learned <= self.last < total_steps:
             raise RecipeError(
                 f"method.disconnect_at is step {self.last}: give {1 + self.learned} to {total_steps - 1} "
                 f"(w has its first gradient at step 2, and training has {total_steps} steps)"
             )
-        self.w = torch.ones(len(blocks), dtype=self.dtype, device=device)
+        self.w = torch.ones(len(modules), dtype=self.dtype, device=device)
         # fp64: the sum then hardly depends on how the batch is split over processes.
-        self._gradient = torch.zeros(len(blocks), dtype=torch.float64, device=device)
+        self._gradient = torch.zeros(len(modules), dtype=torch.float64, device=device)
         if self.learned:
-            for index, block in enumerate(blocks.values()):
-                block.gate = self.w[index : index + 1]
-                block.work = self._work(index)
+            for index, module in enumerate(modules.values()):
+                module.gate = self.w[index : index + 1]
+                module.work = self._work(index)
 
-    def _work(self, block: int) -> BackwardWork:
-        def work(backward: BlockBackward) -> None:
+    def _work(self, module: int) -> BackwardWork:
+        def work(backward: ModuleBackward) -> None:
             if self.micro_batch.step <= self.last:
                 assert backward.grad_gate is not None
-                self._gradient[block] += backward.grad_gate.double().sum()
+                self._gradient[module] += backward.grad_gate.double().sum()
 
         return work
 
@@ -105,7 +109,7 @@ class WeightLoRA(Method):
         if not self.learned or view.step > self.last:
             return
         # Gradients are means over processes; the last entry counts them.
-        summed = view.total(torch.cat([self._gradient, self._gradient.new_ones(1)]))
+        summed = view.all_reduce_sum(torch.cat([self._gradient, self._gradient.new_ones(1)]))
         self._gradient.zero_()
         gradient = (summed[:-1] / summed[-1]).to(self.dtype)
         self.w.sub_(gradient, alpha=self.weight_lr * view.schedule)
@@ -123,12 +127,12 @@ class WeightLoRA(Method):
         return 1
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
-        """Per block its weight, or a random number, repeated over its triples."""
+        """Per module its weight, or a random number, repeated over its triples."""
         scores = self.w.double()
         if not self.learned:
             generator = torch.Generator().manual_seed(self.seed)
             scores = torch.rand(len(scores), generator=generator, dtype=torch.float64).to(scores.device)
-        return view.layout.by_block(scores[view.layout.block_of_triple])
+        return view.layout.by_module(scores[view.layout.module_of_triple])
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
         chosen = self._chosen(scores)
@@ -136,8 +140,8 @@ class WeightLoRA(Method):
         return RankPlan(keep, (0,) * len(keep))
 
     def _chosen(self, scores: Sequence[Tensor]) -> set[int]:
-        """The k blocks of largest weight above 0; ties go to the lower index."""
-        positive = [b for b, block in enumerate(scores) if float(block[0]) > 0]
+        """The k modules of largest weight above 0; ties go to the lower index."""
+        positive = [b for b, module in enumerate(scores) if float(module[0]) > 0]
         if not positive:
             raise RecipeError(
                 f"no adapter has a weight above 0 at step {self.last}, so that none would stay: "
@@ -165,11 +169,11 @@ class WeightLoRAPlus(WeightLoRA):
     def __init__(
         self,
         config: WeightLoRAPlusConfig,
-        blocks: Mapping[str, Block],
+        modules: Mapping[str, AdaptedModule],
         total_steps: int,
         device: torch.device,
     ) -> None:
-        super().__init__(config, blocks, total_steps, device)
+        super().__init__(config, modules, total_steps, device)
         self.extension = config.extension
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
@@ -177,16 +181,16 @@ class WeightLoRAPlus(WeightLoRA):
         targets = self._grown(chosen, state)
         keep = super().plan(scores, state).keep
         if self.extension == "qr":
-            # Every row of a growing block is written anew, and its optimizer state begins anew with it.
+            # Every row of a growing module is written anew, and its optimizer state begins anew with it.
             keep = tuple(
                 () if target > rank else k for k, target, rank in zip(keep, targets, state.ranks, strict=True)
             )
         return RankPlan(keep, tuple(t - len(k) for k, t in zip(keep, targets, strict=True)))
 
     def _grown(self, chosen: set[int], state: RankState) -> list[int]:
-        """Ranks after T: the largest common rank with which the chosen blocks hold no more parameters than all held.
+        """Ranks after T: the largest common rank with which the chosen modules hold no more parameters than all held.
 
-        Without limits that is floor(sum_all r (in + out) / sum_chosen (in + out)); a block whose maximum is below it
+        Without limits that is floor(sum_all r (in + out) / sum_chosen (in + out)); a module whose maximum is below it
         takes its maximum.
         """
         costs = [shape.in_features + shape.out_features for shape in self.shapes]
@@ -202,7 +206,7 @@ class WeightLoRAPlus(WeightLoRA):
         return at(max(rank for rank in range(1, highest + 1) if fits(at(rank))))
 
     def new_rows(
-        self, block: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
+        self, module: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """`qr`: A^T = Q R becomes [Q, (I - Q Q^T) V], B becomes [R B; 0]; `plain`: V^T and zeros are appended.
 
@@ -210,7 +214,7 @@ class WeightLoRAPlus(WeightLoRA):
         that its columns are about as long as those of Q (ours: U[0, 1) in the code, no variance in the paper).
         """
         a, b = old["lora_A"].double(), old["lora_B"].double()
-        extra, n_in = plan.ranks[block] - len(a), a.shape[1]
+        extra, n_in = plan.ranks[module] - len(a), a.shape[1]
         v = (
             torch.randn(extra, n_in, generator=generator, dtype=torch.float64)
             .div_(math.sqrt(n_in))

@@ -2,7 +2,7 @@
 
 Weights, gradients, moments and statistics of the adapters are handled as flat fp32 vectors of the same
 layout: the fragments that this process holds, one after another, all lora_A first, then lora_E, then
-lora_B, each in block order. A per-triple sum over fragments is then one index_add, whatever the ZeRO
+lora_B, each in module order. A per-triple sum over fragments is then one index_add, whatever the ZeRO
 stage, and adding the processes' sums gives the sum over the whole row.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class BlockShape:
+class ModuleShape:
     """An adapted linear: its full module name and its sides."""
 
     name: str
@@ -38,21 +38,21 @@ class Fragment:
     """Elements [start, stop) of one factor in row-major order, held by this process; possibly none."""
 
     factor: str
-    block: int
+    module: int
     start: int
     stop: int
 
 
 FragmentOf = Callable[[str, int, int], tuple[int, int]]
-"""(factor, block, numel) -> [start, stop) of the factor's elements that this process holds."""
+"""(factor, module, numel) -> [start, stop) of the factor's elements that this process holds."""
 
 
 class ShardLayout:
-    """The flat vector of a process: blocks, their ranks, the factors they have, and the local fragments."""
+    """The flat vector of a process: modules, their ranks, the factors they have, and the local fragments."""
 
     def __init__(
         self,
-        shapes: Sequence[BlockShape],
+        shapes: Sequence[ModuleShape],
         ranks: Sequence[int],
         factors: Sequence[str],
         fragment_of: FragmentOf,
@@ -61,9 +61,9 @@ class ShardLayout:
         self.shapes, self.ranks, self.factors = tuple(shapes), tuple(ranks), tuple(factors)
         self.device = torch.device(device)
         self.fragments = tuple(
-            Fragment(factor, block, *fragment_of(factor, block, rank * shape.row_length(factor)))
+            Fragment(factor, module, *fragment_of(factor, module, rank * shape.row_length(factor)))
             for factor in factors
-            for block, (shape, rank) in enumerate(zip(shapes, ranks, strict=True))
+            for module, (shape, rank) in enumerate(zip(shapes, ranks, strict=True))
             if rank > 0
         )
 
@@ -85,8 +85,8 @@ class ShardLayout:
         )
 
     @cached_property
-    def block_of_triple(self) -> Tensor:
-        """(total_rank,) int64: the block of every triple, triples in block order."""
+    def module_of_triple(self) -> Tensor:
+        """(total_rank,) int64: the module of every triple, triples in module order."""
         return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(
             self.device
         )
@@ -97,17 +97,17 @@ class ShardLayout:
         first_triple = [0, *torch.tensor(self.ranks).cumsum(0).tolist()]
         pieces = []
         for fragment in self.fragments:
-            length = self.shapes[fragment.block].row_length(fragment.factor)
-            base = self.factors.index(fragment.factor) * self.total_rank + first_triple[fragment.block]
+            length = self.shapes[fragment.module].row_length(fragment.factor)
+            base = self.factors.index(fragment.factor) * self.total_rank + first_triple[fragment.module]
             pieces.append(torch.arange(fragment.start, fragment.stop) // length + base)
         return torch.cat(pieces).to(self.device) if pieces else torch.empty(0, dtype=torch.int64)
 
     @cached_property
     def input_ids(self) -> Tensor:
-        """(elements of lora_A held here,) int64: input feature of each, blocks' features one after another."""
+        """(elements of lora_A held here,) int64: input feature of each, modules' features one after another."""
         first_input = [0, *torch.tensor([s.in_features for s in self.shapes]).cumsum(0).tolist()]
         pieces = [
-            torch.arange(f.start, f.stop) % self.shapes[f.block].in_features + first_input[f.block]
+            torch.arange(f.start, f.stop) % self.shapes[f.module].in_features + first_input[f.module]
             for f in self.fragments
             if f.factor == "lora_A"
         ]
@@ -131,10 +131,10 @@ class ShardLayout:
         sums = torch.zeros(len(self.factors) * self.total_rank, dtype=torch.float64, device=flat.device)
         return sums.index_add_(0, self.row_ids, flat.double()).view(len(self.factors), self.total_rank)
 
-    def block_sums(self, row_values: Tensor) -> Tensor:
-        """(..., total_rank) -> (..., blocks): sum over the triples of each block."""
+    def module_sums(self, row_values: Tensor) -> Tensor:
+        """(..., total_rank) -> (..., modules): sum over the triples of each module."""
         out = row_values.new_zeros(*row_values.shape[:-1], len(self.ranks))
-        return out.index_add_(-1, self.block_of_triple, row_values)
+        return out.index_add_(-1, self.module_of_triple, row_values)
 
     def row_lengths(self) -> Tensor:
         """(len(factors), total_rank) fp64: elements in each triple's row of each factor."""
@@ -142,13 +142,13 @@ class ShardLayout:
             [[shape.row_length(factor) for shape in self.shapes] for factor in self.factors],
             dtype=torch.float64,
         )
-        return lengths.to(self.device)[:, self.block_of_triple]
+        return lengths.to(self.device)[:, self.module_of_triple]
 
-    def by_block(self, row_values: Tensor) -> list[Tensor]:
-        """(total_rank,) -> one CPU tensor a block."""
+    def by_module(self, row_values: Tensor) -> list[Tensor]:
+        """(total_rank,) -> one CPU tensor a module."""
         return list(row_values.cpu().split(list(self.ranks)))
 
 
-def whole(factor: str, block: int, numel: int) -> tuple[int, int]:
+def whole(factor: str, module: int, numel: int) -> tuple[int, int]:
     """The fragment of a process that holds everything."""
     return 0, numel

@@ -16,16 +16,16 @@ class RankState:
     ranks: tuple[int, ...]
     max_ranks: tuple[int, ...]
     initial_rank: int
-    """Of every block, when the run began."""
+    """Of every module, when the run began."""
     step: int
     total_steps: int
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Per block: which triples stay, in ascending order, and how many new ones are appended behind them.
+    """Per module: which triples stay, in ascending order, and how many new ones are appended behind them.
 
-    `masked` holds, per block, triples as they stand after the plan whose lora_E is set to zero and may move
+    `masked` holds, per module, triples as they stand after the plan whose lora_E is set to zero and may move
     again from the next step on (AdaLoRA, dynamic DoRA); empty where nothing is masked.
     """
 
@@ -39,11 +39,11 @@ class RankPlan:
         return tuple(len(kept) + added for kept, added in zip(self.keep, self.new, strict=True))
 
     def changed(self, ranks: Sequence[int]) -> list[int]:
-        """Blocks whose triples the plan removes or adds to, given the ranks before it."""
+        """Modules whose triples the plan removes or adds to, given the ranks before it."""
         return [b for b, rank in enumerate(ranks) if self.new[b] or len(self.keep[b]) != rank]
 
     def pruned(self, ranks: Sequence[int]) -> list[list[int]]:
-        """Per block, the indices of the triples that go."""
+        """Per module, the indices of the triples that go."""
         return [sorted(set(range(rank)) - set(kept)) for rank, kept in zip(ranks, self.keep, strict=True)]
 
     def sha256(self) -> str:
@@ -52,43 +52,43 @@ class RankPlan:
 
 
 def lowest_triples(scores: Sequence[Tensor], k: int, min_ranks: Sequence[int]) -> list[set[int]]:
-    """The k triples of lowest score over all blocks, never leaving a block below its minimum.
+    """The k triples of lowest score over all modules, never leaving a module below its minimum.
 
-    Counts are exact: ties go to the lower block index, then the lower triple index, and where fewer
-    than k can go, fewer go. Returns the pruned indices of every block.
+    Counts are exact: ties go to the lower module index, then the lower triple index, and where fewer
+    than k can go, fewer go. Returns the pruned indices of every module.
     """
-    ranked = sorted((float(s), b, i) for b, block in enumerate(scores) for i, s in enumerate(block))
+    ranked = sorted((float(s), b, i) for b, module in enumerate(scores) for i, s in enumerate(module))
     pruned: list[set[int]] = [set() for _ in scores]
-    for _, block, triple in ranked:
+    for _, module, triple in ranked:
         if k == 0:
             break
-        if len(scores[block]) - len(pruned[block]) > min_ranks[block]:
-            pruned[block].add(triple)
+        if len(scores[module]) - len(pruned[module]) > min_ranks[module]:
+            pruned[module].add(triple)
             k -= 1
     return pruned
 
 
 def kept_triples(scores: Sequence[Tensor], pruned: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:
-    """Per block, the triples that are not pruned, in ascending order."""
+    """Per module, the triples that are not pruned, in ascending order."""
     return tuple(
-        tuple(i for i in range(len(block)) if i not in gone)
-        for block, gone in zip(scores, pruned, strict=True)
+        tuple(i for i in range(len(module)) if i not in gone)
+        for module, gone in zip(scores, pruned, strict=True)
     )
 
 
-def spread_over_blocks(
-    block_scores: Sequence[float], budget: int, costs: Sequence[int], room: Sequence[int]
+def spread_over_modules(
+    module_scores: Sequence[float], budget: int, costs: Sequence[int], room: Sequence[int]
 ) -> list[int]:
-    """New triples: one for each of the highest blocks, round again from the top, while the budget lasts.
+    """New triples: one for each of the highest modules, round again from the top, while the budget lasts.
 
-    `costs` is what a triple of each block takes of `budget` (1 each where ranks are conserved), `room` how many
-    triples each block may still get. Ties go to the lower block index.
+    `costs` is what a triple of each module takes of `budget` (1 each where ranks are conserved), `room` how many
+    triples each module may still get. Ties go to the lower module index.
     """
-    order = sorted(range(len(block_scores)), key=lambda b: (-block_scores[b], b))
-    added = [0] * len(block_scores)
+    order = sorted(range(len(module_scores)), key=lambda b: (-module_scores[b], b))
+    added = [0] * len(module_scores)
     while any(added[b] < room[b] and costs[b] <= budget for b in order):
-        for block in order:
-            if added[block] < room[block] and costs[block] <= budget:
-                added[block] += 1
-                budget -= costs[block]
+        for module in order:
+            if added[module] < room[module] and costs[module] <= budget:
+                added[module] += 1
+                budget -= costs[module]
     return added

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynrank_ds.ranking.layout import BlockShape, ShardLayout
+from dynrank_ds.ranking.layout import ModuleShape, ShardLayout
 
 # What is worked on at once stays in the cache: an L2 of 1 or 2 MiB on CPU, of 40 MiB on an A100.
 _CPU_BYTES, _GPU_BYTES = 2**19, 2**25
@@ -58,15 +58,15 @@ class _Summed:
 
 
 class InputEnergy:
-    """Smoothed mean square of every input feature of every block: xe_j = mean_n x_nj^2 over the global batch.
+    """Smoothed mean square of every input feature of every module: xe_j = mean_n x_nj^2 over the global batch.
 
     Each process keeps its own part, (1/N) sum over its tokens; the smoothing is linear, so the parts are
-    summed only when scores are asked for. One flat vector, blocks' features one after another.
+    summed only when scores are asked for. One flat vector, modules' features one after another.
     """
 
     def __init__(
         self,
-        shapes: Sequence[BlockShape],
+        shapes: Sequence[ModuleShape],
         beta: float,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
@@ -78,14 +78,14 @@ class InputEnergy:
         self._views = self._sums.split([shape.in_features for shape in shapes])
         self._last: _Summed | None = None
 
-    def add(self, block: int, x: Tensor, token_mask: Tensor) -> None:
-        """Adds one micro-batch's input x (n, in) of a block; token_mask (batch, tokens) of n drops padding.
+    def add(self, module: int, x: Tensor, token_mask: Tensor) -> None:
+        """Adds one micro-batch's input x (n, in) of a module; token_mask (batch, tokens) of n drops padding.
 
         Linears that share their input (q, k and v; gate and up) come one after another: it is squared once for them.
         """
         if self._last is None or not self._last.is_of(x):
             self._last = _Summed(x, x._version, self._summed_squares(x, token_mask))
-        self._views[block].add_(self._last.squares)
+        self._views[module].add_(self._last.squares)
 
     def _summed_squares(self, x: Tensor, token_mask: Tensor) -> Tensor:
         weights, summed = token_mask.flatten().to(self._sums.dtype), self._sums.new_zeros(x.shape[-1])

@@ -31,7 +31,7 @@ _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass(frozen=True)
 class Place:
-    """Where a block stands: its layer (-1 outside of layers), its linear's kind, e.g. `self_attn.q_proj`, and which of
+    """Where a module stands: its layer (-1 outside of layers), its linear's kind, e.g. `self_attn.q_proj`, and which of
     its heads it is (-1 where it is the whole linear)."""
 
     layer: int
@@ -39,17 +39,17 @@ class Place:
     head: int = -1
 
 
-def place(block: str) -> Place:
+def place(module: str) -> Place:
     """`model.layers.3.self_attn.q_proj` is in layer 3, of kind self_attn.q_proj; with `.blocks.2` behind it, head 2."""
-    of_head = _HEAD.fullmatch(block)
-    linear, head = (of_head["linear"], int(of_head["head"])) if of_head else (block, -1)
+    of_head = _HEAD.fullmatch(module)
+    linear, head = (of_head["linear"], int(of_head["head"])) if of_head else (module, -1)
     match = _LAYER.fullmatch(linear)
     return Place(int(match["layer"]), match["kind"], head) if match else Place(_NOWHERE, linear, head)
 
 
-def _kinds(blocks: Iterable[str]) -> list[str]:
+def _kinds(modules: Iterable[str]) -> list[str]:
     """The kinds of linears that occur, in the order of a transformer layer."""
-    kinds = {place(block).kind for block in blocks}
+    kinds = {place(module).kind for module in modules}
     return sorted(kinds, key=lambda kind: (_ORDER.index(_last(kind)) if _last(kind) in _ORDER else 99, kind))
 
 
@@ -68,14 +68,14 @@ def rank_heatmap(start: Mapping[str, int], end: Mapping[str, int]) -> Figure:
 
     Heads that have ranks of their own are rows below each other.
     """
-    kinds, places = _kinds(end), {block: place(block) for block in end}
+    kinds, places = _kinds(end), {module: place(module) for module in end}
     rows = sorted({(kinds.index(p.kind), p.head) for p in places.values()})
     layers = sorted({p.layer for p in places.values()})
     ranks = np.full((len(rows), len(layers)), np.nan)
     changes = np.full_like(ranks, np.nan)
-    for block, where in places.items():
+    for module, where in places.items():
         cell = rows.index((kinds.index(where.kind), where.head)), layers.index(where.layer)
-        ranks[cell], changes[cell] = end[block], end[block] - start[block]
+        ranks[cell], changes[cell] = end[module], end[module] - start[module]
     figure, [axes] = _canvas(width=2.6 + 0.36 * max(len(layers), 16), height=1.7 + 0.4 * len(rows))
     image = _diverging(axes, changes)
     for row, column in np.argwhere(~np.isnan(ranks)):
@@ -102,10 +102,10 @@ def rank_heatmap(start: Mapping[str, int], end: Mapping[str, int]) -> Figure:
 def rank_history(adjustments: Sequence[tuple[int, Mapping[str, int]]], start: Mapping[str, int]) -> Figure:
     """Change of every module's rank since the start: one row per adjustment, given as (step, ranks after it)."""
     kinds = _kinds(start)
-    places = {block: place(block) for block in start}
+    places = {module: place(module) for module in start}
     columns = sorted(start, key=lambda b: (kinds.index(places[b].kind), places[b].layer, places[b].head))
     changes = np.array(
-        [[after[block] - start[block] for block in columns] for _, after in adjustments], float
+        [[after[module] - start[module] for module in columns] for _, after in adjustments], float
     )
     figure, [axes] = _canvas(width=11, height=1.9 + 0.24 * min(max(len(adjustments), 6), 30))
     image = _diverging(axes, changes)

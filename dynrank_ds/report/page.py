@@ -53,7 +53,7 @@ def read_run(run: Path) -> RunRecord:
         )
     adjustments = _lines_by_step(run / "ranks.jsonl")
     state = read_state(newest_checkpoint(run))
-    final = {block: shape["rank"] for block, shape in state["blocks"].items()}
+    final = {module: shape["rank"] for module, shape in state["blocks"].items()}
     return RunRecord(
         name=run.resolve().name,
         metrics=metrics,
@@ -127,7 +127,7 @@ def _png(figure: Figure) -> bytes:
 
 def _summary(record: RunRecord) -> dict[str, str]:
     first, last = record.metrics[0], record.metrics[-1]
-    changed = sum(record.end[block] != record.start[block] for block in record.end)
+    changed = sum(record.end[module] != record.start[module] for module in record.end)
     return {
         "Method": record.method,
         "Base model": record.base_model,
@@ -155,21 +155,21 @@ def _median(values: Iterable[float]) -> float:
 
 def _movers(record: RunRecord) -> tuple[list[str], list[str]]:
     """The modules that grew and that shrank most, ties by name."""
-    change = {block: rank - record.start[block] for block, rank in record.end.items()}
+    change = {module: rank - record.start[module] for module, rank in record.end.items()}
     grown = sorted(
-        (block for block in change if change[block] > 0), key=lambda block: (-change[block], block)
+        (module for module in change if change[module] > 0), key=lambda module: (-change[module], module)
     )
     shrunk = sorted(
-        (block for block in change if change[block] < 0), key=lambda block: (change[block], block)
+        (module for module in change if change[module] < 0), key=lambda module: (change[module], module)
     )
     return grown[:_TABLE_ROWS], shrunk[:_TABLE_ROWS]
 
 
-def _table(title: str, blocks: list[str], record: RunRecord) -> str:
+def _table(title: str, modules: list[str], record: RunRecord) -> str:
     rows = "".join(
-        f"<tr><td>{escape(block)}</td><td>{record.start[block]}</td><td>{record.end[block]}</td>"
-        f"<td>{record.end[block] - record.start[block]:+d}</td></tr>"
-        for block in blocks
+        f"<tr><td>{escape(module)}</td><td>{record.start[module]}</td><td>{record.end[module]}</td>"
+        f"<td>{record.end[module] - record.start[module]:+d}</td></tr>"
+        for module in modules
     )
     head = "<tr><th>module</th><th>start</th><th>end</th><th>change</th></tr>"
     body = f"<table class='ranks'>{head}{rows}</table>" if rows else "<p>None.</p>"

@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file and one JSON, complete or not there at all.
 
-The adapters are small, so their whole state is written by block, free of world size: fp32 weights, moments,
+The adapters are small, so their whole state is written by module, free of world size: fp32 weights, moments,
 ages and statistics. The frozen base is named, never written. No random state is needed: data order and
 initial values are functions of the seed and the step.
 """
@@ -64,12 +64,12 @@ def save(
     states = engine.states() | statistics
     writer = _Writer(final, engine, method) if processes.rank() == 0 else None
     for name, state in states.items():
-        for block, factor, rows in engine.whole_rows(state):
+        for module, factor, rows in engine.whole_rows(state):
             if writer:
-                writer.attempt(writer.rows, name, block, factor, rows)
+                writer.attempt(writer.rows, name, module, factor, rows)
     for statistic, part in method.partial_statistics().items():
         # Each process's part, not their sum: added up in another order, scores would differ in their last bits.
-        for process, theirs in enumerate(processes.everyones(part)):
+        for process, theirs in enumerate(processes.from_each_process(part)):
             if writer:
                 writer.attempt(writer.tensor, f"statistics/{statistic}/{process}", theirs)
     if writer:
@@ -79,7 +79,7 @@ def save(
         writer.attempt(remove, finished(run, kind)[kept:])
     failed = torch.tensor(float(writer is not None and writer.error is not None), device=engine.layout.device)
     # Also what all wait at until the checkpoint is there.
-    if processes.total(failed) > 0:
+    if processes.all_reduce_sum(failed) > 0:
         error = writer.error if writer else None
         raise RunError(
             f"the checkpoint {final} could not be written ({error}); the ones before it are whole: "
@@ -154,15 +154,15 @@ class _Writer:
     def tensor(self, name: str, value: Tensor) -> None:
         self.file.write(name, value)
 
-    def rows(self, state: str, block: int, factor: str, rows: Tensor) -> None:
-        shape = self.engine.layout.shapes[block]
-        target = _factor_shape(factor, self.engine.layout.ranks[block], shape)
+    def rows(self, state: str, module: int, factor: str, rows: Tensor) -> None:
+        shape = self.engine.layout.shapes[module]
+        target = _factor_shape(factor, self.engine.layout.ranks[module], shape)
         self.file.write(_name(state, shape.name, factor), rows.reshape(target))
 
     def publish(self, about: dict[str, Any]) -> None:
         """Everything on the disk, then the name that says so; if the step has a checkpoint already, that stays."""
         self.file.close()
-        write_synced(self.folder / STATE, json.dumps(about | {"format": FORMAT, "blocks": self._blocks()}))
+        write_synced(self.folder / STATE, json.dumps(about | {"format": FORMAT, "blocks": self._modules()}))
         seal(self.folder)
         sync(self.folder)
         if self.final.exists():
@@ -172,27 +172,27 @@ class _Writer:
             self.folder.rename(self.final)
         sync(self.final.parent)
 
-    def _blocks(self) -> dict[str, dict[str, Any]]:
+    def _modules(self) -> dict[str, dict[str, Any]]:
         layout, engine = self.engine.layout, self.engine
-        blocks = zip(
-            layout.shapes, layout.ranks, engine.blocks, engine.births, self.method.gates(), strict=True
+        modules = zip(
+            layout.shapes, layout.ranks, engine.modules, engine.births, self.method.gates(), strict=True
         )
         return {
             shape.name: {
                 "rank": rank,
-                "scale": block.scale,
+                "scale": module.scale,
                 "in_features": shape.in_features,
                 "out_features": shape.out_features,
                 "births": births.tolist(),
                 "gate": None if gate is None else gate.expand(rank).tolist(),
-                "part": None if block.part is None else asdict(block.part),
+                "part": None if module.part is None else asdict(module.part),
             }
-            for shape, rank, block, births, gate in blocks
+            for shape, rank, module, births, gate in modules
         }
 
 
-def _name(state: str, block: str, factor: str) -> str:
-    return f"{state}/{block}.{factor}"
+def _name(state: str, module: str, factor: str) -> str:
+    return f"{state}/{module}.{factor}"
 
 
 def _factor_shape(factor: str, rank: int, shape: Any) -> tuple[int, ...]:
@@ -216,12 +216,12 @@ class Checkpoint:
         return Progress(self.about["step"], self.about["batch"])
 
     def factors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(block, {factor: fp32 weights}) of every block, one after another, to build the adapters at their ranks."""
+        """(module, {factor: fp32 weights}) of every module, one after another, to build the adapters at their ranks."""
         with TensorFileReader(self.path / TENSORS) as file:
-            for block in self.about["blocks"]:
-                names = {factor: _name("master", block, factor) for factor in FACTORS}
+            for module in self.about["blocks"]:
+                names = {factor: _name("master", module, factor) for factor in FACTORS}
                 yield (
-                    block,
+                    module,
                     {factor: file.read(name) for factor, name in names.items() if name in file.entries},
                 )
 
@@ -231,11 +231,11 @@ class Checkpoint:
         with TensorFileReader(self.path / TENSORS) as file:
 
             def part(state: str, of: Fragment) -> Tensor:
-                name = _name(state, layout.shapes[of.block].name, of.factor)
+                name = _name(state, layout.shapes[of.module].name, of.factor)
                 return file.read_part(name, of.start, of.stop)
 
-            blocks = self.about["blocks"]
-            births = [torch.tensor(blocks[s.name]["births"], dtype=torch.int64) for s in layout.shapes]
+            modules = self.about["blocks"]
+            births = [torch.tensor(modules[s.name]["births"], dtype=torch.int64) for s in layout.shapes]
             engine.load(births, self.progress.step, part)
             statistics = method.row_statistics()
             for name, flat in statistics.items():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dynrank_ds.data.layouts import Layout
+from dynrank_ds.data.collating import Collator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.engine import ZeroEngine
@@ -17,7 +17,7 @@ from dynrank_ds.zero.engine import ZeroEngine
 def held_out_loss(
     engine: ZeroEngine,
     dataset: TokenisedDataset,
-    layout: Layout,
+    collator: Collator,
     micro_batch_size: int,
     device: torch.device,
 ) -> float:
@@ -26,10 +26,10 @@ def held_out_loss(
     for chosen, counts in _shares(
         dataset.lengths, processes.rank(), processes.world_size(), micro_batch_size
     ):
-        inputs = layout.collate(dataset, chosen).inputs()
+        inputs = collator.collate(dataset, chosen).inputs()
         summed = engine.evaluate(**{name: value.to(device) for name, value in inputs.items()})
         loss += summed.double() * counts
-    return float(processes.total(loss)) / int(dataset.target_counts.sum())
+    return float(processes.all_reduce_sum(loss)) / int(dataset.target_counts.sum())
 
 
 def _shares(

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dynrank_ds.adapters.initial import block_generator
+from dynrank_ds.adapters.initial import module_generator
 from dynrank_ds.data.batching import GlobalBatches
-from dynrank_ds.data.layouts import Packed, Padded
+from dynrank_ds.data.collating import PackedCollator, PaddedCollator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import RunError
 from dynrank_ds.methods.base import Method, StepView
@@ -76,7 +76,7 @@ class Trainer:
         about: Mapping[str, Any],
     ) -> None:
         self.recipe, self.dataset, self.held_out = recipe, dataset, held_out
-        self.layout = Packed() if recipe.data.packing else Padded(pad_id)
+        self.collator = PackedCollator() if recipe.data.packing else PaddedCollator(pad_id)
         """How the samples of a micro-batch become tensors."""
         self.engine, self.method, self.progress = engine, method, progress
         self.total_steps, self.device, self.run = total_steps, device, run
@@ -105,7 +105,7 @@ class Trainer:
             result.tokens_per_second = float(self.dataset.lengths[indices].sum()) / seconds
             if result.applied and self._evaluates_at(self.progress.step):
                 result.held_out_loss = held_out_loss(
-                    self.engine, self.held_out, self.layout, self.recipe.train.micro_batch_size, self.device
+                    self.engine, self.held_out, self.collator, self.recipe.train.micro_batch_size, self.device
                 )
             self._log(result, seconds)
             after_step(result)
@@ -130,7 +130,9 @@ class Trainer:
         rate = learning_rate(self.recipe.train, step, self.total_steps)
         schedule = rate / self.recipe.train.learning_rate
         layout = self.engine.layout
-        view = StepView(step, self.engine.weights(), gradients, layout, tokens, schedule, processes.total)
+        view = StepView(
+            step, self.engine.weights(), gradients, layout, tokens, schedule, processes.all_reduce_sum
+        )
         if self.method.observes_after_step:
             self.engine.step(rate)
             scores = self._observe(
@@ -154,7 +156,7 @@ class Trainer:
 
     def _accumulate(self, indices: NDArray[Any], targets: int) -> Tensor:
         """Forward and backward over this process's micro-batches; its part of the batch's mean loss, fp64."""
-        micro_batches = self.layout.micro_batches(
+        micro_batches = self.collator.micro_batches(
             indices,
             self.dataset.lengths,
             processes.rank(),
@@ -165,7 +167,7 @@ class Trainer:
         under_way = self.method.micro_batch
         under_way.step = self.progress.step + 1
         for number, chosen in enumerate(micro_batches, start=1):
-            batch = self.layout.collate(self.dataset, chosen)
+            batch = self.collator.collate(self.dataset, chosen)
             under_way.token_mask = batch.attention_mask.to(self.device)
             under_way.packed, under_way.last = batch.packed, number == len(micro_batches)
             summed = self.engine(**{name: value.to(self.device) for name, value in batch.inputs().items()})
@@ -180,7 +182,9 @@ class Trainer:
         """One collective, and the step's only wait for the device."""
         norm = torch.linalg.vector_norm(gradients, dtype=torch.float64)
         stop = loss.new_tensor(float(self.stop_request.received))
-        total_loss, square, stops = processes.total(torch.stack([loss, norm.square(), stop])).tolist()
+        total_loss, square, stops = processes.all_reduce_sum(
+            torch.stack([loss, norm.square(), stop])
+        ).tolist()
         # DeepSpeed's ZeRO-3 looks for overflow in fp16 only: a NaN in bf16 would be applied.
         applied = math.isfinite(total_loss) and math.isfinite(square)
         return StepResult(total_loss, math.sqrt(square) if applied else math.nan, stops > 0, applied)
@@ -224,10 +228,10 @@ class Trainer:
         section = self.recipe.adapter
         return min(in_features, out_features, section.max_rank or max(512, section.rank))
 
-    def _new_rows(self, plan: RankPlan, block: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        name = self.engine.shapes[block].name
-        generator = block_generator(self.recipe.train.seed, name, self.progress.step)
-        return self.method.new_rows(block, old, plan, generator)
+    def _new_rows(self, plan: RankPlan, module: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        name = self.engine.shapes[module].name
+        generator = module_generator(self.recipe.train.seed, name, self.progress.step)
+        return self.method.new_rows(module, old, plan, generator)
 
     def _log(self, result: StepResult, seconds: float) -> None:
         if not self.is_first:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.inject import inject
-from dynrank_ds.adapters.linear import Block
+from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.data import store
 from dynrank_ds.data.batching import draw_held_out
 from dynrank_ds.data.formats import FORMATS
@@ -104,20 +104,20 @@ def _described(dataset: TokenisedDataset) -> str:
 
 def adapt(
     model: PreTrainedModel, recipe: Recipe, restored: Iterable[tuple[str, Mapping[str, Tensor]]] = ()
-) -> dict[str, Block]:
+) -> dict[str, AdaptedModule]:
     """Freezes the model and injects the recipe's adapters.
 
-    restored: (block, {factor: weights}) that take the place of initial values.
+    restored: (module, {factor: weights}) that take the place of initial values.
     """
     section = recipe.adapter
     method = method_class(recipe.method)
     splits = head_splits(model.config) if method.per_head else {}
-    blocks = inject(
+    modules = inject(
         model, section.targets, section.rank, section.scale, method.init, recipe.train.seed, splits
     )
     for name, factors in restored:
-        blocks[name].set_factors(factors)
-    return blocks
+        modules[name].set_factors(factors)
+    return modules
 
 
 def validate(recipe: Recipe) -> str:
@@ -130,17 +130,17 @@ def validate(recipe: Recipe) -> str:
     recipe.accumulation(world_size=1)
     dataset, held_out = split_held_out(prepare_data(recipe)[0], recipe)
     model = model_without_weights(recipe.model.path)
-    blocks = adapt(model, recipe)
+    modules = adapt(model, recipe)
     steps = recipe.total_steps(len(dataset))
-    method = build_method(recipe.method, blocks, steps, torch.device("meta"))
-    trainable = sum(p.numel() for b in blocks.values() for p in b.factors().values())
+    method = build_method(recipe.method, modules, steps, torch.device("meta"))
+    trainable = sum(p.numel() for b in modules.values() for p in b.factors().values())
     base = sum(p.numel() for p in model.parameters()) - trainable
-    linears = len({block.part.linear if block.part else name for name, block in blocks.items()})
+    linears = len({module.part.linear if module.part else name for name, module in modules.items()})
     return "\n".join(
         [
             f"model       {recipe.model.path}: {base:,} parameters",
             _described(dataset) + (f"; {len(held_out):,} more are held out" if len(held_out) else ""),
-            f"adapter     {linears} linears, total rank {recipe.adapter.rank * len(blocks)}, "
+            f"adapter     {linears} linears, total rank {recipe.adapter.rank * len(modules)}, "
             f"{trainable:,} trainable parameters ({trainable / base:.3%})",
             f"method      {recipe.method.name}: {method.planned_adjustments()} adjustments in {steps} steps",
         ]

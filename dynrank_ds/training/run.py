@@ -97,11 +97,11 @@ def _engine(
 ) -> tuple[ZeroEngine, Method]:
     """The model with its adapters in DeepSpeed, and their method, at the beginning or as they were saved."""
     model = load_model(recipe.model, recipe.train.activation_checkpointing)
-    blocks = adapt(model, recipe, restored.factors() if restored else ())
-    method = build_method(recipe.method, blocks, total_steps, device)
+    modules = adapt(model, recipe, restored.factors() if restored else ())
+    method = build_method(recipe.method, modules, total_steps, device)
     engine = ZeroEngine(
         SummedLoss(model),
-        blocks,
+        modules,
         method.factors,
         config,
         partial(
@@ -131,7 +131,7 @@ def _enter(run: RunDirectory, resume: bool, now: Mapping[str, str], device: torc
             f"the processes hold different models, tokenizers or data: {', '.join(now)} must be the same on every node"
         )
     refused = torch.tensor(float(processes.rank() == 0 and not run.lock()), device=device)
-    if processes.total(refused) > 0:
+    if processes.all_reduce_sum(refused) > 0:
         raise RunError(
             f"output.dir {run.path} is in use by another run: wait for it or stop it, or give a new folder"
         )

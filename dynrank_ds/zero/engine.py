@@ -18,11 +18,11 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from dynrank_ds.adapters.linear import Block
-from dynrank_ds.ranking.layout import BlockShape, Fragment, FragmentOf, ShardLayout
+from dynrank_ds.adapters.linear import AdaptedModule
+from dynrank_ds.ranking.layout import Fragment, FragmentOf, ModuleShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import processes
-from dynrank_ds.zero.migrate import NewRows, gather_blocks, migrate, portions
+from dynrank_ds.zero.migrate import NewRows, gather_modules, migrate, portions
 from dynrank_ds.zero.shards import MOMENTS, Shards, Zero2Shards, Zero3Shards
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -38,7 +38,7 @@ _PARAMS_TO_RELEASE = (
 
 
 class ZeroEngine:
-    """Training of the adapters in `blocks` inside `model`, partitioned as the configuration's ZeRO stage has it.
+    """Training of the adapters in `modules` inside `model`, partitioned as the configuration's ZeRO stage has it.
 
     Under ZeRO-3 `unit` is the module class (a decoder layer) whose parameters are gathered and released together: with
     adapters a layer has dozens of small parameters, and fetching them module by module costs more than
@@ -52,18 +52,18 @@ class ZeroEngine:
     def __init__(
         self,
         model: nn.Module,
-        blocks: Mapping[str, Block],
+        modules: Mapping[str, AdaptedModule],
         factors: Sequence[str],
         config: dict[str, Any],
         make_optimizer: OptimizerFactory,
         rates: Mapping[str, float],
         unit: type[nn.Module],
     ) -> None:
-        self.blocks = list(blocks.values())
-        self.shapes = tuple(BlockShape(n, b.in_features, b.out_features) for n, b in blocks.items())
+        self.modules = list(modules.values())
+        self.shapes = tuple(ModuleShape(n, b.in_features, b.out_features) for n, b in modules.items())
         self.factors = tuple(factors)
-        self.births = [torch.zeros(_rank(b), dtype=torch.int64) for b in self.blocks]
-        """Per block, the optimizer step after which each triple was born, (rank,)."""
+        self.births = [torch.zeros(_rank(b), dtype=torch.int64) for b in self.modules]
+        """Per module, the optimizer step after which each triple was born, (rank,)."""
         self.updates = 0
         """Optimizer steps applied so far."""
         self._model, self._config = model, config
@@ -78,7 +78,7 @@ class ZeroEngine:
         gc.collect()
         gc.freeze()
         atexit.register(gc.unfreeze)  # or libraries complain at exit of what they think was leaked
-        self._build(self._layout([_rank(b) for b in self.blocks]))
+        self._build(self._layout([_rank(b) for b in self.modules]))
 
     # --- training
 
@@ -130,7 +130,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, births: Sequence[Tensor], updates: int, read: Callable[[str, Fragment], Tensor]) -> None:
-        """Sets master weights, moments and ages, as from a checkpoint whose weights the blocks already have.
+        """Sets master weights, moments and ages, as from a checkpoint whose weights the modules already have.
 
         read: gives the elements of a fragment of one of `states`; it is asked for one at a time.
         """
@@ -154,14 +154,14 @@ class ZeroEngine:
         states = torch.stack([self.weights(), *(self.moments(m) for m in MOMENTS), *statistics.values()])
         old, new = self.layout, self._layout(plan.ranks)
         rules = self._rules(old.ranks), self._rules(plan.ranks)
-        moved, whole = migrate(states, old, new, plan, new_rows, rules, processes.total)
+        moved, whole = migrate(states, old, new, plan, new_rows, rules, processes.all_reduce_sum)
         self._close()
         for index, factors in whole.items():
-            block = self.blocks[index]
-            for replaced in block.factors().values():
+            module = self.modules[index]
+            for replaced in module.factors().values():
                 # Its functions of DeepSpeed refer to it: a circle, which holds its engine's 16-bit weights too.
                 replaced.__dict__.clear()
-            block.set_factors(factors if plan.ranks[index] else {})
+            module.set_factors(factors if plan.ranks[index] else {})
             kept = self.births[index][list(plan.keep[index])]
             self.births[index] = torch.cat([kept, kept.new_full((plan.new[index],), self.updates)])
         self._build(new)
@@ -172,17 +172,19 @@ class ZeroEngine:
         return {name: carried[name].clone() for name in statistics}
 
     def mask(self, masked: Sequence[Sequence[int]]) -> None:
-        """Sets lora_E of these triples of every block to 0; moments stay, and the next step may move them."""
+        """Sets lora_E of these triples of every module to 0; moments stay, and the next step may move them."""
         with torch.no_grad():
             self._shards.zero_gates(masked)
 
     def whole_rows(self, state: Sequence[Tensor]) -> Iterator[tuple[int, str, Tensor]]:
-        """(block, factor, (rank, row_length)) of a state of one piece a fragment, gathered a few blocks at a time."""
+        """(module, factor, (rank, row_length)) of a state of one piece a fragment, gathered a few modules at a time."""
         fragments = zip(self.layout.fragments, state, strict=True)
-        local = {(f.factor, f.block): piece[None] for f, piece in fragments}
-        for some in portions(range(len(self.blocks)), self.layout, 1):
-            for (factor, block), rows in gather_blocks(local, self.layout, some, processes.total).items():
-                yield block, factor, rows[0]
+        local = {(f.factor, f.module): piece[None] for f, piece in fragments}
+        for some in portions(range(len(self.modules)), self.layout, 1):
+            for (factor, module), rows in gather_modules(
+                local, self.layout, some, processes.all_reduce_sum
+            ).items():
+                yield module, factor, rows[0]
 
     # --- building
 
@@ -197,7 +199,7 @@ class ZeroEngine:
     def _build(self, layout: ShardLayout) -> None:
         self.layout = layout
         # DeepSpeed hangs its own attributes (ds_id, ds_tensor, ...) on parameters: no type knows them.
-        params: list[Any] = [self.blocks[f.block].factors()[f.factor] for f in layout.fragments]
+        params: list[Any] = [self.modules[f.module].factors()[f.factor] for f in layout.fragments]
         self._engine, *_ = deepspeed.initialize(
             model=self._model, optimizer=self._make_optimizer(params), config=self._config
         )
@@ -232,9 +234,9 @@ class ZeroEngine:
         del self._engine, self._shards
 
 
-def _rank(block: Block) -> int:
-    """Rank of a block, partitioned or not."""
-    lora_a = block.lora_A
+def _rank(module: AdaptedModule) -> int:
+    """Rank of a module, partitioned or not."""
+    lora_a = module.lora_A
     if lora_a is None:
         return 0
     return getattr(lora_a, "ds_shape", lora_a.shape)[0]

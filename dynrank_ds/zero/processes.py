@@ -89,7 +89,7 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sums `tensor` over all processes in place; one collective."""
     dist.all_reduce(tensor)
     return tensor
@@ -102,7 +102,7 @@ def gather_flat(tensor: Tensor) -> Tensor:
     return out.view(world_size(), -1)
 
 
-def everyones(tensor: Tensor) -> Iterator[Tensor]:
+def from_each_process(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor of every process, of one shape everywhere, one after another; a broadcast each."""
     for process in range(world_size()):
         sent = tensor.clone() if process == rank() else torch.empty_like(tensor)

@@ -15,21 +15,21 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
-from dynrank_ds.ranking.layout import BlockShape, FragmentOf, ShardLayout
+from dynrank_ds.ranking.layout import FragmentOf, ModuleShape, ShardLayout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-FragmentRules = Callable[[Sequence[BlockShape], Sequence[int], Sequence[str], int], list[FragmentOf]]
+FragmentRules = Callable[[Sequence[ModuleShape], Sequence[int], Sequence[str], int], list[FragmentOf]]
 """(shapes, ranks, factors, world size) -> the fragment rule of every process."""
 
 
 def zero3_rules(
-    shapes: Sequence[BlockShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
+    shapes: Sequence[ModuleShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
 ) -> list[FragmentOf]:
     """ZeRO-3: each tensor in equal pieces of ceil(numel / world_size) elements, the last ones short or empty."""
 
     def rule(process: int) -> FragmentOf:
-        def fragment(factor: str, block: int, numel: int) -> tuple[int, int]:
+        def fragment(factor: str, module: int, numel: int) -> tuple[int, int]:
             piece = -(-numel // world_size)
             return min(process * piece, numel), min((process + 1) * piece, numel)
 
@@ -39,20 +39,20 @@ def zero3_rules(
 
 
 def zero2_rules(
-    shapes: Sequence[BlockShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
+    shapes: Sequence[ModuleShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
 ) -> list[FragmentOf]:
     """ZeRO-1 and 2: all tensors behind one another, padded to a multiple of 2 * world_size, in equal pieces."""
     offsets: dict[tuple[str, int], int] = {}
     end = 0
     for factor in factors:
-        for block, (shape, rank) in enumerate(zip(shapes, ranks, strict=True)):
-            offsets[factor, block] = end
+        for module, (shape, rank) in enumerate(zip(shapes, ranks, strict=True)):
+            offsets[factor, module] = end
             end += rank * shape.row_length(factor)
     piece = -(-end // (2 * world_size)) * 2
 
     def rule(process: int) -> FragmentOf:
-        def fragment(factor: str, block: int, numel: int) -> tuple[int, int]:
-            start = process * piece - offsets[factor, block]
+        def fragment(factor: str, module: int, numel: int) -> tuple[int, int]:
+            start = process * piece - offsets[factor, module]
             return min(max(start, 0), numel), min(max(start + piece, 0), numel)
 
         return fragment
@@ -143,15 +143,15 @@ Shards = Zero3Shards | Zero2Shards
 def _runs(births: Sequence[Tensor], rates: Mapping[str, float], layout: ShardLayout) -> list[Tensor]:
     """For each fragment (3, rows) fp64: when each row was born, its rate, how many of its elements are here.
 
-    births: the (rank,) of every block, the optimizer step after which each triple was born.
+    births: the (rank,) of every module, the optimizer step after which each triple was born.
     """
     parts = []
     for f in layout.fragments:
-        length = layout.shapes[f.block].row_length(f.factor)
+        length = layout.shapes[f.module].row_length(f.factor)
         rows = torch.arange(f.start // length, -(-f.stop // length))
         held = (rows * length + length).clamp(max=f.stop) - (rows * length).clamp(min=f.start)
         rate = torch.full(rows.shape, rates[f.factor], dtype=torch.float64)
-        parts.append(torch.stack([births[f.block][rows].double(), rate, held.double()]))
+        parts.append(torch.stack([births[f.module][rows].double(), rate, held.double()]))
     return parts
 
 
@@ -164,9 +164,9 @@ def _padded(runs: Tensor, length: int, rate: float) -> Tensor:
 def _masked_gates(
     layout: ShardLayout, masked: Sequence[Sequence[int]]
 ) -> list[tuple[int, list[int], list[int]]]:
-    """(number of the fragment, masked elements inside it, masked triples of its block) of every lora_E."""
+    """(number of the fragment, masked elements inside it, masked triples of its module) of every lora_E."""
     return [
-        (number, [i - f.start for i in masked[f.block] if f.start <= i < f.stop], list(masked[f.block]))
+        (number, [i - f.start for i in masked[f.module] if f.start <= i < f.stop], list(masked[f.module]))
         for number, f in enumerate(layout.fragments)
         if f.factor == "lora_E"
     ]

@@ -1,4 +1,4 @@
-"""Linears whose heads are blocks, against dense matrices put together head by head."""
+"""Linears whose heads are modules, against dense matrices put together head by head."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank_ds.adapters.heads import HeadedLinear, HeadSplit, head_splits
-from dynrank_ds.adapters.initial import block_generator, lora_factors, svd_factors
+from dynrank_ds.adapters.initial import lora_factors, module_generator, svd_factors
 from dynrank_ds.adapters.inject import inject
-from dynrank_ds.adapters.linear import AdaptedLinear, Block, BlockBackward, Part
+from dynrank_ds.adapters.linear import AdaptedLinear, AdaptedModule, ModuleBackward, Part
 from dynrank_ds.errors import ModelError, RecipeError
 
 SCALE, HEADS = 1.7, 3
@@ -25,31 +25,31 @@ def headed(side: str, ranks: tuple[int, ...] = RANKS, gate: str = "none") -> Hea
     torch.manual_seed(0)
     base = nn.Linear(*SIDES[side], dtype=torch.float64).requires_grad_(False)
     linear = HeadedLinear(base, HeadSplit(side, HEADS), SCALE, "layers.0.proj")  # type: ignore[arg-type]
-    for block, rank in zip(blocks_of(linear), ranks, strict=True):
+    for module, rank in zip(modules_of(linear), ranks, strict=True):
         factors = {
-            "lora_A": torch.randn(rank, block.in_features, dtype=torch.float64),
-            "lora_B": torch.randn(rank, block.out_features, dtype=torch.float64),
+            "lora_A": torch.randn(rank, module.in_features, dtype=torch.float64),
+            "lora_B": torch.randn(rank, module.out_features, dtype=torch.float64),
         }
         if gate == "e":
             factors["lora_E"] = torch.randn(rank, dtype=torch.float64)
-        block.set_factors(factors if rank else {})
-        block.gate = {"soft": torch.rand(rank).double(), "weight": torch.rand(1).double()}.get(gate)
+        module.set_factors(factors if rank else {})
+        module.gate = {"soft": torch.rand(rank).double(), "weight": torch.rand(1).double()}.get(gate)
     return linear
 
 
-def blocks_of(linear: HeadedLinear) -> list[Block]:
-    return list(linear.named_blocks("x").values())
+def modules_of(linear: HeadedLinear) -> list[AdaptedModule]:
+    return list(linear.adapted_modules("x").values())
 
 
 def dense(linear: HeadedLinear, factors: list[dict[str, Tensor]], gates: list[Tensor | None]) -> Tensor:
     """W with s B^T diag(g) A added where each head stands."""
     weight = linear.base.weight
-    for block, own, gate in zip(blocks_of(linear), factors, gates, strict=True):
+    for module, own, gate in zip(modules_of(linear), factors, gates, strict=True):
         if own:
             g = own.get("lora_E", gate)
             middle = torch.diag(torch.ones(len(own["lora_A"]), dtype=torch.float64) if g is None else g)
             delta = SCALE * own["lora_B"].T @ middle @ own["lora_A"]
-            part = block.part
+            part = module.part
             before, after = part.start, part.of - part.stop
             pad = (0, 0, before, after) if part.side == "rows" else (before, after, 0, 0)
             weight = weight + nn.functional.pad(delta, pad)
@@ -63,16 +63,16 @@ def test_output_and_gradients_are_those_of_the_dense_matrix(
     side: str, gate: str, shape: tuple[int, ...]
 ) -> None:
     linear = headed(side, gate=gate)
-    seen: dict[int, BlockBackward] = {}
-    for i, block in enumerate(blocks_of(linear)):
-        block.work = lambda backward, i=i: seen.setdefault(i, backward)  # type: ignore[misc]
+    seen: dict[int, ModuleBackward] = {}
+    for i, module in enumerate(modules_of(linear)):
+        module.work = lambda backward, i=i: seen.setdefault(i, backward)  # type: ignore[misc]
     copies = [
-        {name: f.detach().clone().requires_grad_() for name, f in block.factors().items()}
-        for block in blocks_of(linear)
+        {name: f.detach().clone().requires_grad_() for name, f in module.factors().items()}
+        for module in modules_of(linear)
     ]
     gates = [
-        None if block.gate is None else block.gate.expand(rank).clone().requires_grad_()
-        for block, rank in zip(blocks_of(linear), RANKS, strict=True)
+        None if module.gate is None else module.gate.expand(rank).clone().requires_grad_()
+        for module, rank in zip(modules_of(linear), RANKS, strict=True)
     ]
     x = torch.randn(*shape, SIDES[side][0], dtype=torch.float64, requires_grad=True)
     plain_x = x.detach().clone().requires_grad_()
@@ -84,9 +84,9 @@ def test_output_and_gradients_are_those_of_the_dense_matrix(
     ours.backward(direction)
     plain.backward(direction)
     torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-12, atol=1e-12)
-    for i, (block, copy) in enumerate(zip(blocks_of(linear), copies, strict=True)):
-        assert block.factors().keys() == copy.keys()
-        for name, factor in block.factors().items():
+    for i, (module, copy) in enumerate(zip(modules_of(linear), copies, strict=True)):
+        assert module.factors().keys() == copy.keys()
+        for name, factor in module.factors().items():
             torch.testing.assert_close(factor.grad, copy[name].grad, rtol=1e-12, atol=1e-12)
         if gates[i] is not None and RANKS[i]:
             torch.testing.assert_close(seen[i].grad_gate, gates[i].grad, rtol=1e-12, atol=1e-12)
@@ -94,22 +94,22 @@ def test_output_and_gradients_are_those_of_the_dense_matrix(
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("with_checkpointing", [False, True])
-def test_work_of_a_head_sees_what_its_block_alone_would_see(side: str, with_checkpointing: bool) -> None:
+def test_work_of_a_head_sees_what_its_module_alone_would_see(side: str, with_checkpointing: bool) -> None:
     linear, seen = headed(side, gate="soft"), {}
-    for i, block in enumerate(blocks_of(linear)):
-        block.work = lambda backward, i=i: seen.setdefault(i, []).append(backward)  # type: ignore[misc]
+    for i, module in enumerate(modules_of(linear)):
+        module.work = lambda backward, i=i: seen.setdefault(i, []).append(backward)  # type: ignore[misc]
     x = torch.randn(2, 4, SIDES[side][0], dtype=torch.float64, requires_grad=True)
     y = checkpoint(linear, x, use_reentrant=False) if with_checkpointing else linear(x)
     direction = torch.randn_like(y)
     y.backward(direction)
     assert sorted(seen) == [0, 2]
     for i, (backward,) in seen.items():
-        block = blocks_of(linear)[i]
-        rows = slice(block.part.start, block.part.stop)
+        module = modules_of(linear)[i]
+        rows = slice(module.part.start, module.part.stop)
         own_x, own_y = (x[..., rows], direction) if side == "columns" else (x, direction[..., rows])
-        alone = Block(block.in_features, block.out_features, SCALE, torch.float64)
-        alone.set_factors({name: f.detach().clone() for name, f in block.factors().items()})
-        alone.gate, shown = block.gate, []
+        alone = AdaptedModule(module.in_features, module.out_features, SCALE, torch.float64)
+        alone.set_factors({name: f.detach().clone() for name, f in module.factors().items()})
+        alone.gate, shown = module.gate, []
         alone.work = shown.append
         alone.update(own_x.detach()).backward(own_y)
         for field in ("x", "grad_y", "lora_a", "lora_b", "gate", "grad_a", "grad_b", "grad_gate"):
@@ -121,15 +121,15 @@ def test_what_work_adds_to_a_heads_gradients_reaches_its_factors() -> None:
     for side in SIDES:
         without, with_work = headed(side), headed(side)
 
-        def work(backward: BlockBackward) -> None:
+        def work(backward: ModuleBackward) -> None:
             backward.grad_a += 0.5 * backward.lora_a
             backward.grad_b += 0.25 * backward.lora_b
 
-        blocks_of(with_work)[2].work = work
+        modules_of(with_work)[2].work = work
         for linear in (without, with_work):
             torch.manual_seed(1)
             linear(torch.randn(4, SIDES[side][0], dtype=torch.float64)).square().sum().backward()
-        for i, (a, b) in enumerate(zip(blocks_of(without), blocks_of(with_work), strict=True)):
+        for i, (a, b) in enumerate(zip(modules_of(without), modules_of(with_work), strict=True)):
             for name, share in (("lora_A", 0.5), ("lora_B", 0.25)):
                 if RANKS[i]:
                     extra = share * b.factors()[name] if i == 2 else 0
@@ -147,11 +147,11 @@ def test_a_linear_whose_heads_have_no_triples_is_its_base(side: str) -> None:
 def test_slots_whose_gate_is_zero_change_nothing() -> None:
     linear = headed("rows", gate="soft")
     x = torch.randn(4, 5, dtype=torch.float64)
-    block = blocks_of(linear)[2]
-    block.gate[2] = 0
+    module = modules_of(linear)[2]
+    module.gate[2] = 0
     with_slot = linear(x)
-    block.set_factors({name: f.detach()[:2] for name, f in block.factors().items()})
-    block.gate = block.gate[:2]
+    module.set_factors({name: f.detach()[:2] for name, f in module.factors().items()})
+    module.gate = module.gate[:2]
     torch.testing.assert_close(linear(x), with_slot, rtol=1e-14, atol=1e-14)
 
 
@@ -164,9 +164,9 @@ def llama(**changes: int) -> LlamaForCausalLM:
 def test_grouped_query_attention_has_fewer_key_and_value_heads() -> None:
     model = llama()
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
-    blocks = inject(model, targets, 2, 1.5, lora_factors, 0, head_splits(model.config))
+    modules = inject(model, targets, 2, 1.5, lora_factors, 0, head_splits(model.config))
     prefix = "model.layers.1.self_attn"
-    names = [name for name in blocks if name.startswith("model.layers.1.")]
+    names = [name for name in modules if name.startswith("model.layers.1.")]
     assert names == [
         *(f"{prefix}.q_proj.blocks.{h}" for h in range(4)),
         *(f"{prefix}.k_proj.blocks.{h}" for h in range(2)),
@@ -174,23 +174,23 @@ def test_grouped_query_attention_has_fewer_key_and_value_heads() -> None:
         *(f"{prefix}.o_proj.blocks.{h}" for h in range(4)),
         "model.layers.1.mlp.up_proj",
     ]
-    assert all(model.get_submodule(name) is block for name, block in blocks.items())
-    assert blocks[f"{prefix}.k_proj.blocks.1"].part == Part(f"{prefix}.k_proj", "rows", 8, 16, 16)
-    assert blocks[f"{prefix}.o_proj.blocks.3"].part == Part(f"{prefix}.o_proj", "columns", 24, 32, 32)
-    assert isinstance(blocks["model.layers.1.mlp.up_proj"], AdaptedLinear)
-    for name, block in blocks.items():
-        assert block.initial_rank == 2 and block.scale == 1.5
-        drawn = lora_factors(2, block.in_features, block.out_features, block_generator(0, name, 0))
-        assert all(torch.equal(block.factors()[f], drawn[f]) for f in drawn)
+    assert all(model.get_submodule(name) is module for name, module in modules.items())
+    assert modules[f"{prefix}.k_proj.blocks.1"].part == Part(f"{prefix}.k_proj", "rows", 8, 16, 16)
+    assert modules[f"{prefix}.o_proj.blocks.3"].part == Part(f"{prefix}.o_proj", "columns", 24, 32, 32)
+    assert isinstance(modules["model.layers.1.mlp.up_proj"], AdaptedLinear)
+    for name, module in modules.items():
+        assert module.initial_rank == 2 and module.scale == 1.5
+        drawn = lora_factors(2, module.in_features, module.out_features, module_generator(0, name, 0))
+        assert all(torch.equal(module.factors()[f], drawn[f]) for f in drawn)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {f"{b}.{f}" for b in blocks for f in ("lora_A", "lora_B")}
+    assert trainable == {f"{b}.{f}" for b in modules for f in ("lora_A", "lora_B")}
 
 
 def test_a_head_of_its_own_size_is_cut_by_the_number_of_heads() -> None:
     model = llama(head_dim=6)
-    blocks = inject(model, ["q_proj", "o_proj"], 2, 1.0, svd_factors, 0, head_splits(model.config))
-    assert blocks["model.layers.0.self_attn.q_proj.blocks.3"].part.stop == 24
-    assert blocks["model.layers.0.self_attn.o_proj.blocks.0"].in_features == 6
+    modules = inject(model, ["q_proj", "o_proj"], 2, 1.0, svd_factors, 0, head_splits(model.config))
+    assert modules["model.layers.0.self_attn.q_proj.blocks.3"].part.stop == 24
+    assert modules["model.layers.0.self_attn.o_proj.blocks.0"].in_features == 6
 
 
 def test_a_model_of_adapted_heads_with_zero_b_is_the_base_model() -> None:

@@ -4,14 +4,14 @@ import math
 
 import torch
 
-from dynrank_ds.adapters.initial import block_generator, lora_factors, svd_factors
+from dynrank_ds.adapters.initial import lora_factors, module_generator, svd_factors
 
 
-def drawn(seed: int, block: str, event: int = 0) -> torch.Tensor:
-    return svd_factors(3, 8, 6, block_generator(seed, block, event))["lora_A"]
+def drawn(seed: int, module: str, event: int = 0) -> torch.Tensor:
+    return svd_factors(3, 8, 6, module_generator(seed, module, event))["lora_A"]
 
 
-def test_values_depend_on_seed_block_and_event_alone() -> None:
+def test_values_depend_on_seed_module_and_event_alone() -> None:
     first = drawn(1, "layers.0.q_proj")
     torch.manual_seed(99)
     torch.randn(10)
@@ -21,7 +21,7 @@ def test_values_depend_on_seed_block_and_event_alone() -> None:
 
 
 def test_lora_starts_as_a_uniform_a_and_a_zero_b() -> None:
-    factors = lora_factors(64, 100, 30, block_generator(0, "x", 0))
+    factors = lora_factors(64, 100, 30, module_generator(0, "x", 0))
     assert {k: tuple(v.shape) for k, v in factors.items()} == {"lora_A": (64, 100), "lora_B": (64, 30)}
     assert not factors["lora_B"].any()
     a = factors["lora_A"]
@@ -31,7 +31,7 @@ def test_lora_starts_as_a_uniform_a_and_a_zero_b() -> None:
 
 
 def test_the_svd_form_starts_with_normal_a_and_b_and_e_zero() -> None:
-    factors = svd_factors(64, 100, 30, block_generator(0, "x", 0))
+    factors = svd_factors(64, 100, 30, module_generator(0, "x", 0))
     assert {k: tuple(v.shape) for k, v in factors.items()} == {
         "lora_A": (64, 100),
         "lora_E": (64,),

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from dynrank_ds.adapters.initial import block_generator, lora_factors, svd_factors
+from dynrank_ds.adapters.initial import lora_factors, module_generator, svd_factors
 from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
@@ -28,19 +28,19 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def test_only_the_targets_are_adapted_and_the_base_is_frozen() -> None:
     net = model()
-    blocks = inject(net, ["q_proj"], rank=4, scale=2.0, init=svd_factors, seed=0)
-    assert list(blocks) == ["layers.0.q_proj", "layers.1.q_proj"]
-    assert [n for n, m in net.named_modules() if isinstance(m, AdaptedLinear)] == list(blocks)
-    assert all(net.get_submodule(name) is block and block.scale == 2.0 for name, block in blocks.items())
+    modules = inject(net, ["q_proj"], rank=4, scale=2.0, init=svd_factors, seed=0)
+    assert list(modules) == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert [n for n, m in net.named_modules() if isinstance(m, AdaptedLinear)] == list(modules)
+    assert all(net.get_submodule(name) is module and module.scale == 2.0 for name, module in modules.items())
     trainable = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert trainable == {f"{b}.{f}" for b in blocks for f in ("lora_A", "lora_E", "lora_B")}
+    assert trainable == {f"{b}.{f}" for b in modules for f in ("lora_A", "lora_E", "lora_B")}
 
 
-def test_factors_follow_the_seed_and_the_block_name_in_the_dtype_of_the_base() -> None:
+def test_factors_follow_the_seed_and_the_module_name_in_the_dtype_of_the_base() -> None:
     all_targets = inject(model(torch.bfloat16), ["q_proj", "down_proj"], 3, 1.0, svd_factors, seed=7)
     alone = inject(model(torch.bfloat16), ["down_proj"], 3, 1.0, svd_factors, seed=7)
     name = "layers.1.down_proj"
-    expected = svd_factors(3, 12, 5, block_generator(7, name, 0))
+    expected = svd_factors(3, 12, 5, module_generator(7, name, 0))
     for factor, value in alone[name].factors().items():
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, expected[factor].bfloat16())
@@ -55,8 +55,8 @@ def test_the_scale_is_that_of_peft_with_and_without_rslora(
     ours = inject(model(), section.targets, section.rank, section.scale, lora_factors, seed=0)
     config = LoraConfig(r=3, lora_alpha=5, use_rslora=root, target_modules=["q_proj"])  # type: ignore[arg-type]
     theirs = inject_adapter_in_model(config, model())
-    for name, block in ours.items():
-        assert block.scale == pytest.approx(theirs.get_submodule(name).scaling["default"], rel=1e-12)
+    for name, module in ours.items():
+        assert module.scale == pytest.approx(theirs.get_submodule(name).scaling["default"], rel=1e-12)
 
 
 def test_an_unknown_target_is_told_with_the_names_there_are() -> None:

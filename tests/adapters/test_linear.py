@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynrank_ds.adapters.linear import AdaptedLinear, BlockBackward
+from dynrank_ds.adapters.linear import AdaptedLinear, ModuleBackward
 
 SCALE = 1.7
 
@@ -17,7 +17,7 @@ class CountingWork:
         self.inputs: list[Tensor] = []
         self.penalty = penalty
 
-    def __call__(self, backward: BlockBackward) -> None:
+    def __call__(self, backward: ModuleBackward) -> None:
         self.inputs.append(backward.x.clone())
         if self.penalty is not None:
             backward.grad_a += self.penalty * backward.lora_a
@@ -26,56 +26,56 @@ class CountingWork:
 
 def adapted(rank: int, with_e: bool = True, dtype: torch.dtype = torch.float64) -> AdaptedLinear:
     torch.manual_seed(rank)
-    block = AdaptedLinear(nn.Linear(5, 7, dtype=dtype).requires_grad_(False), SCALE)
+    module = AdaptedLinear(nn.Linear(5, 7, dtype=dtype).requires_grad_(False), SCALE)
     factors = {"lora_A": torch.randn(rank, 5, dtype=dtype), "lora_B": torch.randn(rank, 7, dtype=dtype)}
     if with_e:
         factors["lora_E"] = torch.randn(rank, dtype=dtype)
-    block.set_factors(factors if rank else {})
-    return block
+    module.set_factors(factors if rank else {})
+    return module
 
 
-def plain(x: Tensor, block: AdaptedLinear, factors: dict[str, Tensor]) -> Tensor:
+def plain(x: Tensor, module: AdaptedLinear, factors: dict[str, Tensor]) -> Tensor:
     """W x + bias + s B^T diag(e) A x, left to autograd."""
     e = factors.get("lora_E", torch.ones(len(factors["lora_A"]), dtype=x.dtype))
     delta = SCALE * factors["lora_B"].T @ torch.diag(e) @ factors["lora_A"]
-    return x @ (block.base.weight + delta).T + block.base.bias
+    return x @ (module.base.weight + delta).T + module.base.bias
 
 
 @pytest.mark.parametrize("with_e", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 5)])
 def test_output_and_gradients_are_those_of_the_formula(with_e: bool, shape: tuple[int, ...]) -> None:
-    block = adapted(3, with_e)
+    module = adapted(3, with_e)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    copies = {k: v.detach().clone().requires_grad_() for k, v in block.factors().items()}
+    copies = {k: v.detach().clone().requires_grad_() for k, v in module.factors().items()}
     other_x = x.detach().clone().requires_grad_()
-    ours, formula = block(x), plain(other_x, block, copies)
+    ours, formula = module(x), plain(other_x, module, copies)
     torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-12)
 
     direction = torch.randn_like(ours)
     ours.backward(direction)
     formula.backward(direction)
     torch.testing.assert_close(x.grad, other_x.grad, rtol=1e-12, atol=1e-12)
-    assert block.factors().keys() == copies.keys()
-    for name, factor in block.factors().items():
+    assert module.factors().keys() == copies.keys()
+    for name, factor in module.factors().items():
         torch.testing.assert_close(factor.grad, copies[name].grad, rtol=1e-12, atol=1e-12, msg=name)
-    assert block.base.weight.grad is None
+    assert module.base.weight.grad is None
 
 
 @pytest.mark.parametrize("entries", [1, 3])
 def test_a_gate_of_the_methods_scales_triples_and_its_gradient_reaches_the_work(entries: int) -> None:
-    block, seen = adapted(3, with_e=False), []
-    block.gate = torch.rand(entries, dtype=torch.float64) + 0.5
-    block.work = lambda backward: seen.append(backward.grad_gate)
+    module, seen = adapted(3, with_e=False), []
+    module.gate = torch.rand(entries, dtype=torch.float64) + 0.5
+    module.work = lambda backward: seen.append(backward.grad_gate)
     x = torch.randn(4, 5, dtype=torch.float64)
-    gate = block.gate.expand(3).clone().requires_grad_()
-    formula = plain(x, block, {**{k: v.detach() for k, v in block.factors().items()}, "lora_E": gate})
-    ours = block(x)
+    gate = module.gate.expand(3).clone().requires_grad_()
+    formula = plain(x, module, {**{k: v.detach() for k, v in module.factors().items()}, "lora_E": gate})
+    ours = module(x)
     torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-12)
 
     direction = torch.randn_like(ours)
     ours.backward(direction)
     formula.backward(direction)
-    assert block.gate.grad is None
+    assert module.gate.grad is None
     torch.testing.assert_close(seen[0], gate.grad, rtol=1e-12, atol=1e-12)
 
 
@@ -83,10 +83,10 @@ def test_a_gate_of_the_methods_scales_triples_and_its_gradient_reaches_the_work(
 def test_the_gradient_of_a_gate_is_summed_in_at_least_single_precision(
     dtype: torch.dtype, wide: torch.dtype
 ) -> None:
-    block, seen = adapted(3, with_e=False, dtype=dtype), []
-    block.gate = torch.ones(3)
-    block.work = lambda backward: seen.append(backward)
-    block(torch.randn(64, 5, dtype=dtype)).backward(torch.randn(64, 7, dtype=dtype))
+    module, seen = adapted(3, with_e=False, dtype=dtype), []
+    module.gate = torch.ones(3)
+    module.work = lambda backward: seen.append(backward)
+    module(torch.randn(64, 5, dtype=dtype)).backward(torch.randn(64, 7, dtype=dtype))
     through_b, hidden = seen[0].grad_y @ seen[0].lora_b.T, seen[0].x @ seen[0].lora_a.T
     assert seen[0].grad_gate.dtype == wide
     exact = SCALE * (through_b.double() * hidden.double()).sum(0)
@@ -94,47 +94,47 @@ def test_the_gradient_of_a_gate_is_summed_in_at_least_single_precision(
 
 
 def test_an_input_without_gradient_gets_none() -> None:
-    block = adapted(2)
+    module = adapted(2)
     x = torch.randn(3, 5, dtype=torch.float64)
-    block(x).sum().backward()
+    module(x).sum().backward()
     assert x.grad is None
-    assert all(factor.grad is not None for factor in block.factors().values())
+    assert all(factor.grad is not None for factor in module.factors().values())
 
 
 def test_rank_zero_is_the_base_and_owns_no_parameter() -> None:
-    block = adapted(0)
+    module = adapted(0)
     x = torch.randn(4, 5, dtype=torch.float64)
-    assert torch.equal(block(x), block.base(x))
-    assert block.factors() == {}
-    assert {name for name, _ in block.named_parameters()} == {"base.weight", "base.bias"}
+    assert torch.equal(module(x), module.base(x))
+    assert module.factors() == {}
+    assert {name for name, _ in module.named_parameters()} == {"base.weight", "base.bias"}
 
 
 def test_factors_can_be_taken_away_again() -> None:
-    block = adapted(3)
-    block.set_factors({})
+    module = adapted(3)
+    module.set_factors({})
     x = torch.randn(4, 5, dtype=torch.float64)
-    assert torch.equal(block(x), block.base(x))
-    assert not [p for p in block.parameters() if p.requires_grad]
+    assert torch.equal(module(x), module.base(x))
+    assert not [p for p in module.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("with_checkpointing", [False, True])
 def test_work_sees_the_input_once_per_backward(with_checkpointing: bool) -> None:
-    block = adapted(3)
-    block.work = work = CountingWork()
+    module = adapted(3)
+    module.work = work = CountingWork()
     for times in (1, 2):
         x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
-        y = checkpoint(block, x, use_reentrant=False) if with_checkpointing else block(x)
+        y = checkpoint(module, x, use_reentrant=False) if with_checkpointing else module(x)
         y.sum().backward()
         assert len(work.inputs) == times
         assert torch.equal(work.inputs[-1], x.flatten(0, -2))
 
 
 def test_work_sees_nothing_in_evaluation() -> None:
-    block = adapted(3)
-    block.work = work = CountingWork()
+    module = adapted(3)
+    module.work = work = CountingWork()
     with torch.no_grad():
-        block(torch.randn(2, 5, dtype=torch.float64))
-    block(torch.randn(2, 5, dtype=torch.float64))  # no backward follows
+        module(torch.randn(2, 5, dtype=torch.float64))
+    module(torch.randn(2, 5, dtype=torch.float64))  # no backward follows
     assert work.inputs == []
 
 
@@ -142,21 +142,21 @@ def test_the_penalty_gradient_is_added_to_a_and_b() -> None:
     x = torch.randn(4, 5, dtype=torch.float64)
     without, with_penalty = adapted(3), adapted(3)
     with_penalty.work = CountingWork(penalty=0.5)
-    for block in (without, with_penalty):
-        block(x).square().sum().backward()
+    for module in (without, with_penalty):
+        module(x).square().sum().backward()
     for name, factor in with_penalty.factors().items():
         extra = 0 * factor if name == "lora_E" else 0.5 * factor
         torch.testing.assert_close(factor.grad, without.factors()[name].grad + extra)
 
 
 def test_adding_triples_with_e_zero_changes_no_bit_of_the_output() -> None:
-    block = adapted(4, dtype=torch.float32)
+    module = adapted(4, dtype=torch.float32)
     x = torch.randn(3, 6, 5)
-    before = block(x)
+    before = module(x)
     grown = {
         name: torch.cat([f.detach(), torch.zeros(3) if name == "lora_E" else torch.randn(3, f.shape[1])])
-        for name, f in block.factors().items()
+        for name, f in module.factors().items()
     }
-    block.set_factors(grown)
-    assert block.lora_A is not None and block.lora_A.shape == (7, 5)
-    assert torch.equal(block(x), before)
+    module.set_factors(grown)
+    assert module.lora_A is not None and module.lora_A.shape == (7, 5)
+    assert torch.equal(module(x), before)

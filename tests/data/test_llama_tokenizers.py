@@ -12,8 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from dynrank_ds.data.collating import IGNORED, PackedCollator, PaddedCollator
 from dynrank_ds.data.formats import FORMATS
-from dynrank_ds.data.layouts import IGNORED, Packed, Padded
 from dynrank_ds.data.rows import Drops, Row
 from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.data.tokenising import tokenise
@@ -107,10 +107,10 @@ def test_padding_is_never_a_target_though_it_is_the_end_of_text_token(
     tokenizer, _ = llama
     dataset = tokenised([row for name, row in rows if name == "metamathqa"], tokenizer, FORMATS["metamathqa"])
     indices = np.arange(len(dataset))
-    batch = Padded(tokenizer.eos_token_id).collate(dataset, indices)
+    batch = PaddedCollator(tokenizer.eos_token_id).collate(dataset, indices)
     assert (batch.labels[batch.attention_mask == 0] == IGNORED).all() and (batch.attention_mask == 0).any()
     assert (batch.labels == tokenizer.eos_token_id).sum(1).tolist() == [1] * len(dataset)
-    packed = Packed().collate(dataset, indices)
+    packed = PackedCollator().collate(dataset, indices)
     assert int((packed.labels == tokenizer.eos_token_id).sum()) == len(dataset)
     assert sorted(packed.inputs()["targets"].tolist()) == sorted(batch.inputs()["targets"].tolist())
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dynrank_ds.data.batching import GlobalBatches
-from dynrank_ds.data.layouts import Layout, Packed, Padded
+from dynrank_ds.data.collating import Collator, PackedCollator, PaddedCollator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.recipe import check_recipe
 from dynrank_ds.training.prepare import prepare_data, split_held_out
@@ -54,13 +54,13 @@ def samples(dataset: TokenisedDataset) -> set[Tokens]:
     return {tuple(dataset.sample(i).ids.tolist()) for i in range(len(dataset))}
 
 
-def computed(dataset: TokenisedDataset, layout: Layout, step: int, world_size: int) -> list[Tokens]:
+def computed(dataset: TokenisedDataset, collator: Collator, step: int, world_size: int) -> list[Tokens]:
     """The samples that the model is given in a step, in all processes, sorted; a run that begins here knows no more."""
     indices = GlobalBatches(len(dataset), BATCH, SEED).indices(step)
     given: list[Tokens] = []
     for rank in range(world_size):
-        for chosen in layout.micro_batches(indices, dataset.lengths, rank, world_size, MICRO_BATCH):
-            batch = layout.collate(dataset, chosen)
+        for chosen in collator.micro_batches(indices, dataset.lengths, rank, world_size, MICRO_BATCH):
+            batch = collator.collate(dataset, chosen)
             inputs = batch.inputs()
             if batch.packed:
                 starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()[1:]
@@ -74,26 +74,28 @@ def computed(dataset: TokenisedDataset, layout: Layout, step: int, world_size: i
     return sorted(given)
 
 
-@pytest.fixture(params=[Padded(2), Packed()], ids=["padded", "packed"])
-def layout(request: pytest.FixtureRequest) -> Layout:
+@pytest.fixture(params=[PaddedCollator(2), PackedCollator()], ids=["padded", "packed"])
+def collator(request: pytest.FixtureRequest) -> Collator:
     return request.param
 
 
-def test_global_batches_are_the_same_at_every_world_size(dataset: TokenisedDataset, layout: Layout) -> None:
+def test_global_batches_are_the_same_at_every_world_size(
+    dataset: TokenisedDataset, collator: Collator
+) -> None:
     steps = range(EPOCHS * len(dataset) // BATCH)
-    alone, two, three = ([computed(dataset, layout, step, size) for step in steps] for size in SIZES)
+    alone, two, three = ([computed(dataset, collator, step, size) for step in steps] for size in SIZES)
     assert alone == two == three
     assert all(len(step) == BATCH for step in alone)
 
 
 def test_every_sample_is_computed_once_an_epoch_also_after_a_resume_at_another_world_size(
-    dataset: TokenisedDataset, layout: Layout
+    dataset: TokenisedDataset, collator: Collator
 ) -> None:
     steps = EPOCHS * len(dataset) // BATCH
     assert steps * BATCH == EPOCHS * len(dataset)
     everything = sorted(tuple(dataset.sample(i).ids.tolist()) for i in range(len(dataset)))
-    whole = [computed(dataset, layout, step, 2) for step in range(steps)]
-    resumed = whole[:5] + [computed(dataset, layout, step, 3) for step in range(5, steps)]
+    whole = [computed(dataset, collator, step, 2) for step in range(steps)]
+    resumed = whole[:5] + [computed(dataset, collator, step, 3) for step in range(5, steps)]
     assert sorted(sample for step in resumed for sample in step) == sorted(everything * EPOCHS)
     # An epoch's end cuts a batch: what stands in it of each epoch follows from the batches before.
     in_order = [

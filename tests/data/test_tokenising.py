@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from dynrank_ds.data.collating import IGNORED, PaddedCollator
 from dynrank_ds.data.formats import FORMATS, Format, Text
-from dynrank_ds.data.layouts import IGNORED, Padded
 from dynrank_ds.data.rows import Row
 from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.data.tokenising import special_ids
@@ -38,7 +38,7 @@ def test_targets_are_the_answer_and_one_end_of_text_and_nothing_else(
 ) -> None:
     """Also where pad = eos, which is this tokenizer's case."""
     dataset = tokenised([row(q, r) for q, r in pairs], tokenizer, METAMATH, max_length=10_000)
-    batch = Padded(tokenizer.pad_token_id).collate(dataset, np.arange(len(pairs)))
+    batch = PaddedCollator(tokenizer.pad_token_id).collate(dataset, np.arange(len(pairs)))
     for (query, response), ids, mask, labels in zip(
         pairs, batch.input_ids.tolist(), batch.attention_mask.tolist(), batch.labels.tolist(), strict=True
     ):

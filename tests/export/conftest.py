@@ -17,7 +17,7 @@ MODULES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @dataclass
-class Block:
+class AdaptedModule:
     a: torch.Tensor  # (r, in)
     e: torch.Tensor | None  # (r,); None: LoRA
     b: torch.Tensor  # (r, out)
@@ -32,14 +32,14 @@ class Block:
 class FakeRun:
     folder: Path
     base: Path
-    blocks: dict[str, Block]
+    modules: dict[str, AdaptedModule]
 
     def model(self) -> LlamaForCausalLM:
         """The base with W + s B^T diag(e) A in place of W: a plain forward without any adapter."""
         model = LlamaForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         with torch.no_grad():
-            for name, block in self.blocks.items():
-                model.get_submodule(name).weight += block.delta()
+            for name, module in self.modules.items():
+                model.get_submodule(name).weight += module.delta()
         return model
 
 
@@ -61,29 +61,33 @@ def save_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1G
     return folder
 
 
-def draw_blocks(model: LlamaForCausalLM, ranks: dict[str, int], with_e: bool = True) -> dict[str, Block]:
+def draw_modules(
+    model: LlamaForCausalLM, ranks: dict[str, int], with_e: bool = True
+) -> dict[str, AdaptedModule]:
     generator = torch.Generator().manual_seed(1)
-    blocks = {}
+    modules = {}
     for index, (name, rank) in enumerate(ranks.items()):
         out_features, in_features = model.get_submodule(name).weight.shape
         a = 0.2 * torch.randn(rank, in_features, generator=generator)
         b = 0.2 * torch.randn(rank, out_features, generator=generator)
         e = torch.randn(rank, generator=generator) if with_e else None
-        blocks[name] = Block(a, e, b, scale=(16 / 12, 2.0, 0.7)[index % 3])
-    return blocks
+        modules[name] = AdaptedModule(a, e, b, scale=(16 / 12, 2.0, 0.7)[index % 3])
+    return modules
 
 
-def save_checkpoint(checkpoint: Path, base: Path, blocks: dict[str, Block], method: str = "pe_dyra") -> None:
+def save_checkpoint(
+    checkpoint: Path, base: Path, modules: dict[str, AdaptedModule], method: str = "pe_dyra"
+) -> None:
     checkpoint.mkdir(parents=True)
     tensors, shapes = {}, {}
-    for name, block in blocks.items():
-        rank, scale = len(block.a), block.scale
+    for name, module in modules.items():
+        rank, scale = len(module.a), module.scale
         shapes[name] = dict(
-            rank=rank, scale=scale, in_features=block.a.shape[1], out_features=block.b.shape[1]
+            rank=rank, scale=scale, in_features=module.a.shape[1], out_features=module.b.shape[1]
         )
         if rank:
-            factors = {"lora_A": block.a, "lora_B": block.b} | (
-                {} if block.e is None else {"lora_E": block.e}
+            factors = {"lora_A": module.a, "lora_B": module.b} | (
+                {} if module.e is None else {"lora_E": module.e}
             )
             for factor, value in factors.items():
                 tensors[f"master/{name}.{factor}"] = value
@@ -108,12 +112,15 @@ def uneven_ranks() -> dict[str, int]:
 def run(tmp_path_factory) -> FakeRun:
     root = tmp_path_factory.mktemp("run")
     base = save_base(root / "base")
-    blocks = draw_blocks(LlamaForCausalLM.from_pretrained(base), uneven_ranks())
-    stale = {name: Block(block.a * 2, block.e, block.b, block.scale) for name, block in blocks.items()}
+    modules = draw_modules(LlamaForCausalLM.from_pretrained(base), uneven_ranks())
+    stale = {
+        name: AdaptedModule(module.a * 2, module.e, module.b, module.scale)
+        for name, module in modules.items()
+    }
     save_checkpoint(root / "run/checkpoints/step-9", base, stale)
-    save_checkpoint(root / "run/checkpoints/step-20", base, blocks)
+    save_checkpoint(root / "run/checkpoints/step-20", base, modules)
     (root / "run/checkpoints/step-30.tmp").mkdir()
-    return FakeRun(root / "run", base, blocks)
+    return FakeRun(root / "run", base, modules)
 
 
 @pytest.fixture(scope="session")

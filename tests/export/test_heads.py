@@ -1,4 +1,4 @@
-"""Adapters whose heads are blocks, exported and merged: the logits are those of the model that was trained."""
+"""Adapters whose heads are modules, exported and merged: the logits are those of the model that was trained."""
 
 import json
 import logging
@@ -15,41 +15,41 @@ from dynrank_ds.adapters.initial import lora_factors
 from dynrank_ds.adapters.inject import inject
 from dynrank_ds.checkpoints import FORMAT, seal
 from dynrank_ds.export import export_checkpoint, merge_adapter
-from dynrank_ds.export.layouts import write_padded, write_peft
+from dynrank_ds.export.adapter_formats import write_padded, write_peft
 
 from .conftest import save_base
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
-LAYOUTS = {"peft": write_peft, "padded": write_padded}
+FORMATS = {"peft": write_peft, "padded": write_padded}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A base with 4 query and 2 key/value heads, a model with a block a head, and its checkpoint.
+    """A base with 4 query and 2 key/value heads, a model with a module a head, and its checkpoint.
 
     Ranks are 0 to 3, q_proj of layer 0 has none at all; the heads of layer 1 have soft gates.
     """
     root = tmp_path_factory.mktemp("heads")
     base = save_base(root / "base", num_hidden_layers=2)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    blocks = inject(model, TARGETS, 1, 0.7, lora_factors, 0, head_splits(model.config))
+    modules = inject(model, TARGETS, 1, 0.7, lora_factors, 0, head_splits(model.config))
     generator = torch.Generator().manual_seed(3)
     entries, tensors = {}, {}
-    for index, (name, block) in enumerate(blocks.items()):
+    for index, (name, module) in enumerate(modules.items()):
         rank = 0 if name.startswith("model.layers.0.self_attn.q_proj") else index % 4
         factors = {
-            "lora_A": 0.3 * torch.randn(rank, block.in_features, generator=generator),
-            "lora_B": 0.3 * torch.randn(rank, block.out_features, generator=generator),
+            "lora_A": 0.3 * torch.randn(rank, module.in_features, generator=generator),
+            "lora_B": 0.3 * torch.randn(rank, module.out_features, generator=generator),
         }
-        block.set_factors(factors if rank else {})
-        block.gate = torch.rand(rank, generator=generator) if "layers.1." in name else None
+        module.set_factors(factors if rank else {})
+        module.gate = torch.rand(rank, generator=generator) if "layers.1." in name else None
         entries[name] = {
             "rank": rank,
             "scale": 0.7,
-            "in_features": block.in_features,
-            "out_features": block.out_features,
-            "gate": None if block.gate is None else block.gate.tolist(),
-            "part": None if block.part is None else asdict(block.part),
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "gate": None if module.gate is None else module.gate.tolist(),
+            "part": None if module.part is None else asdict(module.part),
         }
         tensors |= {f"master/{name}.{f}": value for f, value in factors.items() if rank}
     checkpoint = root / "step-4"
@@ -61,10 +61,10 @@ def trained(tmp_path_factory):
     return base, model, checkpoint
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_peft_and_the_merged_model_give_the_logits_of_the_trained_one(trained, tokens, tmp_path, layout):
+@pytest.mark.parametrize("format", FORMATS)
+def test_peft_and_the_merged_model_give_the_logits_of_the_trained_one(trained, tokens, tmp_path, format):
     base, model, checkpoint = trained
-    export_checkpoint(checkpoint, tmp_path / "adapter", LAYOUTS[layout])
+    export_checkpoint(checkpoint, tmp_path / "adapter", FORMATS[format])
     merge_adapter(tmp_path / "adapter", None, tmp_path / "merged")
     with torch.no_grad():
         expected = model(tokens).logits

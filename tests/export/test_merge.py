@@ -28,9 +28,9 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize("layout", ["peft", "padded"])
-def test_merged_model_gives_the_logits_of_the_trained_one(run, tokens, tmp_path, layout):
-    export_adapter(run.folder, tmp_path / "adapter", layout)
+@pytest.mark.parametrize("format", ["peft", "padded"])
+def test_merged_model_gives_the_logits_of_the_trained_one(run, tokens, tmp_path, format):
+    export_adapter(run.folder, tmp_path / "adapter", format)
     merge_adapter(tmp_path / "adapter", None, tmp_path / "merged")
     model, info = LlamaForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -52,12 +52,12 @@ def test_a_sharded_bf16_base_keeps_files_index_and_dtype(run, adapter, tmp_path)
         before, after = load_file(base / shard), load_file(merged / shard)
         assert set(before) == set(after)
         for key, weight in before.items():
-            block = run.blocks.get(key.removesuffix(".weight"))
-            wanted = weight if block is None else (weight.float() + block.delta()).to(torch.bfloat16)
+            module = run.modules.get(key.removesuffix(".weight"))
+            wanted = weight if module is None else (weight.float() + module.delta()).to(torch.bfloat16)
             assert after[key].dtype == torch.bfloat16
             # One unit in the last place where fp32 sums of another order meet a rounding boundary.
             assert torch.allclose(after[key].float(), wanted.float(), rtol=2**-7, atol=1e-6)
-            if block is None or len(block.a) == 0:
+            if module is None or len(module.a) == 0:
                 assert torch.equal(after[key], weight)
     with safe_open(merged / shards[0], framework="pt") as file:
         assert file.metadata()["format"] == "pt"

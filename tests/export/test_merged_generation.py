@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from dynrank_ds.export import export_adapter, merge_adapter
-from tests.export.conftest import FakeRun, draw_blocks, save_checkpoint
+from tests.export.conftest import FakeRun, draw_modules, save_checkpoint
 from tests.support.tiny import write_talking_model
 
 LENGTH = 24
@@ -36,8 +36,8 @@ def test_greedy_text_of_the_merged_model_in_vllm_is_that_of_the_trained_model(tm
     ranks = {
         f"model.layers.{layer}.{name}": 1 + layer + i for layer in (0, 1) for i, name in enumerate(modules)
     }
-    run = FakeRun(tmp_path / "run", base, draw_blocks(LlamaForCausalLM.from_pretrained(base), ranks))
-    save_checkpoint(run.folder / "checkpoints/step-9", base, run.blocks)
+    run = FakeRun(tmp_path / "run", base, draw_modules(LlamaForCausalLM.from_pretrained(base), ranks))
+    save_checkpoint(run.folder / "checkpoints/step-9", base, run.modules)
     export_adapter(run.folder, tmp_path / "adapter", "peft")
     merge_adapter(tmp_path / "adapter", None, tmp_path / "merged")
 

@@ -1,4 +1,4 @@
-"""A task of drawn data for methods that learn gates: every process, micro-batch and block has its own."""
+"""A task of drawn data for methods that learn gates: every process, micro-batch and module has its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dynrank_ds.adapters.initial import block_generator, lora_factors
+from dynrank_ds.adapters.initial import lora_factors, module_generator
 from dynrank_ds.adapters.linear import AdaptedLinear
 from tests.methods.small import SIDES
 
@@ -15,13 +15,13 @@ SCALE = 1.5
 
 
 def live(rank: int, dtype: torch.dtype = torch.float32) -> dict[str, AdaptedLinear]:
-    """The same blocks at every call; B is drawn too, as after some steps."""
+    """The same modules at every call; B is drawn too, as after some steps."""
     made = {}
     for name, sides in SIDES.items():
         base = nn.Linear(*sides, bias=False, dtype=dtype).requires_grad_(False)
-        base.weight.normal_(generator=block_generator(0, name, 2))
-        factors = lora_factors(rank, *sides, block_generator(0, name, 0))
-        factors["lora_B"].normal_(generator=block_generator(0, name, 1))
+        base.weight.normal_(generator=module_generator(0, name, 2))
+        factors = lora_factors(rank, *sides, module_generator(0, name, 0))
+        factors["lora_B"].normal_(generator=module_generator(0, name, 1))
         made[name] = AdaptedLinear(base, SCALE)
         made[name].set_factors(factors)
         made[name].initial_rank = rank
@@ -29,7 +29,7 @@ def live(rank: int, dtype: torch.dtype = torch.float32) -> dict[str, AdaptedLine
 
 
 class Regression:
-    """For every step, process, and each of two micro-batches: inputs and targets of each block."""
+    """For every step, process, and each of two micro-batches: inputs and targets of each module."""
 
     def __init__(self, steps: int, size: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -46,14 +46,14 @@ class Regression:
             for name, (n_in, n_out) in SIDES.items()
         }
 
-    def backward(self, step: int, process: int, blocks: dict[str, AdaptedLinear]) -> None:
+    def backward(self, step: int, process: int, modules: dict[str, AdaptedLinear]) -> None:
         """What a process does of a step; losses are scaled by their number, because the engine takes the mean."""
-        for name, block in blocks.items():
+        for name, module in modules.items():
             for micro_batch in range(2):
-                (self.size * self._loss(step, process, micro_batch, name, block)).backward()
+                (self.size * self._loss(step, process, micro_batch, name, module)).backward()
 
     def whole_loss(self, step: int, name: str, matrix: Tensor) -> Tensor:
-        """Of all processes and micro-batches, where the block's weight is `matrix`."""
+        """Of all processes and micro-batches, where the module's weight is `matrix`."""
         parts = [
             self._loss(step, p, m, name, lambda x: x @ matrix.T) for p in range(self.size) for m in range(2)
         ]

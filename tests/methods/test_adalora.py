@@ -11,12 +11,12 @@ from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.adalora import AdaLoRA, AdaLoRAConfig
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
-from tests.methods.small import CPU, blocks, step_view
+from tests.methods.small import CPU, make_modules, step_view
 
 
 def adalora(total_steps: int = 30, rank: int = 6, **config: Any) -> AdaLoRA:
     times = {"t_i": 4, "interval": 3, "t_f": 8, "target_rank": 2, **config}
-    return AdaLoRA(AdaLoRAConfig(**times), blocks(rank=rank), total_steps, CPU)
+    return AdaLoRA(AdaLoRAConfig(**times), make_modules(rank=rank), total_steps, CPU)
 
 
 def adjustments(**config: Any) -> list[int]:
@@ -55,7 +55,7 @@ def test_masks_leave_every_triple_in_place_until_the_final_one_removes_them() ->
     assert plan(adalora(), scores, step=23) == RankPlan(((), tuple(range(6)), ()), (0, 0, 0))
 
 
-def test_equal_scores_lose_as_many_as_asked_lower_block_and_triple_first() -> None:
+def test_equal_scores_lose_as_many_as_asked_lower_module_and_triple_first() -> None:
     got = plan(adalora(), [[0.0] * 6] * 3, step=10)
     assert got.masked == (tuple(range(6)), (0, 1), ())
 
@@ -106,7 +106,7 @@ score = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1e6))
 def test_every_plan_leaves_exactly_its_budget(scores: list[list[float]], data: st.DataObject) -> None:
     step = data.draw(st.sampled_from(ADJUSTMENTS))
     got = plan(METHOD, scores, step)
-    gone = got.pruned([6] * 3) if step == 23 else [list(block) for block in got.masked]
+    gone = got.pruned([6] * 3) if step == 23 else [list(module) for module in got.masked]
     assert sum(map(len, gone)) == 18 - METHOD.budget(step, 18)
     assert got.new == (0, 0, 0)
     assert sum(got.ranks) == (6 if step == 23 else 18)

@@ -16,7 +16,7 @@ from dynrank_ds.methods.adalora import AdaLoRA, AdaLoRAConfig
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankState
 from dynrank_ds.zero.shards import zero3_rules
-from tests.methods.small import CPU, SIDES, blocks, step_view
+from tests.methods.small import CPU, SIDES, make_modules, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
@@ -118,7 +118,7 @@ def test_the_same_weights_and_gradients_give_its_scores_and_masks(size: int, dty
 
     def work(process: PretendProcess) -> list[Allocation | None]:
         method = AdaLoRA(
-            AdaLoRAConfig(target_rank=TARGET, **TIMES), blocks(rank=RANK, dtype=dtype), STEPS, CPU
+            AdaLoRAConfig(target_rank=TARGET, **TIMES), make_modules(rank=RANK, dtype=dtype), STEPS, CPU
         )
         ranks = (RANK,) * 3
         layout = ShardLayout(method.shapes, ranks, FACTORS, zero3_rules((), (), (), size)[process.rank])
@@ -164,13 +164,13 @@ def test_observed_after_the_step_training_is_pefts() -> None:
     config = AdaLoRAConfig(target_rank=TARGET, orthogonality=PENALTY, observe="after_step", **TIMES)
     own: dict[str, AdaptedLinear] = {}
     for number, name in enumerate(SIDES):
-        block = own[name] = AdaptedLinear(getattr(ours, name), ALPHA / (RANK + 1e-5))
-        block.initial_rank = RANK
+        module = own[name] = AdaptedLinear(getattr(ours, name), ALPHA / (RANK + 1e-5))
+        module.initial_rank = RANK
         copied = {f: factors[f][number].detach().clone() for f in FACTORS}
-        block.set_factors(
+        module.set_factors(
             {"lora_A": copied["lora_A"], "lora_E": copied["lora_E"][:, 0], "lora_B": copied["lora_B"].T}
         )
-        setattr(ours, name, block)
+        setattr(ours, name, module)
     method = AdaLoRA(config, own, STEPS, CPU)
     assert method.observes_after_step
     layout = ShardLayout(method.shapes, (RANK,) * 3, FACTORS, whole)
@@ -207,6 +207,6 @@ def test_observed_after_the_step_training_is_pefts() -> None:
             gone = [list(b) for b in plan.masked] or plan.pruned(layout.ranks)
             assert gone == other.masked
             masks += 1
-            for block, triples in zip(own.values(), gone, strict=True):
-                block.lora_E.data[triples] = 0
+            for module, triples in zip(own.values(), gone, strict=True):
+                module.lora_E.data[triples] = 0
     assert masks == 7

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from dynrank_ds.adapters.initial import block_generator, svd_factors
+from dynrank_ds.adapters.initial import module_generator, svd_factors
 from dynrank_ds.data.batching import GlobalBatches
-from dynrank_ds.data.layouts import Padded
+from dynrank_ds.data.collating import PaddedCollator
 from dynrank_ds.recipe import Recipe, load_recipe
 from dynrank_ds.training.prepare import prepare_data
 from tests.support.launch import train
@@ -79,7 +79,7 @@ def peft_training(recipe: Recipe) -> tuple[list[float], dict[int, dict[str, list
     model = get_peft_model(Model(base), config).base_model
     layers = {n.removeprefix("model.inner."): m for n, m in model.named_modules() if hasattr(m, "lora_E")}
     for name, layer in layers.items():
-        drawn = svd_factors(RANK, layer.in_features, layer.out_features, block_generator(0, name, 0))
+        drawn = svd_factors(RANK, layer.in_features, layer.out_features, module_generator(0, name, 0))
         layer.lora_A["default"].data.copy_(drawn["lora_A"])
         layer.lora_B["default"].data.copy_(drawn["lora_B"].T)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -87,7 +87,7 @@ def peft_training(recipe: Recipe) -> tuple[list[float], dict[int, dict[str, list
     batches = GlobalBatches(len(dataset), recipe.train.global_batch_size, 0)
     losses, masked = [], {}
     for global_step in range(STEPS):
-        loss: Tensor = model(Padded(pad_id).collate(dataset, batches.indices(global_step))).loss
+        loss: Tensor = model(PaddedCollator(pad_id).collate(dataset, batches.indices(global_step))).loss
         losses.append(loss.item())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)

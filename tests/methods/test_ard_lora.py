@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank_ds.adapters.heads import head_splits
-from dynrank_ds.adapters.initial import block_generator, lora_factors
+from dynrank_ds.adapters.initial import lora_factors, module_generator
 from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.ard_lora import ARDLoRA, ARDLoRAConfig, alpha_of_blocks
+from dynrank_ds.methods.ard_lora import ARDLoRA, ARDLoRAConfig, alpha_of_modules
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from tests.methods.regression import SCALE, Regression, live
-from tests.methods.small import CPU, blocks, step_view
+from tests.methods.small import CPU, make_modules, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend
 
 RATES = [0.3, 0.7, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
@@ -28,15 +28,15 @@ RATES = [0.3, 0.7, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
 
 def ard_lora(made: dict[str, AdaptedLinear] | None = None, rank: int = 2, **config: Any) -> ARDLoRA:
     values = {"t_i": 3, "interval": 4, "t_f": 5, **config}
-    return ARDLoRA(ARDLoRAConfig(**values), made or blocks(rank=rank), 20, CPU)
+    return ARDLoRA(ARDLoRAConfig(**values), made or make_modules(rank=rank), 20, CPU)
 
 
 def started(
     made: dict[str, AdaptedLinear], alpha: list[float] | None = None, slots: int = 3, **config: Any
 ) -> ARDLoRA:
     """With r0 = 2, so many slots everywhere, and these alphas, at which the last commit found them."""
-    for block in made.values():
-        block.initial_rank = 2
+    for module in made.values():
+        module.initial_rank = 2
     method = ard_lora(made, **config)
     if alpha is not None:
         method.alpha.copy_(torch.tensor(alpha, dtype=torch.float64))
@@ -51,7 +51,7 @@ def layout(method: ARDLoRA, ranks: tuple[int, ...]) -> ShardLayout:
 
 def observe(method: ARDLoRA, step: int, schedule: float = 1.0, total=lambda t: t) -> None:  # type: ignore[no-untyped-def]
     nothing = torch.empty(0)
-    ranks = tuple(len(block.gate) for block in method.blocks)
+    ranks = tuple(len(module.gate) for module in method.modules)
     method.observe(step_view(nothing, nothing, layout(method, ranks), total, step, schedule=schedule))
 
 
@@ -146,16 +146,16 @@ def test_gates_add_up_to_the_continuous_rank() -> None:
     made = live(3)
     started(made, [1.0, 0.6, 1.25], slots=3)
     expected = [[1, 1, 0], [1, 0.2, 0], [1, 1, 0.5]]
-    for block, gates in zip(made.values(), expected, strict=True):
-        torch.testing.assert_close(block.gate, torch.tensor(gates, dtype=torch.float32))
+    for module, gates in zip(made.values(), expected, strict=True):
+        torch.testing.assert_close(module.gate, torch.tensor(gates, dtype=torch.float32))
 
 
-def dense_delta(block: AdaptedLinear, alpha: Tensor, r0: int) -> Tensor:
+def dense_delta(module: AdaptedLinear, alpha: Tensor, r0: int) -> Tensor:
     """s sum_i clamp(r0 alpha - (i - 1), 0, 1) b_i a_i, triple by triple."""
-    delta = torch.zeros(block.out_features, block.in_features, dtype=torch.float64)
-    for i in range(len(block.lora_A)):
+    delta = torch.zeros(module.out_features, module.in_features, dtype=torch.float64)
+    for i in range(len(module.lora_A)):
         gate = torch.clamp(r0 * alpha - i, 0, 1)
-        delta = delta + SCALE * gate * torch.outer(block.lora_B[i].detach(), block.lora_A[i].detach())
+        delta = delta + SCALE * gate * torch.outer(module.lora_B[i].detach(), module.lora_A[i].detach())
     return delta
 
 
@@ -184,8 +184,8 @@ def test_alpha_follows_adam_on_the_whole_loss_by_autograd(size: int, reference: 
     made = live(3, torch.float64)
     for step in range(1, 9):
         adam.zero_grad()
-        for i, (name, block) in enumerate(made.items()):
-            task.whole_loss(step, name, block.base.weight + dense_delta(block, alpha[i], 2)).backward()
+        for i, (name, module) in enumerate(made.items()):
+            task.whole_loss(step, name, module.base.weight + dense_delta(module, alpha[i], 2)).backward()
         huber = torch.nn.functional.huber_loss(alpha, anchor, reduction="sum")
         (3.0 * (alpha.sum() + 0.8 * huber) / 3).backward()
         before = alpha.detach().clone()
@@ -211,10 +211,10 @@ def test_the_gradient_of_alpha_is_that_of_finite_differences() -> None:
     method.micro_batch.step = 1
     task.backward(1, 0, made)
     observe(method, 1)
-    for i, (name, block) in enumerate(made.items()):
+    for i, (name, module) in enumerate(made.items()):
         alphas = [torch.tensor(start[i] + d, dtype=torch.float64) for d in (h, -h)]
         losses = [
-            float(task.whole_loss(1, name, block.base.weight + dense_delta(block, alpha, 2)))
+            float(task.whole_loss(1, name, module.base.weight + dense_delta(module, alpha, 2)))
             for alpha in alphas
         ]
         assert float(method.alpha.grad[i]) == pytest.approx((losses[0] - losses[1]) / (2 * h), rel=1e-7)
@@ -249,8 +249,8 @@ def test_alpha_moves_only_between_t_i_and_the_last_commit() -> None:
     for step in range(1, 21):
         before = method.alpha.clone()
         method.micro_batch.step = step
-        for block in made.values():
-            block(torch.randn(2, block.in_features)).square().sum().backward()
+        for module in made.values():
+            module(torch.randn(2, module.in_features)).square().sum().backward()
         observe(method, step)
         assert torch.equal(method.alpha, before) == (step <= 3 or step > 15), step
 
@@ -262,21 +262,21 @@ def outputs(made: dict[str, AdaptedLinear]) -> Tensor:
     with torch.no_grad():
         return torch.cat(
             [
-                block(torch.linspace(-1, 1, 2 * block.in_features).view(2, -1)).flatten()
-                for block in made.values()
+                module(torch.linspace(-1, 1, 2 * module.in_features).view(2, -1)).flatten()
+                for module in made.values()
             ]
         )
 
 
 def apply(method: ARDLoRA, made: dict[str, AdaptedLinear], step: int) -> RankPlan:
     """A commit as the loop does it."""
-    ranks = tuple(len(block.lora_A) for block in made.values())
+    ranks = tuple(len(module.lora_A) for module in made.values())
     view = step_view(torch.empty(0), torch.empty(0), layout(method, ranks))
     got = method.plan(method.scores(view), RankState(ranks, (9, 9, 9), 2, step, 20))
-    for index, (name, block) in enumerate(made.items()):
-        old = {f: value.detach() for f, value in block.factors().items()}
-        fresh = method.new_rows(index, old, got, block_generator(0, name, step))
-        block.set_factors({f: torch.cat([old[f][list(got.keep[index])], fresh[f]]) for f in old})
+    for index, (name, module) in enumerate(made.items()):
+        old = {f: value.detach() for f, value in module.factors().items()}
+        fresh = method.new_rows(index, old, got, module_generator(0, name, step))
+        module.set_factors({f: torch.cat([old[f][list(got.keep[index])], fresh[f]]) for f in old})
     method.micro_batch.step = step
     method.applied(got)
     return got
@@ -303,12 +303,12 @@ def test_after_the_last_commit_whole_ranks_train_as_plain_lora() -> None:
     got = apply(method, made, step=15)
     assert got.ranks == (3, 1, 1)
     assert method.gates() == [None] * 3
-    for block in made.values():
-        plain = block.base.weight + SCALE * block.lora_B.T @ block.lora_A
-        x = torch.randn(4, block.in_features)
-        torch.testing.assert_close(block(x), x @ plain.T, rtol=1e-5, atol=1e-5)
+    for module in made.values():
+        plain = module.base.weight + SCALE * module.lora_B.T @ module.lora_A
+        x = torch.randn(4, module.in_features)
+        torch.testing.assert_close(module(x), x @ plain.T, rtol=1e-5, atol=1e-5)
         method.micro_batch.step = 16
-        block(x).sum().backward()
+        module(x).sum().backward()
     alpha = method.alpha.clone()
     method.observe(step_view(torch.empty(0), torch.empty(0), layout(method, got.ranks), step=16))
     assert torch.equal(method.alpha, alpha)
@@ -326,20 +326,20 @@ def test_a_restored_method_goes_on_bit_for_bit(last_step: int) -> None:
     def train(method: ARDLoRA, on: dict[str, AdaptedLinear], steps: range) -> None:
         for step in steps:
             method.micro_batch.step = step
-            for block in on.values():
-                x = torch.randn(4, block.in_features, generator=torch.Generator().manual_seed(step))
-                block(x).square().sum().backward()
-            ranks = tuple(len(block.lora_A) for block in on.values())
+            for module in on.values():
+                x = torch.randn(4, module.in_features, generator=torch.Generator().manual_seed(step))
+                module(x).square().sum().backward()
+            ranks = tuple(len(module.lora_A) for module in on.values())
             method.observe(step_view(torch.empty(0), torch.empty(0), layout(method, ranks), step=step))
             if method.adjusts_at(step):
                 apply(method, on, step)
 
     train(first, made, range(1, last_step + 1))
     saved = {name: value.clone() for name, value in first.replicated_state().items()}
-    for name, block in again.items():
-        block.set_factors({f: value.detach().clone() for f, value in made[name].factors().items()})
+    for name, module in again.items():
+        module.set_factors({f: value.detach().clone() for f, value in made[name].factors().items()})
     second = ard_lora(again)
-    second.start(layout(second, tuple(len(block.lora_A) for block in again.values())))
+    second.start(layout(second, tuple(len(module.lora_A) for module in again.values())))
     second.set_replicated_state(saved)
     assert torch.equal(outputs(made), outputs(again))
     train(first, made, range(last_step + 1, 20))
@@ -353,8 +353,8 @@ def test_a_discarded_step_leaves_no_trace() -> None:
     made = live(3)
     method, other = started(made), started(live(3))
     method.micro_batch.step = 4
-    for block in made.values():
-        block(torch.full((2, block.in_features), float("nan"))).sum().backward()
+    for module in made.values():
+        module(torch.full((2, module.in_features), float("nan"))).sum().backward()
     method.discard_step()
     observe(method, 4)
     observe(other, 4)
@@ -376,7 +376,7 @@ def test_the_heads_of_a_group_share_an_alpha_where_it_is_one_per_head() -> None:
     model = LlamaForCausalLM(config)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
     heads = inject(model, targets, 2, 1.0, lora_factors, 0, head_splits(config))
-    shared = alpha_of_blocks(heads)
+    shared = alpha_of_modules(heads)
     # q 0 1 | 2 3, k 0 | 1, v 0 | 1, o 0 1 | 2 3, up
     layer = [0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 2]
     assert shared == layer + [3 + i for i in layer]
@@ -385,7 +385,7 @@ def test_the_heads_of_a_group_share_an_alpha_where_it_is_one_per_head() -> None:
     assert len(ARDLoRA(ARDLoRAConfig(t_i=3, interval=4, t_f=5), heads, 20, CPU).alpha) == len(heads) == 26
 
 
-def test_a_shared_alpha_gets_the_gradient_of_all_its_blocks() -> None:
+def test_a_shared_alpha_gets_the_gradient_of_all_its_modules() -> None:
     task = Regression(1, 1)
     gradients = []
     for shared in (False, True):

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.dynamic_dora import DynamicDoRA, DynamicDoRAConfig, component_factors
 from dynrank_ds.ranking.plan import RankPlan, RankState
-from tests.methods.small import CPU, SIDES, blocks
+from tests.methods.small import CPU, SIDES, make_modules
 
 
 def method(rank: int = 6, total_steps: int = 20, n: int = 3, **config: Any) -> DynamicDoRA:
     sides = {name: SIDES["abc"[i % 3]] for i, name in enumerate("abcdefghij"[:n])}
-    return DynamicDoRA(DynamicDoRAConfig(**config), blocks(sides, rank), total_steps, CPU)
+    return DynamicDoRA(DynamicDoRAConfig(**config), make_modules(sides, rank), total_steps, CPU)
 
 
 def adjustments(rank: int = 6, total_steps: int = 20, **config: Any) -> list[int]:
@@ -42,7 +42,7 @@ def test_masks_come_from_t_i_at_every_interval_and_at_the_last_step_before_t_f()
 
 
 def test_the_number_of_masked_triples_grows_with_the_cube_of_time() -> None:
-    made = method(rank=6, interval=3)  # 3 blocks, 18 triples, 12 in the end
+    made = method(rank=6, interval=3)  # 3 modules, 18 triples, 12 in the end
     # 6 (k / 7)^3 for k = 0, 3, 6, 7 is 0, 0.47, 3.78, 6; the authors mask at least one.
     assert [made.masked_at(step) for step in (3, 6, 9, 10)] == [1, 1, 3, 6]
 
@@ -74,14 +74,14 @@ def test_the_lowest_scores_are_masked_and_may_return() -> None:
     assert plan(made, [[0.5, 0.6], [0.9, 0.2], [0.3, 0.4]], step=9).masked == ((), (1,), ())
 
 
-def test_the_last_mask_removes_for_good_and_may_empty_a_block() -> None:
+def test_the_last_mask_removes_for_good_and_may_empty_a_module() -> None:
     made = method(rank=2, target_rank=1, interval=3)
     got = plan(made, [[0.2, 0.1], [0.9, 0.8], [0.3, 0.4]], step=10)
     assert got == RankPlan(keep=((), (0, 1), (1,)), new=(0, 0, 0))
     assert got.ranks == (0, 2, 1)
 
 
-def test_equal_scores_go_by_block_and_triple_and_no_more_than_asked() -> None:
+def test_equal_scores_go_by_module_and_triple_and_no_more_than_asked() -> None:
     made = method(rank=2, target_rank=1, interval=3)
     got = plan(made, [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], step=10)
     assert got.keep == ((), (1,), (0, 1))
@@ -109,8 +109,8 @@ def test_every_plan_masks_the_exact_count_of_the_lowest(
         assert sum(got.ranks) == target * len(scores) and not got.masked
     else:
         assert got.ranks == tuple(ranks)
-    inside = [scores[b][i] for b, block in enumerate(gone) for i in block]
-    outside = [s for b, block in enumerate(scores) for i, s in enumerate(block) if i not in gone[b]]
+    inside = [scores[b][i] for b, module in enumerate(gone) for i in module]
+    outside = [s for b, module in enumerate(scores) for i, s in enumerate(module) if i not in gone[b]]
     assert max(inside) <= min(outside)
     assert got == plan(made, scores, step)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynrank_ds.adapters.initial import block_generator
+from dynrank_ds.adapters.initial import module_generator
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.methods.dynamic_dora import (
     DynamicDoRA,
@@ -25,52 +25,52 @@ FACTORS = ("lora_A", "lora_E", "lora_B")
 
 def live(dtype: torch.dtype = torch.float64) -> dict[str, AdaptedLinear]:
     made = {name: AdaptedLinear(nn.Linear(*sides, dtype=dtype), 1.0) for name, sides in SIDES.items()}
-    for name, block in made.items():
-        block.initial_rank = RANK
-        block.set_factors(component_factors(RANK, *SIDES[name], block_generator(0, name, 0)))
+    for name, module in made.items():
+        module.initial_rank = RANK
+        module.set_factors(component_factors(RANK, *SIDES[name], module_generator(0, name, 0)))
     return made
 
 
-def started(blocks: dict[str, AdaptedLinear], size: int = 1, rank: int = 0, **config) -> DynamicDoRA:
-    method = DynamicDoRA(DynamicDoRAConfig(interval=3, **config), blocks, 20, CPU)
+def started(modules: dict[str, AdaptedLinear], size: int = 1, rank: int = 0, **config) -> DynamicDoRA:
+    method = DynamicDoRA(DynamicDoRAConfig(interval=3, **config), modules, 20, CPU)
     rules = zero3_rules((), (), (), size)
     method.start(ShardLayout(method.shapes, (RANK,) * 3, FACTORS, rules[rank]))
     return method
 
 
 def backward(
-    method: DynamicDoRA, blocks: dict[str, AdaptedLinear], step: int, micro_batches: int = 1
+    method: DynamicDoRA, modules: dict[str, AdaptedLinear], step: int, micro_batches: int = 1
 ) -> None:
     """A step of micro-batches whose task has no gradient."""
     for number in range(micro_batches):
         method.micro_batch.step, method.micro_batch.last = step, number == 0
-        for block in blocks.values():
-            (0 * block(torch.randn(2, block.in_features, dtype=block.dtype))).sum().backward()
+        for module in modules.values():
+            (0 * module(torch.randn(2, module.in_features, dtype=module.dtype))).sum().backward()
 
 
-def dense(block: AdaptedLinear) -> Tensor:
+def dense(module: AdaptedLinear) -> Tensor:
     """Eq. 7 from (r, out, in) matrices."""
-    a, c, b = (f.detach().double() for f in (block.lora_A, block.lora_E, block.lora_B))
+    a, c, b = (f.detach().double() for f in (module.lora_A, module.lora_E, module.lora_B))
     components = c[:, None, None] * b[:, :, None] * a[:, None, :]
     return components.flatten(1).norm(dim=1) / (components.sum(0).norm() + 1e-8)
 
 
-def shake(blocks: dict[str, AdaptedLinear], scale: float = 1.0) -> None:
+def shake(modules: dict[str, AdaptedLinear], scale: float = 1.0) -> None:
     """The factors of the next step, the same for a seed."""
     with torch.no_grad():
-        for block in blocks.values():
-            for factor in block.factors().values():
+        for module in modules.values():
+            for factor in module.factors().values():
                 factor.add_(torch.randn(factor.shape, dtype=factor.dtype) * scale)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_norms_from_gram_matrices_are_those_of_dense_components(scale: float) -> None:
     torch.manual_seed(0)
-    blocks = live()
-    shake(blocks, scale)
-    for block in blocks.values():
-        got = relative_norms(block.lora_A.detach(), block.lora_E.detach(), block.lora_B.detach())
-        torch.testing.assert_close(got, dense(block), rtol=1e-10, atol=0)
+    modules = live()
+    shake(modules, scale)
+    for module in modules.values():
+        got = relative_norms(module.lora_A.detach(), module.lora_E.detach(), module.lora_B.detach())
+        torch.testing.assert_close(got, dense(module), rtol=1e-10, atol=0)
 
 
 def test_norms_of_components_that_cancel_stay_finite() -> None:
@@ -88,15 +88,15 @@ def test_every_process_smooths_the_same_scores_without_any_communication(size: i
     smoothed = []
     for rank in range(size):
         torch.manual_seed(7)
-        blocks = live()
-        method = started(blocks, size, rank)
+        modules = live()
+        method = started(modules, size, rank)
         expected = torch.zeros(9, dtype=torch.float64)
         for step in range(1, 11):
-            shake(blocks, 0.1)
-            seen = torch.cat([dense(block) for block in blocks.values()])
+            shake(modules, 0.1)
+            seen = torch.cat([dense(module) for module in modules.values()])
             with torch.random.fork_rng():
                 torch.manual_seed(100 * rank + step)  # other data on every process
-                backward(method, blocks, step, micro_batches=2)
+                backward(method, modules, step, micro_batches=2)
             layout = ShardLayout(method.shapes, (RANK,) * 3, FACTORS, zero3_rules((), (), (), size)[rank])
             view = step_view(torch.empty(0), torch.empty(0), layout, refused, step=step)
             method.observe(view)
@@ -108,11 +108,11 @@ def test_every_process_smooths_the_same_scores_without_any_communication(size: i
 
 def test_scores_follow_their_triples_through_the_last_mask_and_then_stand_still() -> None:
     torch.manual_seed(1)
-    blocks = live()
-    method = started(blocks, target_rank=2)
+    modules = live()
+    method = started(modules, target_rank=2)
     for step in range(1, 11):
-        shake(blocks)
-        backward(method, blocks, step)
+        shake(modules)
+        backward(method, modules, step)
         layout = ShardLayout(method.shapes, (RANK,) * 3, FACTORS, zero3_rules((), (), (), 1)[0])
         method.observe(step_view(torch.empty(0), torch.empty(0), layout, step=step))
         if method.adjusts_at(step):
@@ -123,65 +123,65 @@ def test_scores_follow_their_triples_through_the_last_mask_and_then_stand_still(
     expected = torch.cat([s[list(kept)] for s, kept in zip(scores, plan.keep, strict=True)])
     assert len(expected) == 6
     assert torch.equal(method.smoothed, expected)
-    for block, kept in zip(blocks.values(), plan.keep, strict=True):
+    for module, kept in zip(modules.values(), plan.keep, strict=True):
         rows = list(kept)
-        block.set_factors({name: f.detach()[rows] for name, f in block.factors().items()} if rows else {})
-    backward(method, blocks, 11)
+        module.set_factors({name: f.detach()[rows] for name, f in module.factors().items()} if rows else {})
+    backward(method, modules, 11)
     method.observe(step_view(torch.empty(0), torch.empty(0), layout, step=11))
     assert torch.equal(method.replicated_state()["scores"], expected)
 
 
 def test_a_discarded_step_leaves_no_trace() -> None:
     torch.manual_seed(2)
-    blocks = live()
-    method = started(blocks)
+    modules = live()
+    method = started(modules)
     layout = ShardLayout(method.shapes, (RANK,) * 3, FACTORS, zero3_rules((), (), (), 1)[0])
     with torch.no_grad():
-        blocks["a"].lora_A.fill_(float("nan"))
-    backward(method, blocks, 1)
+        modules["a"].lora_A.fill_(float("nan"))
+    backward(method, modules, 1)
     method.discard_step()
     assert not method.smoothed.any()
     with torch.no_grad():
-        blocks["a"].lora_A.normal_()
-    shake(blocks)
-    backward(method, blocks, 1)
+        modules["a"].lora_A.normal_()
+    shake(modules)
+    backward(method, modules, 1)
     method.observe(step_view(torch.empty(0), torch.empty(0), layout))
     torch.testing.assert_close(
-        method.smoothed, 0.1 * torch.cat([dense(b) for b in blocks.values()]), rtol=1e-10, atol=0
+        method.smoothed, 0.1 * torch.cat([dense(b) for b in modules.values()]), rtol=1e-10, atol=0
     )
 
 
 def test_16_bit_factors_are_scored_in_double_precision() -> None:
     torch.manual_seed(3)
-    block = AdaptedLinear(nn.Linear(7, 5, dtype=torch.bfloat16), 1.0)
-    block.set_factors({"lora_A": torch.randn(3, 7), "lora_E": torch.randn(3), "lora_B": torch.randn(3, 5)})
-    got = relative_norms(block.lora_A.detach(), block.lora_E.detach(), block.lora_B.detach())
-    torch.testing.assert_close(got, dense(block), rtol=1e-10, atol=0)
+    module = AdaptedLinear(nn.Linear(7, 5, dtype=torch.bfloat16), 1.0)
+    module.set_factors({"lora_A": torch.randn(3, 7), "lora_E": torch.randn(3), "lora_B": torch.randn(3, 5)})
+    got = relative_norms(module.lora_A.detach(), module.lora_E.detach(), module.lora_B.detach())
+    torch.testing.assert_close(got, dense(module), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_the_penalty_has_the_gradient_of_the_mean_variance_over_all_factor_rows(micro_batches: int) -> None:
     torch.manual_seed(4)
-    blocks = live(torch.float32)
-    method = started(blocks, variance=0.3)
-    backward(method, blocks, step=10, micro_batches=micro_batches)
+    modules = live(torch.float32)
+    method = started(modules, variance=0.3)
+    backward(method, modules, step=10, micro_batches=micro_batches)
     copies = [
         f.detach().double().requires_grad_()
-        for block in blocks.values()
-        for f in (block.lora_A, block.lora_B)
+        for module in modules.values()
+        for f in (module.lora_A, module.lora_B)
     ]
     variances = torch.cat([torch.var(f, dim=1) for f in copies])
     assert len(variances) == 2 * 3 * RANK
     (0.3 * variances.mean()).backward()
-    ours = [f.grad for block in blocks.values() for f in (block.lora_A, block.lora_B)]
+    ours = [f.grad for module in modules.values() for f in (module.lora_A, module.lora_B)]
     for gradient, copy in zip(ours, copies, strict=True):
         assert gradient.abs().max() > 1e-4
         torch.testing.assert_close(gradient.double(), copy.grad, rtol=1e-5, atol=1e-8)
-    assert not any(block.lora_E.grad.any() for block in blocks.values())
+    assert not any(module.lora_E.grad.any() for module in modules.values())
 
 
 def test_the_penalty_ends_with_the_last_mask() -> None:
-    blocks = live()
-    method = started(blocks, variance=0.3)
-    backward(method, blocks, step=11)
-    assert not any(f.grad.any() for block in blocks.values() for f in block.factors().values())
+    modules = live()
+    method = started(modules, variance=0.3)
+    backward(method, modules, step=11)
+    assert not any(f.grad.any() for module in modules.values() for f in module.factors().values())

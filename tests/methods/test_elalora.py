@@ -12,12 +12,12 @@ from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.elalora import ElaLoRA, ElaLoRAConfig, orthogonal_rows
 from dynrank_ds.ranking.plan import RankPlan, RankState
-from tests.methods.small import CPU, blocks
+from tests.methods.small import CPU, make_modules
 
 
 def elalora(total_steps: int = 30, rank: int = 4, **config: Any) -> ElaLoRA:
     times = {"t_i": 4, "interval": 3, "t_f": 6, **config}
-    return ElaLoRA(ElaLoRAConfig(**times), blocks(rank=rank), total_steps, CPU)
+    return ElaLoRA(ElaLoRAConfig(**times), make_modules(rank=rank), total_steps, CPU)
 
 
 def adjustments(total_steps: int = 30, **config: Any) -> list[int]:
@@ -82,7 +82,7 @@ def test_a_full_module_leaves_its_turn_to_the_next() -> None:
     assert plan([[1, 2], [8, 9], [5, 6]], b=1, k=1, max_ranks=[2, 2, 2]).ranks == (2, 2, 2)
 
 
-def test_equal_scores_move_exactly_as_many_as_asked_lower_block_and_triple_first() -> None:
+def test_equal_scores_move_exactly_as_many_as_asked_lower_module_and_triple_first() -> None:
     got = plan([[0.0] * 3] * 3, b=2, k=1)
     assert got == RankPlan(keep=((1, 2), (0, 1, 2), (0, 1, 2)), new=(0, 1, 0))
     got = plan([[0.0] * 3] * 4, b=2, k=1)
@@ -110,8 +110,8 @@ allocations = st.lists(
 )
 
 
-def lowest(block: list[float], count: int) -> list[int]:
-    return sorted(range(len(block)), key=lambda i: (block[i], i))[:count]
+def lowest(module: list[float], count: int) -> list[int]:
+    return sorted(range(len(module)), key=lambda i: (module[i], i))[:count]
 
 
 @settings(max_examples=150, deadline=None)
@@ -119,17 +119,17 @@ def lowest(block: list[float], count: int) -> list[int]:
 def test_every_plan_keeps_the_total_rank_and_stays_within_its_limits(
     allocation: list[tuple[list[float], int]], b: int, k: int
 ) -> None:
-    scores = [block for block, _ in allocation]
-    limits = [len(block) + room for block, room in allocation]
-    before = [len(block) for block in scores]
+    scores = [module for module, _ in allocation]
+    limits = [len(module) + room for module, room in allocation]
+    before = [len(module) for module in scores]
     got = plan(scores, b, k, limits)
     pruned = got.pruned(before)
     assert sum(got.ranks) == sum(before)
     assert sum(got.new) == sum(map(len, pruned)) <= b
     assert all(1 <= rank <= limit for rank, limit in zip(got.ranks, limits, strict=True))
-    for block, gone, new in zip(scores, pruned, got.new, strict=True):
-        assert set(gone) <= set(lowest(block, min(k, len(block) - 1)))
-        assert new <= len(set(lowest(block, k)) - set(gone))
+    for module, gone, new in zip(scores, pruned, got.new, strict=True):
+        assert set(gone) <= set(lowest(module, min(k, len(module) - 1)))
+        assert new <= len(set(lowest(module, k)) - set(gone))
 
 
 @settings(max_examples=150, deadline=None)
@@ -137,16 +137,16 @@ def test_every_plan_keeps_the_total_rank_and_stays_within_its_limits(
 def test_every_plan_moves_the_right_triples_and_as_many_as_it_can(
     allocation: list[tuple[list[float], int]], b: int, k: int
 ) -> None:
-    scores = [block for block, _ in allocation]
-    limits = [len(block) + room for block, room in allocation]
+    scores = [module for module, _ in allocation]
+    limits = [len(module) + room for module, room in allocation]
     got = plan(scores, b, k, limits)
-    pruned = got.pruned([len(block) for block in scores])
+    pruned = got.pruned([len(module) for module in scores])
     order = sorted((s[i], m, i) for m, s in enumerate(scores) for i in lowest(s, min(k, len(s) - 1)))
     assert sorted((m, i) for _, m, i in order[: sum(got.new)]) == [
         (m, i) for m, gone in enumerate(pruned) for i in gone
     ]
     for more in range(sum(got.new) + 1, min(b, len(order)) + 1):
-        gone = [{i for _, m, i in order[:more] if m == block} for block in range(len(scores))]
+        gone = [{i for _, m, i in order[:more] if m == module} for module in range(len(scores))]
         places = [
             min(len(set(lowest(s, k)) - g), limit - len(s) + len(g))
             for s, g, limit in zip(scores, gone, limits, strict=True)
@@ -154,8 +154,8 @@ def test_every_plan_moves_the_right_triples_and_as_many_as_it_can(
         assert sum(places) < more
     # Of the candidates that stay, those that brought a new triple score no lower than those that did not.
     brought, passed = [], []
-    for block, gone, new, rank, limit in zip(scores, pruned, got.new, got.ranks, limits, strict=True):
-        stay = sorted(block[i] for i in lowest(block, k) if i not in gone)
+    for module, gone, new, rank, limit in zip(scores, pruned, got.new, got.ranks, limits, strict=True):
+        stay = sorted(module[i] for i in lowest(module, k) if i not in gone)
         brought += stay[len(stay) - new :]
         passed += stay[: len(stay) - new] if rank < limit else []
     assert not brought or min(brought) >= max(passed, default=0)
@@ -196,10 +196,10 @@ def test_new_rows_look_at_the_survivors_alone_and_leave_the_function_as_it_is() 
         assert (rows[factor] @ old[factor][[0, 2]].T).abs().max() < 1e-5
         assert (rows[factor] @ old[factor][1]).abs().max() > 1e-2
     assert torch.equal(rows["lora_E"], torch.zeros(2))
-    block = AdaptedLinear(nn.Linear(7, 5), 1.0)
+    module = AdaptedLinear(nn.Linear(7, 5), 1.0)
     kept = {f: v[[0, 2]] for f, v in old.items()}
     x = torch.randn(4, 7)
-    block.set_factors(kept)
-    before = block(x)
-    block.set_factors({f: torch.cat([kept[f], rows[f]]) for f in kept})
-    torch.testing.assert_close(block(x), before, rtol=0, atol=1e-6)
+    module.set_factors(kept)
+    before = module(x)
+    module.set_factors({f: torch.cat([kept[f], rows[f]]) for f in kept})
+    torch.testing.assert_close(module(x), before, rtol=0, atol=1e-6)

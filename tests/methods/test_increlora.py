@@ -8,21 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynrank_ds.adapters.initial import block_generator, svd_factors
+from dynrank_ds.adapters.initial import module_generator, svd_factors
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.increlora import IncreLoRA, IncreLoRAConfig
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.recipe import load_recipe
-from tests.methods.small import CPU, SIDES, blocks, step_view
+from tests.methods.small import CPU, SIDES, make_modules, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend
 
 TIMES: dict[str, Any] = {"t_i": 4, "interval": 3, "top_h": 2, "target_rank": 4}
 
 
 def increlora(total_steps: int = 30, rank: int = 1, **config: Any) -> IncreLoRA:
-    return IncreLoRA(IncreLoRAConfig(**{**TIMES, **config}), blocks(rank=rank), total_steps, CPU)
+    return IncreLoRA(IncreLoRAConfig(**{**TIMES, **config}), make_modules(rank=rank), total_steps, CPU)
 
 
 def plan(
@@ -125,8 +125,8 @@ def test_a_run_that_ends_below_its_target_says_so(caplog: pytest.LogCaptureFixtu
 
 def test_a_base_too_large_for_dense_gradients_is_refused_with_its_bytes() -> None:
     big = {str(i): AdaptedLinear(nn.Linear(20_000, 20_000, device="meta"), 1.0) for i in range(3)}
-    for block in big.values():
-        block.initial_rank = 1
+    for module in big.values():
+        module.initial_rank = 1
     with pytest.raises(RecipeError, match=r"1,200,000,000 parameters, 4,800,000,000 bytes a step"):
         IncreLoRA(IncreLoRAConfig(**TIMES), big, 30, torch.device("meta"))
 
@@ -165,40 +165,40 @@ def test_every_plan_adds_what_it_can_and_never_overshoots(
 SAMPLES, TOKENS = 6, 5
 
 
-def double_blocks(ranks: tuple[int, ...]) -> dict[str, AdaptedLinear]:
-    """fp64 blocks whose e is not 0; the same in every pretend process."""
+def double_modules(ranks: tuple[int, ...]) -> dict[str, AdaptedLinear]:
+    """fp64 modules whose e is not 0; the same in every pretend process."""
     made = {}
     for (name, sides), rank in zip(SIDES.items(), ranks, strict=True):
-        block = made[name] = AdaptedLinear(nn.Linear(*sides).double(), 1.7)
-        block.initial_rank = 1
-        generator = block_generator(3, name, rank)
-        for parameter in (block.base.weight, block.base.bias):
+        module = made[name] = AdaptedLinear(nn.Linear(*sides).double(), 1.7)
+        module.initial_rank = 1
+        generator = module_generator(3, name, rank)
+        for parameter in (module.base.weight, module.base.bias):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
         factors = svd_factors(rank, *sides, generator)
-        block.set_factors({**factors, "lora_E": torch.randn(rank, generator=generator)})
+        module.set_factors({**factors, "lora_E": torch.randn(rank, generator=generator)})
     return made
 
 
 def batch(step: int, name: str) -> tuple[Tensor, Tensor]:
     """Inputs (samples, tokens, in) and what the outputs are multiplied by in the loss."""
-    generator = block_generator(step, name, 99)
+    generator = module_generator(step, name, 99)
     shape = (SAMPLES, TOKENS)
     return tuple(torch.randn(*shape, side, generator=generator, dtype=torch.float64) for side in SIDES[name])  # type: ignore[return-value]
 
 
-def loss(block: Any, step: int, name: str, samples: list[int]) -> Tensor:
+def loss(module: Any, step: int, name: str, samples: list[int]) -> Tensor:
     x, y = batch(step, name)
-    return (block(x[samples]) * y[samples]).sin().sum() / (SAMPLES * TOKENS)
+    return (module(x[samples]) * y[samples]).sin().sum() / (SAMPLES * TOKENS)
 
 
-def dense_score(name: str, step: int, blocks: dict[str, AdaptedLinear]) -> float:
+def dense_score(name: str, step: int, modules: dict[str, AdaptedLinear]) -> float:
     """sum |dW * dL/dW| / sqrt(numel) from autograd by a dense weight, sample by sample."""
-    block = blocks[name]
-    change = block.scale * block.lora_B.T @ torch.diag(block.lora_E) @ block.lora_A
+    module = modules[name]
+    change = module.scale * module.lora_B.T @ torch.diag(module.lora_E) @ module.lora_A
     total = 0.0
     for sample in range(SAMPLES):
-        dense = (block.base.weight + change).detach().requires_grad_()
-        loss(lambda x, w=dense: nn.functional.linear(x, w, block.base.bias), step, name, [sample]).backward()
+        dense = (module.base.weight + change).detach().requires_grad_()
+        loss(lambda x, w=dense: nn.functional.linear(x, w, module.base.bias), step, name, [sample]).backward()
         assert dense.grad is not None
         total += float((change.detach() * dense.grad).abs().sum())
     return total / change.numel() ** 0.5
@@ -212,7 +212,7 @@ def test_scores_are_those_of_dense_gradients_however_the_batch_is_dealt(size: in
         method: IncreLoRA | None = None
         mine = list(range(process.rank, SAMPLES, size))
         for step, ranks in ranks_of.items():
-            modules = double_blocks(ranks)
+            modules = double_modules(ranks)
             following = IncreLoRA(IncreLoRAConfig(**TIMES), modules, 30, CPU)
             if method:
                 following.set_replicated_state(method.replicated_state())
@@ -220,9 +220,9 @@ def test_scores_are_those_of_dense_gradients_however_the_batch_is_dealt(size: in
             for first in range(0, len(mine), micro_batch):
                 chosen = mine[first : first + micro_batch]
                 method.micro_batch.token_mask = torch.ones(len(chosen), TOKENS)
-                for name, block in modules.items():
+                for name, module in modules.items():
                     # As the loop has it: the engine takes the mean over processes.
-                    (loss(block, step, name, chosen) * size).backward()
+                    (loss(module, step, name, chosen) * size).backward()
             layout = ShardLayout(method.shapes, ranks, method.factors, whole)
             method.observe(step_view(torch.empty(0), torch.empty(0), layout, process.total, step=step))
         assert method is not None and process.sums == len(ranks_of)  # one a step
@@ -233,7 +233,7 @@ def test_scores_are_those_of_dense_gradients_however_the_batch_is_dealt(size: in
 
     smoothed, uncertainty = torch.zeros(2, 3, dtype=torch.float64)
     for step, ranks in ranks_of.items():
-        modules = double_blocks(ranks)
+        modules = double_modules(ranks)
         now = torch.tensor([dense_score(name, step, modules) for name in SIDES], dtype=torch.float64)
         smoothed = 0.85 * smoothed + 0.15 * now
         uncertainty = 0.85 * uncertainty + 0.15 * (now - smoothed).abs()

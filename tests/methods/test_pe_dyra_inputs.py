@@ -19,8 +19,8 @@ from tests.support.recipes import write_recipe
 def test_linears_of_one_input_square_it_once(tmp_path: Path, checkpointing: bool) -> None:
     recipe = load_recipe(str(write_recipe(tmp_path)))
     model = load_model(recipe.model, checkpointing)
-    blocks = adapt(model, recipe)
-    method = build_method(recipe.method, blocks, 20, torch.device("cpu"))
+    modules = adapt(model, recipe)
+    method = build_method(recipe.method, modules, 20, torch.device("cpu"))
     method.micro_batch.token_mask = torch.ones(1, 6)
     energy = method.energy  # type: ignore[attr-defined]
     ids = torch.arange(3, 9).view(1, 6)
@@ -31,4 +31,4 @@ def test_linears_of_one_input_square_it_once(tmp_path: Path, checkpointing: bool
         method.micro_batch.step = method.last_observed + 1  # type: ignore[attr-defined]
         SummedLoss(model)(ids, torch.tensor([1, 4]), torch.tensor([4, 5])).backward()
         assert squared.call_count == 4 * model.config.num_hidden_layers  # nothing reads them any more
-    assert len(blocks) == 7 * model.config.num_hidden_layers
+    assert len(modules) == 7 * model.config.num_hidden_layers

@@ -7,8 +7,8 @@ import torch
 
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.lora import LoRA, LoRAConfig
-from dynrank_ds.ranking.layout import BlockShape, ShardLayout, whole
-from tests.methods.small import CPU, SIDES, blocks, pe_dyra, step_view
+from dynrank_ds.ranking.layout import ModuleShape, ShardLayout, whole
+from tests.methods.small import CPU, SIDES, make_modules, pe_dyra, step_view
 
 
 def adjustments(total_steps: int = 20, **config: Any) -> list[int]:
@@ -59,8 +59,8 @@ def test_statistics_stand_still_in_the_last_t_f_steps() -> None:
     for step in range(1, 21):
         before = {**method.row_statistics(), **method.partial_statistics()}
         before = {name: value.clone() for name, value in before.items()}
-        for block, (n_in, _) in enumerate(SIDES.values()):
-            method.energy.add(block, torch.randn(3, n_in), torch.ones(1, 3))
+        for module, (n_in, _) in enumerate(SIDES.values()):
+            method.energy.add(module, torch.randn(3, n_in), torch.ones(1, 3))
         method.observe(
             step_view(torch.randn(layout.numel), torch.randn(layout.numel), layout, step=step, tokens=3)
         )
@@ -82,8 +82,8 @@ def test_a_discarded_step_leaves_no_trace() -> None:
 
 
 def test_lora_never_adjusts() -> None:
-    method = LoRA(LoRAConfig(), blocks(), 20, CPU)
+    method = LoRA(LoRAConfig(), make_modules(), 20, CPU)
     assert not any(method.adjusts_at(step) for step in range(1, 100))
     assert method.planned_adjustments() == 0
     assert method.factors == ("lora_A", "lora_B")
-    assert method.shapes[0] == BlockShape("a", 7, 5)
+    assert method.shapes[0] == ModuleShape("a", 7, 5)

@@ -19,7 +19,7 @@ from tests.ranking.pretend import PretendProcess, run_pretend, shard
 FACTORS = ("lora_A", "lora_E", "lora_B")
 RANKS = (3, 1, 4)
 Whole = dict[str, list[Tensor]]
-"""{factor: one (rank, row) tensor a block}"""
+"""{factor: one (rank, row) tensor a module}"""
 
 
 def random_whole(seed: int, scale: float = 1.0, sides: Sides = SIDES) -> Whole:
@@ -40,7 +40,7 @@ def random_whole(seed: int, scale: float = 1.0, sides: Sides = SIDES) -> Whole:
 
 
 def local(whole: Whole, process: PretendProcess) -> Tensor:
-    return shard([block for factor in FACTORS for block in whole[factor]], process.rank, process.size)
+    return shard([module for factor in FACTORS for module in whole[factor]], process.rank, process.size)
 
 
 def formula(
@@ -91,8 +91,8 @@ def formula(
 )
 def test_scores_from_shards_are_those_of_the_formula(size: int, options: Mapping[str, Any]) -> None:
     weights, gradients = random_whole(0), random_whole(1, scale=1e-2)
-    smoothed = {f: [v.abs() for v in blocks] for f, blocks in random_whole(2).items()}
-    uncertainty = {f: [v.abs() for v in blocks] for f, blocks in random_whole(3).items()}
+    smoothed = {f: [v.abs() for v in modules] for f, modules in random_whole(2).items()}
+    uncertainty = {f: [v.abs() for v in modules] for f, modules in random_whole(3).items()}
     parts = [[torch.rand(n_in) for n_in, _ in SIDES.values()] for _ in range(size)]
     energy = [sum(part[b].double() for part in parts) for b in range(3)]
 
@@ -136,14 +136,14 @@ def test_scores_after_steps_on_three_processes_follow_the_recursions(
         layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_rules((), (), (), 3)[process.rank])
         method.start(layout)
         for number, (w, g) in enumerate(steps, start=1):
-            for block, x in enumerate(inputs[number - 1][process.rank]):
-                method.energy.add(block, x, torch.ones(1, 4))
+            for module, x in enumerate(inputs[number - 1][process.rank]):
+                method.energy.add(module, x, torch.ones(1, 4))
             w_here, g_here = local(w, process).to(dtype), local(g, process).to(dtype)
             view = step_view(w_here, g_here, layout, process.total, step=number, tokens=12)
             method.observe(view)
         return list(method.scores(view))
 
-    zero = {f: [torch.zeros_like(v) for v in blocks] for f, blocks in steps[0][0].items()}
+    zero = {f: [torch.zeros_like(v) for v in modules] for f, modules in steps[0][0].items()}
     smoothed, uncertainty = zero, zero
     energy = [torch.zeros(n_in, dtype=torch.float64) for n_in, _ in sides.values()]
     for (w, g), seen in zip(steps, inputs, strict=True):

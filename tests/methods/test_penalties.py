@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynrank_ds.adapters.initial import block_generator, svd_factors
+from dynrank_ds.adapters.initial import module_generator, svd_factors
 from dynrank_ds.methods.elalora import orthogonal_rows
 from dynrank_ds.methods.pe_dyra import PEDyRA, PEDyRAConfig
 from dynrank_ds.methods.penalties import orthogonality_gradient
-from tests.methods.small import CPU, SIDES, blocks
+from tests.methods.small import CPU, SIDES, make_modules
 
 
 @pytest.mark.parametrize(("rank", "length"), [(1, 6), (4, 6), (5, 3)])
@@ -44,16 +44,16 @@ def test_a_16_bit_factor_gives_an_fp32_gradient() -> None:
 
 
 def test_two_micro_batches_add_the_mean_norm_over_all_factor_matrices_once() -> None:
-    modules = blocks()
+    modules = make_modules()
     coefficient = 0.3
     config = PEDyRAConfig(t_i=4, interval=3, t_f=5, orthogonality=coefficient)
     method = PEDyRA(config, modules, 20, CPU)
-    for name, block in modules.items():
-        block.set_factors(svd_factors(3, *SIDES[name], block_generator(0, name, 0)))
+    for name, module in modules.items():
+        module.set_factors(svd_factors(3, *SIDES[name], module_generator(0, name, 0)))
     for method.micro_batch.last in (True, False):
-        for name, block in modules.items():
+        for name, module in modules.items():
             method.micro_batch.token_mask = torch.ones(1, 2)
-            (0 * block(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient
+            (0 * module(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient
 
     copies = [f.detach().double().requires_grad_() for b in modules.values() for f in (b.lora_A, b.lora_B)]
     norms = [torch.linalg.matrix_norm(f @ f.T - torch.eye(3, dtype=torch.float64)) for f in copies]
@@ -61,4 +61,4 @@ def test_two_micro_batches_add_the_mean_norm_over_all_factor_matrices_once() -> 
     ours = [f.grad for b in modules.values() for f in (b.lora_A, b.lora_B)]
     for gradient, copy in zip(ours, copies, strict=True):
         torch.testing.assert_close(gradient.double(), copy.grad, rtol=1e-5, atol=1e-7)
-    assert not any(block.lora_E.grad.any() for block in modules.values())
+    assert not any(module.lora_E.grad.any() for module in modules.values())

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynrank_ds.adapters.initial import block_generator, svd_factors
+from dynrank_ds.adapters.initial import module_generator, svd_factors
 from dynrank_ds.methods.elalora import ElaLoRA, ElaLoRAConfig
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.zero.migrate import migrate
 from dynrank_ds.zero.shards import zero3_rules
-from tests.methods.small import CPU, SIDES, Sides, blocks, random_sides, step_view
+from tests.methods.small import CPU, SIDES, Sides, make_modules, random_sides, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 STEPS, CHANGE, RANK = 25, 12, 4
 Whole = dict[tuple[str, int], Tensor]
-"""{(factor, block): (rank, row) fp64}"""
+"""{(factor, module): (rank, row) fp64}"""
 
 
 def random_whole(ranks: tuple[int, ...], seed: int, sides: Sides) -> Whole:
@@ -33,7 +33,7 @@ def random_whole(ranks: tuple[int, ...], seed: int, sides: Sides) -> Whole:
 
 def elalora(sides: Sides = SIDES, **config: object) -> ElaLoRA:
     times = {"t_i": 2, "interval": 10, "t_f": 0, "b": 3, "k": 2, **config}
-    made = blocks(sides, rank=RANK, dtype=torch.float64)
+    made = make_modules(sides, rank=RANK, dtype=torch.float64)
     return ElaLoRA(ElaLoRAConfig(**times), made, STEPS, CPU)  # type: ignore[arg-type]
 
 
@@ -50,8 +50,8 @@ class Formula:
             self.smoothed[key] = 0.85 * self.smoothed[key] + 0.15 * now
             self.uncertainty[key] = 0.85 * self.uncertainty[key] + 0.15 * (now - self.smoothed[key]).abs()
 
-    def scores(self, block: int) -> list[float]:
-        s = {f: self.smoothed[f, block] * self.uncertainty[f, block] for f in FACTORS}
+    def scores(self, module: int) -> list[float]:
+        s = {f: self.smoothed[f, module] * self.uncertainty[f, module] for f in FACTORS}
         return [
             float(s["lora_E"][i, 0] + s["lora_A"][i].mean() + s["lora_B"][i].mean())
             for i in range(s["lora_E"].shape[0])
@@ -84,7 +84,7 @@ def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int,
             weights, gradients = (shard(list(w.values()), process.rank, size) for w in pair(step, ranks))
             view = step_view(weights, gradients, layout, process.total, step=step)
             method.observe(view)
-            assert process.sums == 2 * (step > CHANGE)  # for scores, and to gather the blocks that changed
+            assert process.sums == 2 * (step > CHANGE)  # for scores, and to gather the modules that changed
             if step == CHANGE:
                 before = list(method.scores(view))
                 plan = method.plan(before, RankState(ranks, (9,) * 3, RANK, step, STEPS))
@@ -113,17 +113,17 @@ def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int,
 
 
 def method_rows(method: ElaLoRA, plan: RankPlan):  # type: ignore[no-untyped-def]
-    return lambda block, old: method.new_rows(block, old, plan, block_generator(0, str(block), CHANGE))
+    return lambda module, old: method.new_rows(module, old, plan, module_generator(0, str(module), CHANGE))
 
 
 def test_the_penalty_is_the_mean_norm_over_all_factor_matrices() -> None:
-    modules = blocks(rank=3)
+    modules = make_modules(rank=3)
     method = ElaLoRA(ElaLoRAConfig(t_i=2, interval=5, t_f=3, orthogonality=0.3), modules, 20, CPU)
-    for name, block in modules.items():
-        block.set_factors(svd_factors(3, *SIDES[name], block_generator(0, name, 0)))
+    for name, module in modules.items():
+        module.set_factors(svd_factors(3, *SIDES[name], module_generator(0, name, 0)))
     for method.micro_batch.last in (True, False):
-        for name, block in modules.items():
-            (0 * block(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient
+        for name, module in modules.items():
+            (0 * module(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient
     ours = [f for b in modules.values() for f in (b.lora_A, b.lora_B)]
     copies = [f.detach().double().requires_grad_() for f in ours]
     norms = [torch.linalg.matrix_norm(f @ f.T - torch.eye(3, dtype=torch.float64)) for f in copies]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynrank_ds.adapters.initial import block_generator
+from dynrank_ds.adapters.initial import module_generator
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.weightlora import (
@@ -24,7 +24,7 @@ from dynrank_ds.methods.weightlora import (
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from tests.methods.regression import SCALE, Regression, live
-from tests.methods.small import CPU, SIDES, blocks, step_view
+from tests.methods.small import CPU, SIDES, make_modules, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend
 
 RANK = 2
@@ -32,12 +32,12 @@ RANK = 2
 
 def weightlora(made: dict[str, AdaptedLinear] | None = None, **config: Any) -> WeightLoRA:
     values = {"k": 2, "disconnect_at": 5, **config}
-    return WeightLoRA(WeightLoRAConfig(**values), made or blocks(), 20, CPU)
+    return WeightLoRA(WeightLoRAConfig(**values), made or make_modules(), 20, CPU)
 
 
 def weightlora_plus(sides: dict[str, tuple[int, int]] = SIDES, **config: Any) -> WeightLoRAPlus:
     values = {"k": 2, "disconnect_at": 5, **config}
-    return WeightLoRAPlus(WeightLoRAPlusConfig(**values), blocks(sides), 20, CPU)
+    return WeightLoRAPlus(WeightLoRAPlusConfig(**values), make_modules(sides), 20, CPU)
 
 
 def plan(method: WeightLoRA, weights: list[float], rank: int = RANK, limit: int = 99) -> RankPlan:
@@ -74,9 +74,9 @@ def stoiht(task: Regression, k: int) -> list[Tensor]:
     for step in range(1, STEPS + 1):
         if step <= T:
             leaf = w.clone().requires_grad_()
-            for index, (name, block) in enumerate(live(RANK, torch.float64).items()):
-                delta = SCALE * block.lora_B.detach().T @ block.lora_A.detach()
-                task.whole_loss(step, name, block.base.weight + leaf[index] * delta).backward()
+            for index, (name, module) in enumerate(live(RANK, torch.float64).items()):
+                delta = SCALE * module.lora_B.detach().T @ module.lora_A.detach()
+                task.whole_loss(step, name, module.base.weight + leaf[index] * delta).backward()
             w = (w - 0.15 * RATES[step - 1] * leaf.grad).clamp_min(0)
             dropped = sorted(range(3), key=lambda i: (-float(w[i]), i))[k:]
             w[dropped] = 0
@@ -100,7 +100,7 @@ def test_weights_follow_projected_sgd_on_the_gradient_of_the_whole_batch(size: i
             nothing = torch.empty(0)
             method.observe(step_view(nothing, nothing, layout, process.total, step, schedule=RATES[step - 1]))
             assert process.sums == min(step, T)  # one a step until T
-            assert torch.equal(torch.cat([block.gate for block in made.values()]), method.w)
+            assert torch.equal(torch.cat([module.gate for module in made.values()]), method.w)
             seen.append(method.w.clone())
         return seen
 
@@ -115,9 +115,9 @@ def test_nothing_is_projected_while_w_has_no_gradient() -> None:
     made = live(RANK)
     method = weightlora(made)
     layout = ShardLayout(method.shapes, (RANK,) * 3, method.factors, whole)
-    for block in made.values():  # B = 0, as at the first step
-        block.set_factors({"lora_A": block.lora_A.detach(), "lora_B": torch.zeros_like(block.lora_B)})
-        block(torch.randn(2, block.in_features)).square().sum().backward()
+    for module in made.values():  # B = 0, as at the first step
+        module.set_factors({"lora_A": module.lora_A.detach(), "lora_B": torch.zeros_like(module.lora_B)})
+        module(torch.randn(2, module.in_features)).square().sum().backward()
     method.observe(step_view(torch.empty(0), torch.empty(0), layout))
     assert torch.equal(method.w, torch.ones(3))
 
@@ -133,11 +133,11 @@ def test_a_discarded_step_leaves_no_trace() -> None:
     assert torch.equal(method.w, torch.ones(3))
 
 
-def test_saved_weights_come_back_into_the_blocks() -> None:
+def test_saved_weights_come_back_into_the_modules() -> None:
     made = live(RANK)
     method = weightlora(made)
     method.set_replicated_state({"w": torch.tensor([0.5, 0.0, 2.0])})
-    assert [float(block.gate) for block in made.values()] == [0.5, 0.0, 2.0]
+    assert [float(module.gate) for module in made.values()] == [0.5, 0.0, 2.0]
     assert torch.equal(torch.cat(method.gates()), torch.tensor([0.5, 0.0, 2.0]))
 
 
@@ -161,11 +161,11 @@ def test_at_t_all_but_the_k_largest_lose_every_triple() -> None:
         plan(weightlora(), [0.0, 0.0, 0.0])
 
 
-def test_random_selection_trains_no_weight_and_keeps_k_blocks_of_its_seed() -> None:
+def test_random_selection_trains_no_weight_and_keeps_k_modules_of_its_seed() -> None:
     sides = {f"m{i}": (4, 4) for i in range(12)}
     kept = set()
     for seed in range(20):
-        made = blocks(sides)
+        made = make_modules(sides)
         config = WeightLoRAConfig(k=3, disconnect_at=1, selection="random", seed=seed)
         method = WeightLoRA(config, made, 20, CPU)
         layout = ShardLayout(method.shapes, (RANK,) * 12, method.factors, whole)
@@ -175,7 +175,7 @@ def test_random_selection_trains_no_weight_and_keeps_k_blocks_of_its_seed() -> N
         assert all(torch.equal(a, b) for a, b in zip(scores, method.scores(view), strict=True))
         ranks = method.plan(scores, RankState((RANK,) * 12, (4,) * 12, RANK, 1, 20)).ranks
         assert sorted(ranks) == [0] * 9 + [RANK] * 3
-        assert all(block.gate is None for block in made.values())
+        assert all(module.gate is None for module in made.values())
         assert method.gates() == [None] * 12 and method.replicated_state() == {}
         kept.add(ranks)
     assert len(kept) > 15
@@ -189,7 +189,7 @@ def test_survivors_take_the_rank_that_the_memory_of_all_adapters_pays_for() -> N
     assert plain == RankPlan(((0, 1), (), (0, 1)), (1, 0, 1))
 
 
-def test_a_block_at_its_maximum_leaves_its_share_to_the_others() -> None:
+def test_a_module_at_its_maximum_leaves_its_share_to_the_others() -> None:
     sides = {"a": (4, 4), "b": (90, 10), "c": (60, 40), "d": (50, 50)}
     method = weightlora_plus(sides)
     state = RankState((2,) * 4, (4, 10, 40, 50), 2, 5, 20)
@@ -246,14 +246,14 @@ def test_growing_leaves_the_product_as_it_is(extension: str) -> None:
     old = {"lora_A": torch.randn(3, 30), "lora_B": torch.randn(3, 20)}
     keep = () if extension == "qr" else (0, 1, 2)
     growth = RankPlan((keep, ()), (7 - len(keep), 0))
-    rows = method.new_rows(0, old, growth, block_generator(0, "x", 5))
+    rows = method.new_rows(0, old, growth, module_generator(0, "x", 5))
     a, b = (torch.cat([old[f][list(keep)], rows[f]]).double() for f in ("lora_A", "lora_B"))
     assert a.shape == (7, 30) and b.shape == (7, 20)
     torch.testing.assert_close(
         b.T @ a, (old["lora_B"].double().T @ old["lora_A"].double()), rtol=1e-5, atol=1e-5
     )
     assert not b[3:].any()
-    again = method.new_rows(0, old, growth, block_generator(0, "x", 5))
+    again = method.new_rows(0, old, growth, module_generator(0, "x", 5))
     assert all(torch.equal(rows[f], again[f]) for f in rows)
     if extension == "plain":
         assert torch.equal(a[:3], old["lora_A"].double())

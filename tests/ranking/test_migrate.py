@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynrank_ds.ranking.layout import BlockShape, ShardLayout, whole
+from dynrank_ds.ranking.layout import ModuleShape, ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import migrate as moving
 from dynrank_ds.zero.migrate import migrate, portions
@@ -17,7 +17,7 @@ from tests.ranking.pretend import PretendProcess, run_pretend, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 SHAPES = tuple(
-    BlockShape(str(i), n_in, n_out) for i, (n_in, n_out) in enumerate([(7, 5), (4, 9), (3, 3), (6, 2)])
+    ModuleShape(str(i), n_in, n_out) for i, (n_in, n_out) in enumerate([(7, 5), (4, 9), (3, 3), (6, 2)])
 )
 BEFORE = (3, 2, 0, 4)
 PLAN = RankPlan(keep=((0, 2), (0, 1), (), (1,)), new=(2, 0, 1, 0))
@@ -25,9 +25,9 @@ AFTER = (4, 2, 1, 1)
 STATES = 3  # weights and both moments
 
 
-def new_rows(block: int, count: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(block)
-    shape = SHAPES[block]
+def new_rows(module: int, count: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(module)
+    shape = SHAPES[module]
     return {
         "lora_A": torch.randn(count, shape.in_features, generator=generator),
         "lora_E": torch.randn(count, generator=generator),
@@ -36,7 +36,7 @@ def new_rows(block: int, count: int) -> dict[str, Tensor]:
 
 
 def whole_states(ranks: tuple[int, ...]) -> dict[tuple[str, int], Tensor]:
-    """{(factor, block): (states, rank, row)}"""
+    """{(factor, module): (states, rank, row)}"""
     torch.manual_seed(0)
     return {
         (factor, b): torch.randn(STATES, rank, SHAPES[b].row_length(factor)).relu().neg()  # -0 too
@@ -70,11 +70,11 @@ def held_flat(full: dict[tuple[str, int], Tensor], rank: int, size: int) -> Tens
 STAGES = {2: (zero2_rules, held_flat), 3: (zero3_rules, held)}
 
 
-def rows_of_plan(block: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rows_of_plan(module: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     assert {f: rows.shape[0] for f, rows in old.items()} == {
-        f: BEFORE[block] for f in FACTORS if BEFORE[block]
+        f: BEFORE[module] for f in FACTORS if BEFORE[module]
     }
-    return new_rows(block, PLAN.new[block])
+    return new_rows(module, PLAN.new[module])
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -98,9 +98,9 @@ def test_migrating_shards_equals_indexing_whole_tensors(
     for rank, (states, changed) in enumerate(run_pretend(size, work)):
         assert torch.equal(states.view(torch.int32), held(expected, rank, size).view(torch.int32))
         assert set(changed) == {0, 2, 3}
-        for block, factors in changed.items():
+        for module, factors in changed.items():
             for factor, weights in factors.items():
-                assert torch.equal(weights.flatten(), expected[factor, block][0].flatten())
+                assert torch.equal(weights.flatten(), expected[factor, module][0].flatten())
 
 
 def test_survivors_keep_their_rows_and_new_rows_have_zero_moments() -> None:
@@ -108,16 +108,16 @@ def test_survivors_keep_their_rows_and_new_rows_have_zero_moments() -> None:
     rules = zero3_rules(SHAPES, BEFORE, FACTORS, 1)
     old, new = (ShardLayout(SHAPES, ranks, FACTORS, rules[0]) for ranks in (BEFORE, AFTER))
     states, _ = migrate(held(full, 0, 1), old, new, PLAN, rows_of_plan, (rules, rules), lambda flat: flat)
-    a = states[:, : 4 * 7].view(STATES, 4, 7)  # lora_A of block 0, the first of the layout
+    a = states[:, : 4 * 7].view(STATES, 4, 7)  # lora_A of module 0, the first of the layout
     assert torch.equal(a[:, :2], full["lora_A", 0][:, [0, 2]])
     assert torch.equal(a[0, 2:], new_rows(0, 2)["lora_A"])
     assert not a[1:, 2:].any()
 
 
-def test_blocks_are_gathered_in_groups_of_bounded_size_and_larger_ones_alone(
+def test_modules_are_gathered_in_groups_of_bounded_size_and_larger_ones_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shapes = [BlockShape(str(i), 3, 1) for i in range(5)]
+    shapes = [ModuleShape(str(i), 3, 1) for i in range(5)]
     layout = ShardLayout(shapes, (2, 1, 0, 9, 1), ("lora_A", "lora_B"), whole)
     monkeypatch.setattr(moving, "GATHERED_AT_ONCE", 24)
     # Two states of 4 elements a triple: 16, 8, 0, 72 and 8 elements.

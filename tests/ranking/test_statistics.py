@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dynrank_ds.ranking.layout import BlockShape, ShardLayout
+from dynrank_ds.ranking.layout import ModuleShape, ShardLayout
 from dynrank_ds.ranking.statistics import InputEnergy, Sensitivity
 from dynrank_ds.zero.shards import zero3_rules
 from tests.ranking.pretend import shard
@@ -19,7 +19,7 @@ TOLERANCE = 2e-6
 
 def test_sensitivity_on_two_processes_equals_the_recursion_on_whole_rows_in_float64() -> None:
     torch.manual_seed(0)
-    shapes, ranks, factors = (BlockShape("a", 7, 5),), (3,), ("lora_A", "lora_E", "lora_B")
+    shapes, ranks, factors = (ModuleShape("a", 7, 5),), (3,), ("lora_A", "lora_E", "lora_B")
     sizes = [(3, 7), (3, 1), (3, 5)]
     layouts = [ShardLayout(shapes, ranks, factors, zero3_rules((), (), (), 2)[rank]) for rank in range(2)]
     ours = [Sensitivity(layout.numel, 0.85, 0.7, CPU) for layout in layouts]
@@ -48,7 +48,7 @@ def test_sensitivity_on_two_processes_equals_the_recursion_on_whole_rows_in_floa
 
 
 def test_small_products_do_not_underflow_in_the_score() -> None:
-    layout = ShardLayout((BlockShape("a", 1, 1),), (1,), ("lora_A",), zero3_rules((), (), (), 1)[0])
+    layout = ShardLayout((ModuleShape("a", 1, 1),), (1,), ("lora_A",), zero3_rules((), (), (), 1)[0])
     statistic = Sensitivity(1, 0.85, 0.85, CPU)
     statistic.update(torch.tensor([1e-10]), torch.tensor([1e-15]))
     # I = 1e-25: Ibar = 0.15 I, U = 0.15 (I - Ibar) = 0.1275 I; the product 1.9e-52 is nothing in fp32.
@@ -57,7 +57,7 @@ def test_small_products_do_not_underflow_in_the_score() -> None:
 
 def test_input_energy_of_two_processes_is_the_smoothed_mean_square_without_padding() -> None:
     torch.manual_seed(1)
-    shapes = (BlockShape("a", 6, 2), BlockShape("b", 4, 2))
+    shapes = (ModuleShape("a", 6, 2), ModuleShape("b", 4, 2))
     ours = [InputEnergy(shapes, 0.85, CPU) for _ in range(2)]
     expected = torch.zeros(10, dtype=torch.float64)
     for _ in range(30):
@@ -68,8 +68,8 @@ def test_input_energy_of_two_processes_is_the_smoothed_mean_square_without_paddi
                 mask = (torch.arange(5) < lengths[:, None]).long()
                 tokens += int(lengths.sum())
                 inputs = [torch.randn(3, 5, shape.in_features) for shape in shapes]
-                for block, x in enumerate(inputs):
-                    energy.add(block, x.flatten(0, 1), mask)
+                for module, x in enumerate(inputs):
+                    energy.add(module, x.flatten(0, 1), mask)
                 kept = torch.cat([x[mask.bool()].double() for x in inputs], dim=1)
                 squares += kept.square().sum(0)
         for energy in ours:
@@ -82,16 +82,16 @@ def test_input_energy_of_two_processes_is_the_smoothed_mean_square_without_paddi
 
 def test_input_energy_of_a_long_batch_is_summed_in_full() -> None:
     torch.manual_seed(2)
-    energy = InputEnergy((BlockShape("a", 3, 2),), 0.0, CPU)
+    energy = InputEnergy((ModuleShape("a", 3, 2),), 0.0, CPU)
     x = torch.randn(2, 2500, 3)
     energy.add(0, x.flatten(0, 1), torch.ones(2, 2500))
     energy.update(5000)
     torch.testing.assert_close(energy.smoothed, x.double().square().mean((0, 1)).float(), rtol=1e-5, atol=0)
 
 
-def test_blocks_with_one_input_square_it_once_and_a_shorter_or_overwritten_one_anew() -> None:
+def test_modules_with_one_input_square_it_once_and_a_shorter_or_overwritten_one_anew() -> None:
     torch.manual_seed(3)
-    energy = InputEnergy([BlockShape(name, 3, 2) for name in "abcd"], 0.0, CPU)
+    energy = InputEnergy([ModuleShape(name, 3, 2) for name in "abcd"], 0.0, CPU)
     x, ones = torch.randn(4, 3), torch.ones(1, 4)
     with patch.object(energy, "_summed_squares", wraps=energy._summed_squares) as squared:
         energy.add(0, x, ones)
@@ -107,7 +107,7 @@ def test_blocks_with_one_input_square_it_once_and_a_shorter_or_overwritten_one_a
 
 
 def test_an_input_of_the_last_step_is_not_kept() -> None:
-    energy, x = InputEnergy((BlockShape("a", 3, 2),), 0.0, CPU), torch.randn(4, 3)
+    energy, x = InputEnergy((ModuleShape("a", 3, 2),), 0.0, CPU), torch.randn(4, 3)
     energy.add(0, x, torch.ones(1, 4))
     held = weakref.ref(x)
     energy.update(4)
@@ -119,12 +119,12 @@ def test_an_input_of_the_last_step_is_not_kept() -> None:
 def test_observing_leaves_the_input_as_it_is(dtype: torch.dtype) -> None:
     x = torch.randn(6, 4, dtype=dtype)
     before = x.clone()
-    InputEnergy((BlockShape("a", 4, 2),), 0.85, CPU).add(0, x, torch.ones(2, 3))
+    InputEnergy((ModuleShape("a", 4, 2),), 0.85, CPU).add(0, x, torch.ones(2, 3))
     assert torch.equal(x, before)
 
 
 def test_a_discarded_step_leaves_no_trace_in_the_input_energy() -> None:
-    energy = InputEnergy((BlockShape("a", 3, 2),), 0.85, CPU)
+    energy = InputEnergy((ModuleShape("a", 3, 2),), 0.85, CPU)
     energy.add(0, torch.full((2, 3), 7.0), torch.ones(1, 2))
     energy.discard()
     energy.add(0, torch.full((2, 3), 2.0), torch.ones(1, 2))

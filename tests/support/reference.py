@@ -78,7 +78,7 @@ class PlainLinear(nn.Module):
 
 
 NewTriples = Callable[[str, int, int], list[Triple]]
-"""(block name, how many, event) -> fresh triples."""
+"""(module name, how many, event) -> fresh triples."""
 
 
 @dataclass
@@ -137,7 +137,7 @@ class Reference:
     ) -> float:
         """One optimizer step on (token ids, prompt length) samples.
 
-        plan: {block: (pruned, added)} that takes the place of its own.
+        plan: {module: (pruned, added)} that takes the place of its own.
         """
         self.optimizer.zero_grad()
         n_targets = sum(len(ids) - prompt for ids, prompt in samples)
@@ -196,7 +196,7 @@ class Reference:
             ]
         means = []
         for scores in (gradient, inputs):
-            flat = [s for block in scores.values() for s in block]
+            flat = [s for module in scores.values() for s in module]
             means.append(sum(flat) / len(flat))
         return {
             name: [

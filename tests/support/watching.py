@@ -31,11 +31,11 @@ def train_watched(recipe: Path, watcher: type[Trainer], *overrides: str) -> None
 
 
 def adapter_parameters(trainer: Trainer) -> dict[tuple[str, str], nn.Parameter]:
-    """{(block name, factor): partitioned parameter}."""
+    """{(module name, factor): partitioned parameter}."""
     return {
         (shape.name, factor): parameter
-        for shape, block in zip(trainer.engine.shapes, trainer.engine.blocks, strict=True)
-        for factor, parameter in block.factors().items()
+        for shape, module in zip(trainer.engine.shapes, trainer.engine.modules, strict=True)
+        for factor, parameter in module.factors().items()
     }
 
 
@@ -56,7 +56,7 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of everything that training changes on this process."""
     engine, method = trainer.engine, trainer.method
     state: dict[str, Tensor] = {f"births {i}": births for i, births in enumerate(engine.births)}
-    for (block, factor), parameter in adapter_parameters(trainer).items():
+    for (module, factor), parameter in adapter_parameters(trainer).items():
         pieces = {
             "master": safe_get_local_fp32_param(parameter),
             "half": parameter.ds_tensor,  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
             "exp_avg_sq": safe_get_local_optimizer_state(parameter, "exp_avg_sq"),
         }
         for name, piece in pieces.items():
-            state[f"{name} {block}.{factor}"] = without_padding(parameter, piece)
+            state[f"{name} {module}.{factor}"] = without_padding(parameter, piece)
     statistics = {**method.row_statistics(), **method.partial_statistics(), **method.replicated_state()}
     for name, value in statistics.items():
         state[f"statistic {name}"] = value

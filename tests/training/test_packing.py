@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import modeling_flash_attention_utils as flash_attention
 
-from dynrank_ds.data.layouts import Layout, Packed, Padded
+from dynrank_ds.data.collating import Collator, PackedCollator, PaddedCollator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.methods import build_method
 from dynrank_ds.recipe import check_recipe
@@ -36,7 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_step(
-    folder: Path, layout: Layout, micro_batch_size: int, method_name: str, attention: str, checkpointing: bool
+    folder: Path,
+    collator: Collator,
+    micro_batch_size: int,
+    method_name: str,
+    attention: str,
+    checkpointing: bool,
 ) -> tuple[float, Tensor, Tensor]:
     """Mean loss, adapter gradients and the method's statistics of backward, of one batch of 12 samples."""
     recipe = check_recipe(
@@ -55,27 +60,29 @@ def one_step(
     model = load_model(recipe.model, checkpointing)
     # Not by the recipe, for FlashAttention cannot be loaded without a GPU.
     model.config._attn_implementation = attention
-    blocks = adapt(model, recipe)
-    method = build_method(recipe.method, blocks, 30, torch.device("cpu"))
+    modules = adapt(model, recipe)
+    method = build_method(recipe.method, modules, 30, torch.device("cpu"))
     # B begins at zero in some methods: then most gradients would be zero, and equal whatever is wrong.
     torch.manual_seed(0)
-    for block in blocks.values():
-        assert block.lora_B is not None
-        torch.nn.init.normal_(block.lora_B, std=0.1)
+    for module in modules.values():
+        assert module.lora_B is not None
+        torch.nn.init.normal_(module.lora_B, std=0.1)
     loss, n_targets = SummedLoss(model), int(dataset.target_counts[indices].sum())
     total = 0.0
-    micro_batches = layout.micro_batches(indices, dataset.lengths, 0, 1, micro_batch_size)
+    micro_batches = collator.micro_batches(indices, dataset.lengths, 0, 1, micro_batch_size)
     for number, chosen in enumerate(micro_batches):
         method.micro_batch.last = number == 0
-        total += backward(dataset, layout, chosen, loss, method, n_targets)
-    gradients = torch.cat([p.grad.flatten() for block in blocks.values() for p in block.factors().values()])
+        total += backward(dataset, collator, chosen, loss, method, n_targets)
+    gradients = torch.cat(
+        [p.grad.flatten() for module in modules.values() for p in module.factors().values()]
+    )
     sums = method.energy._sums if method_name == "pe_dyra" else method._sums  # type: ignore[attr-defined]
     return total, gradients, sums
 
 
-def backward(dataset: TokenisedDataset, layout, chosen, loss, method, n_targets: int) -> float:
+def backward(dataset: TokenisedDataset, collator, chosen, loss, method, n_targets: int) -> float:
     """As the loop does it."""
-    batch = layout.collate(dataset, chosen)
+    batch = collator.collate(dataset, chosen)
     method.micro_batch.token_mask, method.micro_batch.packed = batch.attention_mask, batch.packed
     mean = loss(**batch.inputs()) / n_targets
     mean.backward()
@@ -90,8 +97,8 @@ def backward(dataset: TokenisedDataset, layout, chosen, loss, method, n_targets:
 def test_a_packed_batch_gives_loss_gradients_and_statistics_of_the_padded_one(
     folder: Path, method: str, attention: str, micro_batch_size: int, checkpointing: bool
 ) -> None:
-    loss, gradients, sums = one_step(folder, Padded(2), 3, method, attention, False)
-    packed = one_step(folder, Packed(), micro_batch_size, method, attention, checkpointing)
+    loss, gradients, sums = one_step(folder, PaddedCollator(2), 3, method, attention, False)
+    packed = one_step(folder, PackedCollator(), micro_batch_size, method, attention, checkpointing)
     assert abs(packed[0] - loss) <= 1e-6 * loss
     largest = float((packed[1] - gradients).abs().max() / gradients.abs().max())
     print(
@@ -154,12 +161,12 @@ def test_flash_attention_is_given_each_packed_sample_by_itself(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of transformers' way from position ids to FlashAttention; only the kernels are played."""
-    loss, gradients, _ = one_step(folder, Padded(2), 3, "pe_dyra", "sdpa", False)
+    loss, gradients, _ = one_step(folder, PaddedCollator(2), 3, "pe_dyra", "sdpa", False)
     kernels = PlayedKernels()
     monkeypatch.setattr(flash_attention, "lazy_import_flash_attention", kernels.load)
-    padded = one_step(folder, Padded(2), 3, "pe_dyra", "flash_attention_2", False)
+    padded = one_step(folder, PaddedCollator(2), 3, "pe_dyra", "flash_attention_2", False)
     assert not kernels.boundaries, "padded rows need no boundaries"
-    packed = one_step(folder, Packed(), 4, "pe_dyra", "flash_attention_2", False)
+    packed = one_step(folder, PackedCollator(), 4, "pe_dyra", "flash_attention_2", False)
     assert len(kernels.boundaries) == 3 * 2, "3 rows, 2 layers"
     for boundaries in kernels.boundaries:
         assert len(boundaries) > 2 and boundaries == sorted(set(boundaries))

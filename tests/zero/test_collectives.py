@@ -51,7 +51,7 @@ def test_an_adjustment_adds_two_reductions_a_plan_check_and_one_that_gathers(fol
         scalars, first, second, check, *gathers = step["ours"]
         assert scalars == SCALARS and check == PLAN_CHECK
         assert first[0] == second[0] == "all_reduce"
-        assert len(gathers) == changed  # of all blocks together: they are small
+        assert len(gathers) == changed  # of all modules together: they are small
         assert all(kind == "all_reduce" for kind, _ in gathers)
 
 

@@ -61,7 +61,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_and_the_run_goes_on_once_there_i
     recipe, run = write_recipe(tmp_path), small_disk / "run"
     processes = with_a_checkpoint(recipe, run)
     disk = os.statvfs(small_disk)
-    with (small_disk / "filler").open("wb") as filler:  # all but a few blocks, for the log
+    with (small_disk / "filler").open("wb") as filler:  # all but a few modules, for the log
         os.posix_fallocate(filler.fileno(), 0, (disk.f_bavail - 4) * disk.f_bsize)
     assert_told_and_whole(processes, run, "No space left on device")
     (small_disk / "filler").unlink()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dynrank_ds.data.layouts import Padded
+from dynrank_ds.data.collating import PaddedCollator
 from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.prepare import prepare_data, split_held_out
 from tests.support.launch import train
@@ -100,7 +100,7 @@ def transformers_loss(folder: Path, adapter: Path) -> float:
     assert not set(trained.starts) & set(held_out.starts)
     model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, adapter)
-    batch = Padded(pad_id).collate(held_out, np.arange(HELD_OUT))
+    batch = PaddedCollator(pad_id).collate(held_out, np.arange(HELD_OUT))
     with torch.no_grad():
         return float(
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dynrank_ds.adapters.initial import block_generator, lora_factors, svd_factors
+from dynrank_ds.adapters.initial import lora_factors, module_generator, svd_factors
 from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.prepare import prepare_data
@@ -59,7 +59,7 @@ def reference(
     def new_triples(name: str, count: int, event: int) -> list[Triple]:
         linear = model.get_submodule(name)
         base = linear if isinstance(linear, nn.Linear) else linear.base
-        rows = init(count, base.in_features, base.out_features, block_generator(0, name, event))
+        rows = init(count, base.in_features, base.out_features, module_generator(0, name, event))
         return [
             Triple(
                 nn.Parameter(rows["lora_A"][i].clone()),

@@ -22,7 +22,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]
     return outcomes(folder / "rebuilds", "counts", 2)
 
 
-def test_there_are_a_hundred_adjustments_that_shrink_and_grow_blocks(counts: Any) -> None:
+def test_there_are_a_hundred_adjustments_that_shrink_and_grow_modules(counts: Any) -> None:
     for process in counts:
         assert len(process) >= 100
         moved = [count["ranks"] for count in process if count["ranks"][0] != count["ranks"][1]]

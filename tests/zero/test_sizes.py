@@ -23,11 +23,15 @@ STATES = ("master", "half", "exp_avg", "exp_avg_sq")
 
 
 def elements(ranks: dict[str, int]) -> dict[str, int]:
-    """{block.factor: elements} by the shapes of the tiny model."""
+    """{module.factor: elements} by the shapes of the tiny model."""
     out = {}
-    for block, rank in ranks.items():
-        inputs, outputs = IN_OUT[block.rsplit(".", 1)[-1]]
-        out |= {f"{block}.lora_A": rank * inputs, f"{block}.lora_E": rank, f"{block}.lora_B": rank * outputs}
+    for module, rank in ranks.items():
+        inputs, outputs = IN_OUT[module.rsplit(".", 1)[-1]]
+        out |= {
+            f"{module}.lora_A": rank * inputs,
+            f"{module}.lora_E": rank,
+            f"{module}.lora_B": rank * outputs,
+        }
     return out
 
 

@@ -16,7 +16,7 @@ def counts(trainer: Trainer) -> dict[str, int]:
     """Elements of trainable parameters, of their fp32 copies, and of the optimizer's moments."""
     zero = trainer.engine._engine.optimizer
     return {
-        "blocks": sum(bool(block.factors()) for block in trainer.engine.blocks),
+        "blocks": sum(bool(module.factors()) for module in trainer.engine.modules),
         "parameters": sum(p.ds_numel for p in trainer.engine._model.parameters() if p.requires_grad),  # type: ignore[attr-defined]
         "masters": sum(flat.numel() for flat in zero.fp32_partitioned_groups_flat),
         "moments": sum(state[name].numel() for state in zero.optimizer.state.values() for name in MOMENTS),

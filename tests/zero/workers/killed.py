@@ -17,7 +17,7 @@ from dynrank_ds.export import folder
 from dynrank_ds.tensorfile import TensorFileWriter
 from dynrank_ds.training import checkpoint, run, rundir, saving
 from dynrank_ds.training.loop import Trainer
-from dynrank_ds.zero import engine, roll_call
+from dynrank_ds.zero import engine, peer_failure
 from tests.support.launch import ROOT, run_script
 
 POINT, STEP, PROCESS = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -86,7 +86,7 @@ POINTS: dict[str, Callable[[], Any]] = {
     "after a backward": lambda: after(engine.ZeroEngine, "backward"),
     "after an optimizer step": lambda: after(engine.ZeroEngine, "step"),
     "before an adjustment": lambda: before(engine.ZeroEngine, "resize"),
-    "with changed blocks gathered": lambda: after(engine, "migrate"),
+    "with changed modules gathered": lambda: after(engine, "migrate"),
     "before the engine is rebuilt": lambda: before(engine.ZeroEngine, "_build"),
     "after an adjustment": lambda: after(engine.ZeroEngine, "resize"),
     "with a checkpoint's folder made": lambda: after(checkpoint._Writer, "_open"),
@@ -117,5 +117,5 @@ class Counting(Trainer):
 if __name__ == "__main__":
     POINTS[POINT]()
     run.Trainer = Counting  # type: ignore[misc]
-    roll_call.GRACE = 1.0
+    peer_failure.GRACE = 1.0
     run_script(str(ROOT / "launcher/train.py"), *sys.argv[4:])

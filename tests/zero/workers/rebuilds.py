@@ -32,9 +32,9 @@ class Counted(Trainer):
 
     def _adjust(self, scores: Sequence[Tensor]) -> None:
         before, old = self.engine.layout.ranks, weakref.ref(self.engine._engine)
-        parameters = [weakref.ref(p) for block in self.engine.blocks for p in block.factors().values()]
+        parameters = [weakref.ref(p) for module in self.engine.modules for p in module.factors().values()]
         super()._adjust(scores)
-        trained = {id(p) for block in self.engine.blocks for p in block.factors().values()}
+        trained = {id(p) for module in self.engine.modules for p in module.factors().values()}
         modules = dict(self.engine._model.named_modules())
         self.counts.append(
             {

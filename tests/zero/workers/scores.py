@@ -33,10 +33,10 @@ class Scored(Trainer):
         self.tokens = torch.zeros(1, dtype=torch.float64)
         self.errors: list[float] = []
         self.plans: list[str] = []
-        for shape, block in zip(self.engine.shapes, self.engine.blocks, strict=True):
+        for shape, module in zip(self.engine.shapes, self.engine.modules, strict=True):
             self.energy[shape.name] = torch.zeros(shape.in_features, dtype=torch.float64)
             self.squares[shape.name] = torch.zeros(shape.in_features, dtype=torch.float64)
-            block.register_forward_pre_hook(partial(self._see, shape.name))
+            module.register_forward_pre_hook(partial(self._see, shape.name))
 
     def _see(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         mask = self.method.micro_batch.token_mask.double()
@@ -54,9 +54,9 @@ class Scored(Trainer):
             spread = self.spread.get(key, torch.zeros_like(weight))
             self.mean[key] = BETA * mean + (1 - BETA) * importance
             self.spread[key] = BETA * spread + (1 - BETA) * (importance - self.mean[key]).abs()
-        tokens = processes.total(self.tokens)
+        tokens = processes.all_reduce_sum(self.tokens)
         for name, squares in self.squares.items():
-            xe = processes.total(squares) / tokens
+            xe = processes.all_reduce_sum(squares) / tokens
             self.energy[name] = BETA * self.energy[name] + (1 - BETA) * xe
             squares.zero_()
         tokens.zero_()
@@ -65,7 +65,7 @@ class Scored(Trainer):
         return super()._reduce(loss, gradients)
 
     def _scores(self, weights: dict[Key, Tensor], grads: dict[Key, Tensor]) -> list[Tensor]:
-        """S_i = (S_grad_i / mean S_grad + S_inp_i / mean S_inp) / 2, means over all triples of all blocks.
+        """S_i = (S_grad_i / mean S_grad + S_inp_i / mean S_inp) / 2, means over all triples of all modules.
 
         S_grad_i = sum over X in (A, E, B) of ||g_X|| / (||g_A|| + ||g_E|| + ||g_B||) * mean_j (Ibar * U)_ij
         S_inp_i = |e_i| * (sum_k |A_ik| xe_k) * ||B_i||
@@ -98,12 +98,12 @@ class Scored(Trainer):
         with patch.object(self.method, "plan", plan):
             super()._adjust(scores)
         self.plans.append(self.plan.sha256())
-        for block, name in enumerate(self.energy):
-            keep = list(self.plan.keep[block])
+        for module, name in enumerate(self.energy):
+            keep = list(self.plan.keep[module])
             for factor in ("lora_A", "lora_E", "lora_B"):
                 for statistic in (self.mean, self.spread):
                     old = statistic[name, factor]
-                    added = old.new_zeros(self.plan.new[block], *old.shape[1:])
+                    added = old.new_zeros(self.plan.new[module], *old.shape[1:])
                     statistic[name, factor] = torch.cat([old[keep], added])
 
     def train(self, after_step: Any) -> bool:

@@ -13,7 +13,7 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import BlockBackward
+from dynrank_ds.adapters.linear import ModuleBackward
 from dynrank_ds.errors import RunError
 from dynrank_ds.methods.pe_dyra import PEDyRA
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -33,7 +33,7 @@ from tests.support.watching import (
 )
 
 NAN_METHODS = ("pe_dyra", "weightlora", "dynamic_dora")
-"""With statistics of elements, of blocks and of triples: each has its recipe in the folder."""
+"""With statistics of elements, of modules and of triples: each has its recipe in the folder."""
 POISONED = {5: 0, 9: -1}
 """{global batch: row of the gradient that is NaN}: of the first process's shard, and of the last one's."""
 
@@ -65,8 +65,8 @@ class Sized(Trainer):
         finished = super().train(after_step)
         write(self.run.path, "held", self.held)
         whole = {
-            f"{block}.{factor}": whole_of(p, safe_get_local_fp32_param)
-            for (block, factor), p in adapter_parameters(self).items()
+            f"{module}.{factor}": whole_of(p, safe_get_local_fp32_param)
+            for (module, factor), p in adapter_parameters(self).items()
         }
         if self.is_first:
             save_file(whole, self.run.path / "trained.safetensors")
@@ -117,16 +117,16 @@ class Poisoned(Trainer):
         row = POISONED.get(self.progress.batch)
         if row is None or processes.rank() != 1:
             return super()._accumulate(indices, targets)
-        block = next(b for b in self.engine.blocks if b.lora_A is not None)
-        work = block.work
+        module = next(b for b in self.engine.modules if b.lora_A is not None)
+        work = module.work
         assert work is not None
 
-        def poisoned(backward: BlockBackward) -> None:
+        def poisoned(backward: ModuleBackward) -> None:
             work(backward)
             for gradient in (backward.grad_a, backward.grad_b):
                 gradient[row, -1 if row else 0] = torch.nan
 
-        with patch.object(block, "work", poisoned):
+        with patch.object(module, "work", poisoned):
             return super()._accumulate(indices, targets)
 
     def _reduce(self, loss: Tensor, gradients: Tensor) -> StepResult:

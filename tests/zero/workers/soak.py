@@ -20,7 +20,7 @@ from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training import run
 from dynrank_ds.training.saving import Saving
 from dynrank_ds.zero import processes
-from dynrank_ds.zero.roll_call import naming_the_lost
+from dynrank_ds.zero.peer_failure import name_failed_peer
 from tests.support.watching import HOOKS, main, resident, write
 
 _LIBC = ctypes.CDLL("libc.so.6")
@@ -54,7 +54,7 @@ class Watching(Saving):
         )
         self.before = now
         over = torch.tensor(float(time.monotonic() > self.end))
-        if processes.total(over) > 0:
+        if processes.all_reduce_sum(over) > 0:
             trainer.total_steps = min(trainer.total_steps, trainer.progress.step + 2)
 
     def last(self) -> Path:
@@ -75,7 +75,7 @@ def soak(folder: Path) -> None:
         "train.learning_rate=1e-4",
         *sys.argv[3:],
     ]
-    with patch.object(run, "Saving", Watching), naming_the_lost():
+    with patch.object(run, "Saving", Watching), name_failed_peer():
         run.train(load_recipe(str(folder / "recipe.yaml"), overrides), False, torch.device("cpu"))
 
 

@@ -39,8 +39,8 @@ def watch(folder: Path) -> None:
             [seconds] = timing.seconds([step])
         seen.append([*step, seconds > 0, observe.called, trainer.adjustments])
     write(folder, "seen", seen)
-    for block in trainer.engine.blocks:
-        block.work = slowed(block.work)
+    for module in trainer.engine.modules:
+        module.work = slowed(module.work)
     method.observe = slowed(method.observe)
     write(folder, "inside", Timing(trainer).seconds_inside())
 

@@ -1,4 +1,4 @@
-"""PEFT adapter folders from trained triples, in two layouts."""
+"""PEFT adapter folders from trained triples, in two formats."""
 
 import json
 import logging
@@ -19,25 +19,25 @@ _log = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-Layout = Callable[[TrainedAdapter, Path], None]
+AdapterWriter = Callable[[TrainedAdapter, Path], None]
 
 
-def export_adapter(run: Path, output: Path, layout: Literal["peft", "padded"] = "peft") -> None:
+def export_adapter(run: Path, output: Path, format: Literal["peft", "padded"] = "peft") -> None:
     """Write the adapter of a run's newest checkpoint as the PEFT folder `output`.
 
     Args:
         run: the run directory.
         output: a folder that is new, empty, or an earlier export.
-        layout: the name of `write_peft` or `write_padded`.
+        format: the name of `write_peft` or `write_padded`.
 
     Raises:
         RunError: for a run without a checkpoint, a damaged or untrained one, or an output folder of something
             else.
     """
-    export_checkpoint(newest_checkpoint(run), output, _LAYOUTS[layout])
+    export_checkpoint(newest_checkpoint(run), output, _WRITERS[format])
 
 
-def export_checkpoint(checkpoint: Path, output: Path, write: Layout | None = None) -> None:
+def export_checkpoint(checkpoint: Path, output: Path, write: AdapterWriter | None = None) -> None:
     """Write the adapter of the checkpoint folder `checkpoint`, by `write` (default: `write_peft`).
 
     Raises:
@@ -54,7 +54,7 @@ def export_checkpoint(checkpoint: Path, output: Path, write: Layout | None = Non
 def write_peft(adapter: TrainedAdapter, folder: Path) -> None:
     """PEFT files in which every module keeps its own rank and modules of rank 0 are left out.
 
-    Where heads are blocks a module's rank is the sum of theirs: PEFT knows no block structure.
+    Where heads are modules a module's rank is the sum of theirs: PEFT knows no module structure.
 
     e is folded into B; the scale is PEFT's alpha / r. Patterns list every module by its full name: PEFT and
     vLLM take the first key that matches a module's name or a dotted suffix of it, so longer names come first.
@@ -86,7 +86,7 @@ def write_padded(adapter: TrainedAdapter, folder: Path) -> None:
 
 
 def _tell_ranks(adapter: TrainedAdapter) -> None:
-    """Says what rank an engine that serves the adapter must allow, which heads that are blocks make far larger."""
+    """Says what rank an engine that serves the adapter must allow, which heads that are modules make far larger."""
     name, largest = max(adapter.linears.items(), key=lambda item: item[1].rank)
     heads = f", the sum of the ranks of its {largest.heads} heads" if largest.heads > 1 else ""
     _log.info(
@@ -94,7 +94,7 @@ def _tell_ranks(adapter: TrainedAdapter) -> None:
     )
 
 
-_LAYOUTS: dict[str, Layout] = {"peft": write_peft, "padded": write_padded}
+_WRITERS: dict[str, AdapterWriter] = {"peft": write_peft, "padded": write_padded}
 
 
 def _padded_triples(adapter: TrainedAdapter, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -157,6 +157,6 @@ def _write(
         )
 
 
-def factor_key(block: str, side: str) -> str:
-    """PEFT's name of the factor `side` ("A" or "B") of the module `block`."""
-    return f"base_model.model.{block}.lora_{side}.weight"
+def factor_key(module: str, side: str) -> str:
+    """PEFT's name of the factor `side` ("A" or "B") of the module `module`."""
+    return f"base_model.model.{module}.lora_{side}.weight"

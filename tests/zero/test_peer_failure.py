@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dynrank_ds.zero.roll_call import GRACE
+from dynrank_ds.zero.peer_failure import GRACE
 from tests.support.launch import Started, errors_told, start_processes, train_command, wait, wait_until
 from tests.support.recipes import lines, write_recipe
 

@@ -48,7 +48,7 @@ class Batch:
         return inputs
 
 
-class Layout(Protocol):
+class Collator(Protocol):
     """Samples to micro-batches."""
 
     def micro_batches(
@@ -71,7 +71,7 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddedCollator:
     """A sample a row, padded on the right with `pad_id` to the longest."""
 
     pad_id: int
@@ -112,7 +112,7 @@ class Padded:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedCollator:
     """Samples one after another in a single row; none sees another."""
 
     def micro_batches(

@@ -36,7 +36,7 @@ class VllmEngine:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"dtype": spec.dtype}
         self._adapter = None
         self._merged: tempfile.TemporaryDirectory[str] | None = None
         model = spec.model
@@ -52,12 +52,11 @@ class VllmEngine:
         elif spec.adapter is not None:
             rank = allowed_rank(spec.adapter)
             log.info("vLLM serves the adapter directly, with max_lora_rank %d", rank)
-            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
             self._adapter = LoRARequest("adapter", 1, str(spec.adapter.resolve()))
         on_cpu = not torch.cuda.is_available()
         self.llm = LLM(
             model,
-            dtype=spec.dtype,
             max_model_len=spec.max_length,
             tensor_parallel_size=1 if on_cpu else parallel_size(model, torch.cuda.device_count()),
             # Compiling takes longer than it saves on a CPU.

@@ -10,27 +10,27 @@ from numpy.typing import NDArray
 from transformers import LlamaTokenizer
 
 from dynrank_ds.data.batching import GlobalBatches
+from dynrank_ds.data.collating import IGNORED, Collator, PackedCollator, PaddedCollator
 from dynrank_ds.data.formats import FORMATS
-from dynrank_ds.data.layouts import IGNORED, Layout, Packed, Padded
 from dynrank_ds.data.rows import Row
 from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.data.tokenising import TokenisedDataset
 from tests.data.conftest import tokenised
 
-LAYOUTS = [Padded(0), Packed()]
+COLLATORS = [PaddedCollator(0), PackedCollator()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("collator", COLLATORS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_processes_cover_a_global_batch_exactly_once(
-    layout: Layout, world_size: int, micro_batch_size: int
+    collator: Collator, world_size: int, micro_batch_size: int
 ) -> None:
     random = np.random.default_rng(0)
     lengths = random.integers(1, 500, size=100)
     indices = random.permutation(100)[:24]
     dealt = [
-        layout.micro_batches(indices, lengths, rank, world_size, micro_batch_size)
+        collator.micro_batches(indices, lengths, rank, world_size, micro_batch_size)
         for rank in range(world_size)
     ]
     assert sorted(np.concatenate([m for rank in dealt for m in rank])) == sorted(indices)
@@ -41,16 +41,16 @@ def test_processes_cover_a_global_batch_exactly_once(
 def test_micro_batches_that_meet_hold_samples_of_like_length() -> None:
     random = np.random.default_rng(1)
     lengths = random.integers(1, 500, size=48)
-    dealt = [Padded(0).micro_batches(np.arange(48), lengths, rank, 2, 4) for rank in range(2)]
+    dealt = [PaddedCollator(0).micro_batches(np.arange(48), lengths, rank, 2, 4) for rank in range(2)]
     together = [np.sort(lengths[np.concatenate(pair)]) for pair in zip(*dealt, strict=True)]
     assert np.array_equal(np.concatenate(together), np.sort(lengths))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_samples_are_dealt_in_the_same_way_whatever_their_order(layout: Layout) -> None:
+@pytest.mark.parametrize("collator", COLLATORS)
+def test_samples_are_dealt_in_the_same_way_whatever_their_order(collator: Collator) -> None:
     lengths = np.array([5] * 8 + [7] * 8)
-    forward = layout.micro_batches(np.arange(16), lengths, 0, 2, 2)
-    backward = layout.micro_batches(np.arange(16)[::-1], lengths, 0, 2, 2)
+    forward = collator.micro_batches(np.arange(16), lengths, 0, 2, 2)
+    backward = collator.micro_batches(np.arange(16)[::-1], lengths, 0, 2, 2)
     assert all(np.array_equal(a, b) for a, b in zip(forward, backward, strict=True))
 
 
@@ -64,7 +64,7 @@ DATASET = TokenisedDataset(
 
 
 def test_a_batch_is_padded_on_the_right() -> None:
-    batch = Padded(2).collate(DATASET, np.array([1, 0]))
+    batch = PaddedCollator(2).collate(DATASET, np.array([1, 0]))
     assert torch.equal(batch.input_ids, torch.tensor([[7, 8, 9, 2], [5, 6, 2, 2]]))
     assert torch.equal(batch.attention_mask, torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
     assert torch.equal(batch.labels, torch.tensor([[IGNORED, IGNORED, 9, 2], [IGNORED, 6, 2, IGNORED]]))
@@ -74,7 +74,7 @@ def test_a_batch_is_padded_on_the_right() -> None:
 
 
 def test_a_packed_batch_is_one_row_whose_positions_restart() -> None:
-    batch = Packed().collate(DATASET, np.array([1, 0]))
+    batch = PackedCollator().collate(DATASET, np.array([1, 0]))
     assert batch.packed == (4, 3)
     assert batch.input_ids.tolist() == [[7, 8, 9, 2, 5, 6, 2]]
     assert batch.attention_mask.tolist() == [[1] * 7]
@@ -83,25 +83,25 @@ def test_a_packed_batch_is_one_row_whose_positions_restart() -> None:
     assert inputs["positions"].tolist() == [1, 2, 4, 5] and inputs["targets"].tolist() == [9, 2, 6, 2]
 
 
-def waste(layout: Layout, lengths: NDArray[np.int64], world_size: int, micro_batch_size: int) -> float:
+def waste(collator: Collator, lengths: NDArray[np.int64], world_size: int, micro_batch_size: int) -> float:
     """The share of positions that are padding, or for which a process waits for one with more tokens."""
     busy = total = 0
     batches = GlobalBatches(len(lengths), 128, seed=0)
     for step in range(len(lengths) // 128):
         indices = batches.indices(step)
         dealt = [
-            layout.micro_batches(indices, lengths, rank, world_size, micro_batch_size)
+            collator.micro_batches(indices, lengths, rank, world_size, micro_batch_size)
             for rank in range(world_size)
         ]
         for together in zip(*dealt, strict=True):
-            sizes = [_positions(layout, lengths[chosen]) for chosen in together]
+            sizes = [_positions(collator, lengths[chosen]) for chosen in together]
             total += world_size * max(sizes)
         busy += int(lengths[indices].sum())
     return 1 - busy / total
 
 
-def _positions(layout: Layout, lengths: NDArray[np.int64]) -> int:
-    return int(lengths.sum() if isinstance(layout, Packed) else len(lengths) * lengths.max())
+def _positions(collator: Collator, lengths: NDArray[np.int64]) -> int:
+    return int(lengths.sum() if isinstance(collator, PackedCollator) else len(lengths) * lengths.max())
 
 
 GSM8K_DECILES = [110, 158, 176, 192, 208, 225, 245, 267, 293, 337, 614]
@@ -115,8 +115,8 @@ def test_packing_wastes_less_than_5_percent_on_lengths_like_gsm8ks(
 ) -> None:
     uniform = np.random.default_rng(4).random(2048)
     lengths = np.interp(uniform, np.linspace(0, 1, 11), GSM8K_DECILES).astype(np.int64)
-    packed = waste(Packed(), lengths, world_size, micro_batch_size)
-    padded = waste(Padded(0), lengths, world_size, micro_batch_size)
+    packed = waste(PackedCollator(), lengths, world_size, micro_batch_size)
+    padded = waste(PaddedCollator(0), lengths, world_size, micro_batch_size)
     shuffled = waste(Shuffled(), lengths, world_size, micro_batch_size)
     print(f"packed {packed:.2%}, grouped by length {padded:.2%}, neither {shuffled:.2%}")
     assert packed < 0.05 and packed < padded < shuffled
@@ -126,12 +126,12 @@ def test_packing_wastes_less_than_5_percent_on_lengths_like_gsm8ks(
 def test_packing_wastes_less_than_5_percent_on_gsm8k(
     gsm8k_lengths: NDArray[np.int64], world_size: int, micro_batch_size: int
 ) -> None:
-    packed = waste(Packed(), gsm8k_lengths, world_size, micro_batch_size)
+    packed = waste(PackedCollator(), gsm8k_lengths, world_size, micro_batch_size)
     print(f"{world_size} processes x {micro_batch_size}: packed {packed:.2%}")
     assert packed < 0.05
 
 
-class Shuffled(Padded):
+class Shuffled(PaddedCollator):
     """What packing and grouping are better than: samples as they come."""
 
     def __init__(self) -> None:

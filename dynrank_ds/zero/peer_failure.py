@@ -25,7 +25,7 @@ _KEYS = ("called", "answer", "answers", "first", "lost", "verdict", "read")
 _CALLED, _ANSWER, _ANSWERS, _FIRST, _LOST, _VERDICT, _READ = (f"dynrank/{key}" for key in _KEYS)
 
 
-class LostProcessError(RuntimeError):
+class PeerFailureError(RuntimeError):
     """Another process ended the run; the message says which.
 
     speaks: whether this process is the one to tell, of all that know.
@@ -37,13 +37,13 @@ class LostProcessError(RuntimeError):
 
 
 @contextmanager
-def naming_the_lost() -> Iterator[None]:
+def name_failed_peer() -> Iterator[None]:
     """Every process of the group runs its share of a run in this context.
 
     Raises:
-        LostProcessError: in place of what torch says of a collective that another process has not taken part in.
+        PeerFailureError: in place of what torch says of a collective that another process has not taken part in.
     """
-    call = _RollCall()
+    call = _PeerMonitor()
     call.start()
     try:
         yield
@@ -52,7 +52,7 @@ def naming_the_lost() -> Iterator[None]:
         call.run_failed(f"{type(error).__name__}: {error}", lost)
         if not lost:
             raise
-        raise LostProcessError(*call.verdict()) from error
+        raise PeerFailureError(*call.verdict()) from error
     finally:
         call.run_over()
 
@@ -62,7 +62,7 @@ def _of_a_collective(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-class _RollCall(threading.Thread):
+class _PeerMonitor(threading.Thread):
     """One process's part in the roll call, taken even while its run waits in a collective.
 
     It is a thread also because a store whose process hangs never answers.
