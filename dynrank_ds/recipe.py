@@ -35,7 +35,8 @@ Scalar = str | int | float | bool
 class ModelSection(Section):
     path: LocalPath
     """Folder of a Hugging Face model, or its hub id."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the device computes it natively, else fp32; a resumed run keeps what it began with."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 
 
@@ -153,6 +154,18 @@ class Recipe(Section):
         assert self.train.epochs is not None
         return max(1, round(self.train.epochs * samples / self.train.global_batch_size))
 
+    def with_dtype(self, dtype: str) -> Recipe:
+        """This recipe with `dtype`, bf16 or fp32, where it may have auto.
+
+        Raises:
+            RecipeError: model.attention needs another dtype.
+        """
+        if self.model.attention == "flash_attention_2" and dtype == "fp32":
+            raise RecipeError(
+                "model.dtype is fp32: model.attention flash_attention_2 needs bf16, or take sdpa"
+            )
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
+
     def dump(self) -> str:
         """The recipe as YAML, every default spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -179,10 +192,10 @@ def check_recipe(values: dict[str, Any], name: str) -> Recipe:
     if (recipe.train.steps is None) == (recipe.train.epochs is None):
         given = "both" if recipe.train.steps else "neither"
         raise RecipeError(f"{name}: {given} of train.steps and train.epochs is given: give exactly one")
-    if recipe.model.attention == "flash_attention_2" and recipe.model.dtype == "fp32":
-        raise RecipeError(
-            f"{name}: model.dtype is fp32: model.attention flash_attention_2 needs bf16, or take sdpa"
-        )
+    try:
+        recipe.with_dtype(recipe.model.dtype)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from error
     # Refused here: the schedule asks only once the run has begun.
     resolve_steps(recipe.train.warmup, 1, f"{name}: train.warmup")
     if isinstance(recipe.data.held_out, float) and recipe.data.held_out >= 1:

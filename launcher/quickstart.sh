@@ -44,7 +44,7 @@ if [ "$DYNRANK_DEVICE" = gpu ]; then
 else
     launch=(deepspeed --num_accelerators "$DYNRANK_PROCESSES")
     # One thread a process: two processes share two cores.
-    export OMP_NUM_THREADS=1
+    launch=(env OMP_NUM_THREADS=1 "${launch[@]}")
 fi
 
 stage() { # stage NAME TITLE command...: runs it with its output on the screen and in logs/NAME.log
@@ -59,9 +59,11 @@ stage() { # stage NAME TITLE command...: runs it with its output on the screen a
     printf '== done in %d s\n' $((SECONDS - start))
 }
 
-score() { # score NAME MODEL
+score() { # score NAME MODEL: in the dtype that training chose for this machine, on all cores
     [ -f "$output/eval-$1/results.json" ] && { printf 'kept: %s\n' "$output/eval-$1"; return; }
-    dynrank-eval run --model "$2" --task "$tasks" --data-dir "$data" --max-new-tokens 160 "${limit[@]}" --output "$output/eval-$1"
+    local dtype=float32
+    if grep -qx '  dtype: bf16' "$run/recipe.resolved.yaml"; then dtype=bfloat16; fi
+    dynrank-eval run --model "$2" --dtype "$dtype" --task "$tasks" --data-dir "$data" --max-new-tokens 160 "${limit[@]}" --output "$output/eval-$1"
 }
 
 train() {

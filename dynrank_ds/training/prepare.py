@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dynrank_ds import dtypes
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import AdaptedModule
@@ -120,12 +122,23 @@ def adapt(
     return modules
 
 
+def _with_dtype_of_this_machine(recipe: Recipe) -> tuple[Recipe, str]:
+    """The recipe as a run here would have it, and its dtype with the reason."""
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    device_type = "cpu" if on_cpu else "cuda"
+    dtype, reason = dtypes.resolve_dtype(recipe.model.dtype, device_type)
+    if warning := dtypes.slow_dtype_warning(dtype, device_type):
+        logger.warning("model.dtype: %s", warning)
+    return recipe.with_dtype(dtype), reason
+
+
 def validate(recipe: Recipe) -> str:
     """Checks everything of a recipe that can be checked without processes, and says what a run would be.
 
     Raises:
         DynrankError: what cannot be run.
     """
+    recipe, reason = _with_dtype_of_this_machine(recipe)
     load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
     recipe.accumulation(world_size=1)
     dataset, held_out = split_held_out(prepare_data(recipe)[0], recipe)
@@ -138,7 +151,7 @@ def validate(recipe: Recipe) -> str:
     linears = len({module.part.linear if module.part else name for name, module in modules.items()})
     return "\n".join(
         [
-            f"model       {recipe.model.path}: {base:,} parameters",
+            f"model       {recipe.model.path}: {base:,} parameters, in {reason}",
             _described(dataset) + (f"; {len(held_out):,} more are held out" if len(held_out) else ""),
             f"adapter     {linears} linears, total rank {recipe.adapter.rank * len(modules)}, "
             f"{trainable:,} trainable parameters ({trainable / base:.3%})",

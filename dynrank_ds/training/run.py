@@ -24,6 +24,7 @@ from dynrank_ds.recipe import Recipe
 from dynrank_ds.training import checkpoint
 from dynrank_ds.training.adamw import RowAgedAdamW
 from dynrank_ds.training.checkpoint import Checkpoint, Progress
+from dynrank_ds.training.dtype import agree_on_dtype
 from dynrank_ds.training.identity import identity, refuse_changes
 from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.training.model import SummedLoss, load_model
@@ -54,6 +55,8 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
     """Everything of a run, at its beginning or where it stopped; raises what `train` does."""
     run = RunDirectory(Path(recipe.output.dir))
     check_output(run.path, resume)
+    before = run.about() if resume else None
+    recipe = agree_on_dtype(recipe, before and before["recipe"], device)
     config = complete_config(
         load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16"),
         recipe.train.micro_batch_size,
