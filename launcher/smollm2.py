@@ -12,6 +12,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,10 +43,15 @@ def main() -> int:
         )
         return 2
     start = time.monotonic()
-    unfinished = output.with_name(output.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    convert(gguf, unfinished)
-    unfinished.rename(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # A name that nobody else has: a folder that is there may be somebody's.
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        convert(gguf, unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{output}: converted in {time.monotonic() - start:.0f} s")
     return 0
 

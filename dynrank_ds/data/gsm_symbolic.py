@@ -78,7 +78,8 @@ def write_gsm_symbolic(
     question appears twice in a file, and no training row shares both template and numbers with a held-out
     problem, which is stricter than not sharing the question. The held-out files do not depend on n_train.
 
-    Raises DataError where the templates hold too few different problems; MachineError without reasoning-gym.
+    Raises DataError where the templates hold too few different problems, or a file of one of these names is there
+    with other content; MachineError without reasoning-gym.
     """
     generators = _generators()
     if n_templates + n_unseen_templates > len(generators):
@@ -99,9 +100,16 @@ def write_gsm_symbolic(
     files = GsmSymbolicFiles(
         output / "train.jsonl", output / "gsm_symbolic.jsonl", output / "gsm_symbolic_unseen.jsonl"
     )
-    _write_jsonl(files.train, map(_training_row, train_problems))
-    _write_jsonl(files.held_out, _held_out_rows("gsm_symbolic", held_out_problems))
-    _write_jsonl(files.unseen, _held_out_rows("gsm_symbolic_unseen", unseen_problems))
+    texts = {
+        files.train: _jsonl(map(_training_row, train_problems)),
+        files.held_out: _jsonl(_held_out_rows("gsm_symbolic", held_out_problems)),
+        files.unseen: _jsonl(_held_out_rows("gsm_symbolic_unseen", unseen_problems)),
+    }
+    for path, text in texts.items():
+        if path.exists() and path.read_bytes() != text.encode():
+            raise DataError(f"{path} is there with other content: name another folder, or move it")
+    for path, text in texts.items():
+        _write(path, text)
     return files
 
 
@@ -203,11 +211,14 @@ def _held_out_rows(name: str, problems: list[Problem]) -> Iterator[dict[str, obj
         }
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
+def _jsonl(rows: Iterable[dict[str, object]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write(path: Path, text: str) -> None:
     # A name of its own: processes that start together write the same file.
     unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 

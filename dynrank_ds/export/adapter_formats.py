@@ -2,9 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,31 +27,47 @@ def export_adapter(run: Path, output: Path, format: Literal["peft", "padded"] = 
 
     Args:
         run: the run directory.
-        output: a folder that is new, empty, or an earlier export.
-        format: the name of `write_peft` or `write_padded`.
+        output: a folder that is new, empty, or an earlier export of the same run and format.
+        format: `peft`, every module at its own rank, or `padded`, one rank for all.
 
     Raises:
         RunError: for a run without a checkpoint, a damaged or untrained one, or an output folder of something
             else.
     """
-    export_checkpoint(newest_checkpoint(run), output, _WRITERS[format])
+    export_checkpoint(newest_checkpoint(run), output, format)
 
 
-def export_checkpoint(checkpoint: Path, output: Path, write: AdapterWriter | None = None) -> None:
-    """Write the adapter of the checkpoint folder `checkpoint`, by `write` (default: `write_peft`).
+def export_checkpoint(checkpoint: Path, output: Path, format: Literal["peft", "padded"] = "peft") -> None:
+    """Write the adapter of the checkpoint folder `checkpoint`.
 
     Raises:
         RunError: as `export_adapter`.
     """
-    write = write or write_peft
+    checkpoint = checkpoint.resolve()
     with TrainedAdapter(checkpoint) as adapter:
-        record = {"from": str(checkpoint.resolve()), "method": adapter.method, "step": adapter.step}
-        with staged_folder(output, record) as folder:
-            write(adapter, folder)
+        record = {
+            "from": str(checkpoint),
+            "format": format,
+            "method": adapter.method,
+            "step": adapter.step,
+        }
+        source = _source(record)
+        inputs = (checkpoint, checkpoint.parent, checkpoint.parent.parent)
+        with staged_folder(output, record, lambda there: _source(there) == source, inputs) as folder:
+            _WRITERS[format](adapter, folder)
         _tell_ranks(adapter)
 
 
-def write_peft(adapter: TrainedAdapter, folder: Path) -> None:
+def _source(record: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Of an adapter's dynrank.json: the checkpoints of which run, the newest or the best, in which format."""
+    if "from" not in record:
+        return None
+    checkpoint = Path(record["from"])
+    kind, _, _ = checkpoint.name.partition("-")
+    return str(checkpoint.parent), kind, record.get("format", "peft")
+
+
+def _write_peft(adapter: TrainedAdapter, folder: Path) -> None:
     """PEFT files in which every module keeps its own rank and modules of rank 0 are left out.
 
     Where heads are modules a module's rank is the sum of theirs: PEFT knows no module structure.
@@ -72,7 +88,7 @@ def write_peft(adapter: TrainedAdapter, folder: Path) -> None:
     _write(folder, config, adapter, ranks, ((name, *adapter.triples(name)) for name in ranks))
 
 
-def write_padded(adapter: TrainedAdapter, folder: Path) -> None:
+def _write_padded(adapter: TrainedAdapter, folder: Path) -> None:
     """PEFT files with one rank for all modules: the largest, filled up with zero rows.
 
     Modules of rank 0 are zeros. The scale is folded into B, so that alpha = r: right also on engines that
@@ -94,7 +110,7 @@ def _tell_ranks(adapter: TrainedAdapter) -> None:
     )
 
 
-_WRITERS: dict[str, AdapterWriter] = {"peft": write_peft, "padded": write_padded}
+_WRITERS: dict[str, AdapterWriter] = {"peft": _write_peft, "padded": _write_padded}
 
 
 def _padded_triples(adapter: TrainedAdapter, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

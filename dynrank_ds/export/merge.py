@@ -2,8 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,7 +32,7 @@ def merge_adapter(adapter: Path, base: str | None, output: Path) -> None:
     Args:
         adapter: the folder of a PEFT LoRA adapter.
         base: folder or hub id of the base model; None takes the one that the adapter names.
-        output: a folder that is new, empty, or an earlier merge.
+        output: a folder that is new, empty, or an earlier merge of the same adapter and base.
 
     Raises:
         RunError: for an adapter that is missing, not plain LoRA, not finite or without any effect, and an
@@ -44,8 +45,15 @@ def merge_adapter(adapter: Path, base: str | None, output: Path) -> None:
             raise RunError(f"{adapter} does not name its base model: name it with --base")
         model = find_base(name)
         _check_targets(source, model)
-        record: dict[str, object] = {"adapter": str(adapter.resolve()), "base": name}
-        with staged_folder(output, record) as folder:
+        record = {
+            "adapter": str(adapter.resolve()),
+            "base": str(Path(name).resolve()) if Path(name).is_dir() else name,
+        }
+
+        def same(there: Mapping[str, Any]) -> bool:
+            return all(there.get(key) == value for key, value in record.items())
+
+        with staged_folder(output, record, same, (adapter, model.folder)) as folder:
             for companion in model.companions:
                 shutil.copyfile(model.folder / companion, folder / companion)
             _merge_shards(source, model, folder)

@@ -100,3 +100,13 @@ def test_the_command_tells_a_mistake_in_one_sentence(
 ) -> None:
     assert main(["--output", str(tmp_path), "--templates", "80"]) == 2
     assert "80 templates and 8 unseen ones were asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "gsm_symbolic.jsonl", "gsm_symbolic_unseen.jsonl"])
+def test_a_file_of_the_same_name_with_other_content_is_kept(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine\n")
+    assert main(["--output", str(tmp_path), "--train", "16", "--held-out", "16", "--unseen", "8"]) == 2
+    assert "is there with other content: name another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine\n"

@@ -15,12 +15,10 @@ from dynrank_ds.adapters.initial import lora_factors
 from dynrank_ds.adapters.inject import inject
 from dynrank_ds.checkpoints import FORMAT, seal
 from dynrank_ds.export import export_checkpoint, merge_adapter
-from dynrank_ds.export.adapter_formats import write_padded, write_peft
 
 from .conftest import save_base
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
-FORMATS = {"peft": write_peft, "padded": write_padded}
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +59,10 @@ def trained(tmp_path_factory):
     return base, model, checkpoint
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["peft", "padded"])
 def test_peft_and_the_merged_model_give_the_logits_of_the_trained_one(trained, tokens, tmp_path, format):
     base, model, checkpoint = trained
-    export_checkpoint(checkpoint, tmp_path / "adapter", FORMATS[format])
+    export_checkpoint(checkpoint, tmp_path / "adapter", format)
     merge_adapter(tmp_path / "adapter", None, tmp_path / "merged")
     with torch.no_grad():
         expected = model(tokens).logits

@@ -233,13 +233,6 @@ def test_a_base_that_cannot_be_used_is_told(run, tmp_path, adapter):
         merge_adapter(plain, str(base), tmp_path / "merged")
 
 
-def test_the_base_is_never_overwritten(run, adapter):
-    before = (run.base / "model.safetensors").read_bytes()
-    with pytest.raises(RunError, match="did not write"):
-        merge_adapter(adapter, None, run.base)
-    assert (run.base / "model.safetensors").read_bytes() == before
-
-
 def test_an_int8_weight_is_refused(tmp_path, run):
     adapter = write_adapter(tmp_path / "adapter", tensors=factors("proj", 4, 4))
     (tmp_path / "base").mkdir()
