@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dynrank_ds.adapters.initial import module_generator
 from dynrank_ds.data.batching import GlobalBatches
-from dynrank_ds.data.collating import PackedCollator, PaddedCollator
+from dynrank_ds.data.collating import Collator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import RunError
 from dynrank_ds.methods.base import Method, StepView
@@ -66,7 +66,7 @@ class Trainer:
         recipe: Recipe,
         dataset: TokenisedDataset,
         held_out: TokenisedDataset,
-        pad_id: int,
+        collator: Collator,
         engine: ZeroEngine,
         method: Method,
         progress: Progress,
@@ -76,7 +76,7 @@ class Trainer:
         about: Mapping[str, Any],
     ) -> None:
         self.recipe, self.dataset, self.held_out = recipe, dataset, held_out
-        self.collator = PackedCollator() if recipe.data.packing else PaddedCollator(pad_id)
+        self.collator = collator
         """How the samples of a micro-batch become tensors."""
         self.engine, self.method, self.progress = engine, method, progress
         self.total_steps, self.device, self.run = total_steps, device, run

@@ -1,4 +1,4 @@
-"""The frozen base model, its tokenizer, and the loss around it."""
+"""The frozen base model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +22,7 @@ from transformers import (
 
 from dynrank_ds.errors import ModelError
 from dynrank_ds.recipe import ModelSection
+from dynrank_ds.training.architecture import check_config, check_layers
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +86,7 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
     check_model_folder(section.path)
     try:
         config = AutoConfig.from_pretrained(section.path)
+        check_config(config, section.path)
         _without_dropout(config, section.path)
         found: Any = AutoModelForCausalLM.from_pretrained(
             section.path,
@@ -102,11 +102,7 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
         raise ModelError(
             f"model.path {section.path} lacks {len(missing)} weights, the first {missing[0]}: give a whole model"
         )
-    for key, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0)):
-        if getattr(model.config, key, neutral) != neutral:
-            raise ModelError(
-                f"model.path {section.path} has {key}: models that change their logits are not supported"
-            )
+    check_layers(model, section.path)
     model.config.use_cache = False
     # The first layer's input must require a gradient: see ZeroEngine.
     model.enable_input_require_grads()
@@ -124,10 +120,14 @@ def model_without_weights(path: str) -> PreTrainedModel:
     """
     check_model_folder(path)
     try:
+        config = AutoConfig.from_pretrained(path)
+        check_config(config, path)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except _UNFIT as error:
         raise ModelError(f"model.path {path} is no causal language model: {_short(error)}") from error
+    check_layers(model, path)
+    return model
 
 
 def _without_dropout(config: PreTrainedConfig, path: str) -> None:
@@ -138,32 +138,6 @@ def _without_dropout(config: PreTrainedConfig, path: str) -> None:
         setattr(decoder, name, 0.0)
     if names:
         logger.warning("model.path %s: %s of its config is set to 0 for training", path, ", ".join(names))
-
-
-class SummedLoss(nn.Module):
-    """Cross entropy (fp32) summed over the targets of a micro-batch, fp64; whoever calls it knows what to divide by.
-
-    Padding is on the right, so under causal attention no token ever sees it and no mask is needed. Where samples are
-    packed into one row, their position ids restart: transformers then calls FlashAttention's kernel for samples of
-    unequal lengths, or with other attentions masks all but each sample's own tokens.
-    Logits are made only where there is a target: they are the largest tensors of a step.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """input_ids (samples, tokens); positions (n,), flat, of the tokens that predict; targets (n,); all int64.
-
-        position_ids (1, tokens): for packed samples, counted from 0 in each.
-        """
-        hidden = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions])
-        # Summed in fp64: in fp32 the sum over a long batch is off by more than 1e-6 of its mean.
-        return F.cross_entropy(logits.float(), targets, reduction="none").double().sum()
 
 
 def _short(error: Exception) -> str:

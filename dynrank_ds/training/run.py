@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dynrank_ds.checkpoints import BEST, STEP, finished, leftovers, newest_whole, read_state
+from dynrank_ds.data.collating import PackedCollator, PaddedCollator
 from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_checkpoint
 from dynrank_ds.methods import build_method
@@ -23,11 +24,13 @@ from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training import checkpoint
 from dynrank_ds.training.adamw import RowAgedAdamW
+from dynrank_ds.training.architecture import decoder_layers
 from dynrank_ds.training.checkpoint import Checkpoint, Progress
 from dynrank_ds.training.dtype import agree_on_dtype
 from dynrank_ds.training.identity import identity, refuse_changes
 from dynrank_ds.training.loop import StepResult, Trainer
-from dynrank_ds.training.model import SummedLoss, load_model
+from dynrank_ds.training.loss import SummedLoss, check_loss
+from dynrank_ds.training.model import load_model
 from dynrank_ds.training.prepare import adapt, prepare_data, split_held_out
 from dynrank_ds.training.rundir import RunDirectory, check_output
 from dynrank_ds.training.saving import Saving
@@ -66,6 +69,7 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
     )
     samples, pad_id = prepare_data(recipe)
     dataset, held_out = split_held_out(samples, recipe)
+    collator = PackedCollator() if recipe.data.packing else PaddedCollator(pad_id)
     total_steps = recipe.total_steps(len(dataset))
     now = identity(recipe, samples)
     about = {
@@ -79,6 +83,7 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
         _enter(run, resume, now, device)
         restored = _restored(run, recipe, now, device) if resume else None
         engine, method = _engine(recipe, config, restored, total_steps, device)
+        check_loss(engine.evaluate, dataset, collator, recipe.model.dtype, device)
         progress = restored.progress if restored else Progress()
         if processes.rank() == 0:
             run.create(recipe, now, processes.world_size())
@@ -87,7 +92,7 @@ def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
                 logger.info("resumed from %s", restored.path)
         failing.pop_all()  # the directory stays locked while it trains
     return Trainer(
-        recipe, dataset, held_out, pad_id, engine, method, progress, total_steps, device, run, about
+        recipe, dataset, held_out, collator, engine, method, progress, total_steps, device, run, about
     )
 
 
@@ -115,7 +120,7 @@ def _engine(
             weight_decay=recipe.train.weight_decay,
         ),
         rates=dict.fromkeys(method.factors, 1.0) | {"lora_B": recipe.train.lora_b_rate},
-        unit=type(model.get_decoder().layers[0]),
+        unit=type(decoder_layers(model)[0]),
     )
     method.start(engine.layout)
     if restored:

@@ -89,9 +89,15 @@ class ZeroEngine:
     @torch.no_grad()
     def evaluate(self, **batch: Tensor) -> Tensor:
         """The model's forward outside training, between steps."""
+        offload = getattr(self._engine.optimizer, "parameter_offload", None)  # of stage 3
+        coordinator = offload.get_param_coordinator() if offload else None
+        recording = coordinator is not None and not coordinator.is_complete_trace()
         self._engine.eval()
         result = self._engine(**batch)
         self._engine.train()
+        if coordinator is not None and recording and not coordinator.is_invalid_trace():
+            # DeepSpeed would take the order of this forward for that of a whole step, and prefetch nothing ever after.
+            coordinator._invalidate_trace()
         return result
 
     def backward(self, loss: Tensor) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from dynrank_ds.methods import build_method
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.model import SummedLoss, load_model
+from dynrank_ds.training.loss import SummedLoss
+from dynrank_ds.training.model import load_model
 from dynrank_ds.training.prepare import adapt
 from tests.support.recipes import write_recipe
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from dynrank_ds.errors import ModelError
 from dynrank_ds.recipe import ModelSection
-from dynrank_ds.training.model import SummedLoss, load_model, load_tokenizer, model_without_weights
+from dynrank_ds.training.loss import SummedLoss
+from dynrank_ds.training.model import load_model, load_tokenizer, model_without_weights
 from tests.support.tiny import write_model
 
 

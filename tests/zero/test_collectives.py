@@ -18,9 +18,10 @@ PLAN_CHECK = ["all_gather_into_tensor", 8]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two processes' runs of PE-DyRA and LoRA on 14 linears, and of PE-DyRA on 35 that all change at once."""
+    """Two processes' runs of PE-DyRA, also with a held-out loss after its adjustment, and LoRA on 14 linears, and of
+    PE-DyRA on 35 that all change at once."""
     folder = tmp_path_factory.mktemp("collectives")
-    for name in ("pe_dyra", "lora", "deep"):
+    for name in ("pe_dyra", "held_out", "lora", "deep"):
         (folder / name).mkdir()
         write_recipe(folder / name)
     write_model(folder / "deep" / "model", layers=5)
@@ -60,3 +61,15 @@ def test_between_adjustments_pe_dyra_issues_as_many_collectives_as_lora(folder: 
     # DeepSpeed records its order of fetching in the first step of an engine.
     settled = [step for step in range(1, 12) if step + 1 not in (7, 8)]
     assert [pe_dyra[s]["all"] for s in settled] == [lora[s]["all"] for s in settled]
+
+
+def test_a_held_out_loss_behind_an_adjustment_does_not_stop_deepspeed_from_fetching_ahead(
+    folder: Path,
+) -> None:
+    """DeepSpeed would take the order of that forward for that of a step, and fetch module by module ever after."""
+    held_out = steps(folder, "held_out")
+    assert held_out[6]["adjusts"] and held_out[6]["step"] == 7
+    # Fetched ahead, several modules share a gather: forward and backward have 2 layers, embedding, norm and head.
+    assert [step["all"]["all_gather_single"] <= 5 for step in held_out[1:]] == [True] * 5 + [False] * 2 + [
+        True
+    ] * 4

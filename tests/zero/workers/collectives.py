@@ -102,6 +102,16 @@ def collectives(folder: Path) -> None:
             stack.enter_context(patch.object(dist.ProcessGroup, name, noting(name, method)))
         for recipe, overrides in (
             ("pe_dyra", ["train.steps=12", "method.interval=5", "method.t_i=2"]),
+            (
+                "held_out",
+                [
+                    "train.steps=12",
+                    "method.interval=5",
+                    "method.t_i=2",
+                    "data.held_out=4",
+                    "train.held_out_interval=7",
+                ],
+            ),
             ("lora", ["train.steps=12"]),
             # 7 linears in each of 5 layers, each pruned or grown: more than are gathered at once.
             ("deep", ["train.steps=4", "method.k=35", "method.t_i=0", "method.interval=2", "method.t_f=1"]),

@@ -12,7 +12,7 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 from torch import Tensor
 
 from dynrank_ds.training.loop import StepResult, Trainer
-from dynrank_ds.training.model import SummedLoss
+from dynrank_ds.training.loss import SummedLoss
 from dynrank_ds.zero import processes
 from tests.support.watching import adapter_parameters, main, train_watched, whole_of, write
 

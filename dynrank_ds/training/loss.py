@@ -1,0 +1,121 @@
+"""The loss: the model's own logits, made only where there is a target, and their check against its own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from dynrank_ds.data.collating import Collator
+from dynrank_ds.data.tokenising import TokenisedDataset
+from dynrank_ds.errors import ModelError
+
+_COMPARED = (40, 24)
+"""Tokens of the samples that are compared, of unequal length so that there is padding."""
+_TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
+"""Largest relative difference of two mean losses that rounding explains."""
+
+
+class SummedLoss(nn.Module):
+    """Cross entropy (fp32) summed over the targets of a micro-batch, fp64; whoever calls it knows what to divide by.
+
+    Padding is on the right, so under causal attention no token ever sees it and no mask is needed. Where samples are
+    packed into one row, their position ids restart: transformers then calls FlashAttention's kernel for samples of
+    unequal lengths, or with other attentions masks all but each sample's own tokens.
+    Logits are made only where there is a target: they are the largest tensors of a step. The hidden states there
+    leave the decoder as one row and go the model's own way from there, whatever it does to them or to the logits
+    (`logit_scale` of Cohere, soft caps of Gemma-2).
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        position_ids: Tensor | None = None,
+        every_position: bool = False,
+    ) -> Tensor:
+        """Return the summed loss of a micro-batch, fp64.
+
+        Args:
+            input_ids: (samples, tokens), int64.
+            positions: (n,), flat, of the tokens that predict, int64.
+            targets: (n,), int64.
+            position_ids: (1, tokens), for packed samples, counted from 0 in each.
+            every_position: make logits of all positions, by the model's forward as it stands.
+        """
+
+        def choose(_: nn.Module, __: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[positions][None]
+            return output
+
+        inputs = {"input_ids": input_ids}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        if every_position:
+            logits = self.model(**inputs).logits.flatten(0, 1)[positions]
+        else:
+            with self.model.get_decoder().register_forward_hook(choose, prepend=True):
+                logits = self.model(**inputs).logits[0]
+        # Summed in fp64: in fp32 the sum over a long batch is off by more than 1e-6 of its mean.
+        return F.cross_entropy(logits.float(), targets, reduction="none").double().sum()
+
+
+def check_loss(
+    evaluate: Callable[..., Tensor],
+    dataset: TokenisedDataset,
+    collator: Collator,
+    dtype: str,
+    device: torch.device,
+) -> None:
+    """Compare the loss of a small micro-batch with the model's own forward on each of its samples alone.
+
+    Two samples, or one if there is no more, are cut to 64 tokens in all, and every token but the first of each is a
+    target. What differs: logits that are not made from the decoder's hidden states alone, and models whose samples
+    see padding or, packed, one another.
+
+    Args:
+        evaluate: `SummedLoss.forward` without gradients; every process must call it.
+        dtype: "bf16" or "fp32", that the model computes in.
+
+    Raises:
+        ModelError: the losses differ by more than rounding.
+    """
+    few = _beginnings(dataset)
+    everything = np.arange(len(few))
+
+    def loss(samples: NDArray[np.int64], every_position: bool) -> float:
+        inputs = collator.collate(few, samples).inputs()
+        if every_position:
+            inputs.pop("position_ids", None)
+        return float(evaluate(**{k: v.to(device) for k, v in inputs.items()}, every_position=every_position))
+
+    n_targets = int(few.target_counts.sum())
+    ours = loss(everything, every_position=False) / n_targets
+    own = sum(loss(everything[i : i + 1], every_position=True) for i in everything) / n_targets
+    if not abs(ours - own) <= _TOLERANCES[dtype] * max(abs(own), 1):
+        raise ModelError(
+            f"the loss of {len(few)} samples in one micro-batch is {ours:.6f} a token, by the model's own forward "
+            f"on each alone {own:.6f}: this model cannot be trained with {type(collator).__name__}"
+        )
+
+
+def _beginnings(dataset: TokenisedDataset) -> TokenisedDataset:
+    """The first tokens of the first samples, all targets that can be."""
+    cut = [dataset.sample(i).ids[:length] for i, length in zip(range(len(dataset)), _COMPARED, strict=False)]
+    lengths = np.array([len(ids) for ids in cut], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    tokens = np.concatenate(cut)
+    targets = np.ones(len(tokens), dtype=np.bool_)
+    targets[starts] = False
+    return TokenisedDataset(tokens, targets, starts, lengths, lengths - 1)
