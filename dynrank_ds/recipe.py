@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import difflib
 import os
-import typing
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods import METHOD_NAMES, AnyMethodConfig
-from dynrank_ds.methods.base import resolve_steps
+from dynrank_ds.methods import METHODS, AnyMethodConfig
+from dynrank_ds.methods.base import MethodConfig
+from dynrank_ds.ranking.schedule import resolve_steps
 from dynrank_ds.section import Section
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -30,6 +31,11 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Scalar = str | int | float | bool
+
+
+def _inconsistent(sentence: str) -> PydanticCustomError:
+    """Return the error of keys that are valid one by one but not together; its message is `sentence` alone."""
+    return PydanticCustomError("inconsistent", "{sentence}", {"sentence": sentence})
 
 
 class ModelSection(Section):
@@ -133,6 +139,17 @@ class Recipe(Section):
     output: OutputSection
     eval: EvalSection = EvalSection()
 
+    @model_validator(mode="after")
+    def _refuse_max_rank_below_the_ranks_of_the_run(self) -> Recipe:
+        limit, mean = self.adapter.max_rank, self.method.final_mean_rank(self.adapter.rank)
+        if limit is not None and limit < self.adapter.rank:
+            raise _inconsistent(f"adapter.max_rank {limit} is below adapter.rank {self.adapter.rank}")
+        if limit is not None and mean is not None and limit < mean:
+            raise _inconsistent(
+                f"adapter.max_rank {limit} is below {mean}, the mean rank that {self.method.name} ends with"
+            )
+        return self
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per process and step.
 
@@ -188,7 +205,7 @@ def check_recipe(values: dict[str, Any], name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{name}: {_sentence(error)}") from error
+        raise RecipeError(f"{name}: {_sentence(error, values)}") from error
     if (recipe.train.steps is None) == (recipe.train.epochs is None):
         given = "both" if recipe.train.steps else "neither"
         raise RecipeError(f"{name}: {given} of train.steps and train.epochs is given: give exactly one")
@@ -205,16 +222,6 @@ def check_recipe(values: dict[str, Any], name: str) -> Recipe:
     if recipe.train.held_out_interval is not None and not recipe.data.held_out:
         raise RecipeError(
             f"{name}: train.held_out_interval is given, but data.held_out is 0: no sample is held out"
-        )
-    if recipe.adapter.max_rank is not None and recipe.adapter.max_rank < recipe.adapter.rank:
-        raise RecipeError(
-            f"{name}: adapter.max_rank {recipe.adapter.max_rank} is below adapter.rank {recipe.adapter.rank}"
-        )
-    target = getattr(recipe.method, "target_rank", None)
-    if recipe.adapter.max_rank is not None and target is not None and recipe.adapter.max_rank < target:
-        raise RecipeError(
-            f"{name}: adapter.max_rank {recipe.adapter.max_rank} is below method.target_rank {target}, the mean rank "
-            f"that {recipe.method.name} ends with"
         )
     return recipe
 
@@ -287,40 +294,45 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
     first = error.errors()[0]
     path = _path(first)
     where = ".".join(path)
     others = len({tuple(_path(one)) for one in error.errors()}) - 1
     more = f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _known_keys(first["loc"]), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_known_keys(first['loc']))}"
+        known = _known_keys(first["loc"], values)
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
         return f"unknown key '{where}': {hint}{more}"
     if first["type"] == "missing":
         return f"'{where}' is missing{more}"
-    if first["type"].startswith("union_tag"):
-        return f"method.name is {first['input'].get('name')!r}: known are {', '.join(METHOD_NAMES)}{more}"
+    if first["type"] == "unknown_method":
+        return f"method.name is {first['input'].get('name')!r}: {first['msg']}{more}"
+    if first["type"] == "inconsistent":
+        return f"{first['msg']}{more}"
     return f"'{where}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
 
 
 def _path(error: Any) -> list[str]:
-    """Where an error is, as keys: pydantic also names the members of a union (a method, int, constrained-int)."""
+    """Where an error is, as keys: pydantic also names the members of a union (int, constrained-int)."""
+    if not error["loc"]:
+        return []
     *above, last = error["loc"]
     kept = [*above, last] if error["type"] == "extra_forbidden" else [p for p in (*above, last) if _is_key(p)]
-    return [str(p) for p in kept if p not in METHOD_NAMES]
+    return [str(p) for p in kept]
 
 
 def _is_key(part: str | int) -> bool:
     return isinstance(part, int) or (part.isidentifier() and part not in ("int", "float", "str", "bool"))
 
 
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    """The keys allowed where `location` points."""
+def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
+    """The keys allowed where `location` points in a recipe of these values."""
     model: Any = Recipe
     for part in location[:-1]:
-        if part in getattr(model, "model_fields", {}):
-            model = model.model_fields[part].annotation
-        else:  # the tag of a union: one of its members
-            model = next(m for m in typing.get_args(model) if m.model_fields["name"].default == part)
+        model = model.model_fields[part].annotation
+        values = values[part]
+        if model is MethodConfig:
+            model = METHODS[values["name"]].config_class
     return sorted(model.model_fields)

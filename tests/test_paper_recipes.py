@@ -65,11 +65,10 @@ def final_ranks(name: str) -> tuple[list[AdaptedModule], tuple[int, ...]]:
     limits = tuple(min(module.in_features, module.out_features) for module in modules.values())
     generator, adjustments = torch.Generator().manual_seed(0), 0
     for step in range(1, steps + 1):
-        method.micro_batch.step = step
         if method.adjusts_at(step):
             scores = [torch.rand(rank, generator=generator, dtype=torch.float64) for rank in ranks]
             plan = method.plan(scores, RankState(ranks, limits, recipe.adapter.rank, step, steps))
-            method.applied(plan)
+            method.applied(plan, step)
             ranks, adjustments = plan.ranks, adjustments + 1
     assert adjustments == method.planned_adjustments()
     return list(modules.values()), ranks

@@ -25,7 +25,7 @@ FACTORS = ("lora_A", "lora_E", "lora_B")
 
 @dataclass
 class ModuleBackward:
-    """What one module's backward of one micro-batch holds; a method's work reads it and adds to the gradients.
+    """What one module's backward of one micro-batch holds; a method reads it and may add to the gradients.
 
     Factors are whole here under ZeRO-3 too, in the dtype of the forward.
     """
@@ -44,16 +44,17 @@ class ModuleBackward:
     """(r,) of `wide_dtype`; None where there is no gate."""
 
 
-BackwardWork = Callable[[ModuleBackward], None]
+BackwardHook = Callable[[ModuleBackward], None]
+"""Called once in every backward of a module."""
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What gates, their gradients and statistics are kept in where factors are of `dtype`: fp32, or fp64 for fp64."""
+    """Return the dtype of gates, their gradients and statistics for factors of `dtype`: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class TripleUpdate(torch.autograd.Function):
-    """s * B^T diag(g) A x, with the method's work done in backward.
+    """s * B^T diag(g) A x; backward calls the method's hook.
 
     Backward runs once per micro-batch, also under activation checkpointing (whose recomputed forward
     stops early), never in evaluation, and under ZeRO-3 the factors are gathered there. Only factors
@@ -68,11 +69,11 @@ class TripleUpdate(torch.autograd.Function):
         gate: Tensor | None,
         lora_b: Tensor,
         scale: float,
-        work: BackwardWork | None,
+        on_backward: BackwardHook | None,
     ) -> Tensor:
         hidden = F.linear(x, lora_a)
         ctx.save_for_backward(x, hidden, lora_a, gate, lora_b)
-        ctx.scale, ctx.work = scale, work
+        ctx.scale, ctx.on_backward = scale, on_backward
         gated = hidden * scale if gate is None else hidden * (gate * scale).to(hidden.dtype)
         return gated @ lora_b
 
@@ -90,8 +91,8 @@ class TripleUpdate(torch.autograd.Function):
         if gate is not None:
             wide = wide_dtype(hidden.dtype)
             grad_gate = (through_b.to(wide) * flat_hidden.to(wide)).sum(0).mul_(ctx.scale)
-        if ctx.work is not None:
-            ctx.work(
+        if ctx.on_backward is not None:
+            ctx.on_backward(
                 ModuleBackward(flat_x, grad_y, ctx.scale, lora_a, lora_b, gate, grad_a, grad_b, grad_gate)
             )
         grad_x = (grad_hidden @ lora_a).view_as(x) if ctx.needs_input_grad[0] else None
@@ -132,7 +133,8 @@ class AdaptedModule(nn.Module):
         """Its rank when the run began, in a resumed run too; injection sets it."""
         self.gate: Tensor | None = None
         """(r,) or (1,) of `wide_dtype(dtype)`, set by the method in place of a trained lora_E."""
-        self.work: BackwardWork | None = None
+        self.on_backward: BackwardHook | None = None
+        """What every backward calls; a method that overrides `Method.on_backward` sets it."""
         for factor in FACTORS:
             self.register_parameter(factor, None)
 
@@ -151,7 +153,8 @@ class AdaptedModule(nn.Module):
         if self.lora_A is None or self.lora_B is None:
             return None
         gate = self.lora_E if self.lora_E is not None else self.gate
-        return TripleUpdate.apply(x, self.lora_A, gate, self.lora_B, self.scale, self.work)
+        update: Tensor = TripleUpdate.apply(x, self.lora_A, gate, self.lora_B, self.scale, self.on_backward)
+        return update
 
 
 class AdaptedLinear(AdaptedModule):
@@ -166,7 +169,8 @@ class AdaptedLinear(AdaptedModule):
         return {name: self}
 
     def forward(self, x: Tensor) -> Tensor:
-        y, update = self.base(x), self.update(x)
+        y: Tensor = self.base(x)
+        update = self.update(x)
         return y if update is None else y + update
 
 

@@ -58,7 +58,7 @@ class Timing:
         modules = {shape.name: module for shape, module in zip(engine.shapes, engine.modules, strict=True)}
         self._trainer, self._method = trainer, trainer.method
         self._at_rest = Method(trainer.recipe.method, modules, trainer.total_steps, trainer.device)
-        self._work = [module.work for module in engine.modules]
+        self._method.attach()
 
     def seconds(self, steps: Sequence[tuple[int, bool]]) -> list[float]:
         """Of each of these steps: its number, which decides whether it adjusts, and whether the method is at work."""
@@ -72,20 +72,19 @@ class Timing:
             trainer = self._trainer
             trainer.progress.step, trainer.progress.batch = number - 1, 0
             trainer.method = self._method if works else self._at_rest
-            for module, work in zip(trainer.engine.modules, self._work, strict=True):
-                module.work = work if works else None
+            trainer.method.attach()
             began = time.perf_counter()
             trainer.train(after_step)
         return times
 
     def seconds_inside(self) -> float:
         """Of one step: what its method takes inside backward and to observe, the device waited for before and after."""
-        inside, method, work = _Inside(self._trainer.device), self._method, self._work
-        self._work = [done and inside.timed(done) for done in work]
-        method.observe = inside.timed(method.observe)  # type: ignore[method-assign]
+        inside = _Inside(self._trainer.device)
+        hooks = {name: inside.timed(getattr(self._method, name)) for name in ("on_backward", "observe")}
+        vars(self._method).update(hooks)
         self.seconds([(self.quiet, True)])
-        self._work = work
-        del method.observe
+        for name in hooks:
+            delattr(self._method, name)
         return inside.seconds
 
 

@@ -1,67 +1,66 @@
-"""One file per paper; the recipe's `method.name` chooses."""
+"""The methods, one file per paper; the recipe's `method.name` chooses."""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, SerializeAsAny
+from pydantic_core import PydanticCustomError
 
 from dynrank_ds.adapters.linear import AdaptedModule
-from dynrank_ds.methods.adalora import AdaLoRA, AdaLoRAConfig
-from dynrank_ds.methods.ard_lora import ARDLoRA, ARDLoRAConfig
 from dynrank_ds.methods.base import Method, MethodConfig
-from dynrank_ds.methods.dynamic_dora import DynamicDoRA, DynamicDoRAConfig
-from dynrank_ds.methods.elalora import ElaLoRA, ElaLoRAConfig
-from dynrank_ds.methods.increlora import IncreLoRA, IncreLoRAConfig
-from dynrank_ds.methods.lora import LoRA, LoRAConfig
-from dynrank_ds.methods.pe_dyra import PEDyRA, PEDyRAConfig
-from dynrank_ds.methods.weightlora import (
-    WeightLoRA,
-    WeightLoRAConfig,
-    WeightLoRAPlus,
-    WeightLoRAPlusConfig,
+
+_CLASSES = (
+    "lora:LoRA",
+    "pe_dyra:PEDyRA",
+    "adalora:AdaLoRA",
+    "elalora:ElaLoRA",
+    "increlora:IncreLoRA",
+    "dynamic_dora:DynamicDoRA",
+    "weightlora:WeightLoRA",
+    "weightlora:WeightLoRAPlus",
+    "ard_lora:ARDLoRA",
 )
+"""FILE:CLASS of every method: the one line that a new method adds."""
 
-AnyMethodConfig = Annotated[
-    LoRAConfig
-    | PEDyRAConfig
-    | AdaLoRAConfig
-    | ElaLoRAConfig
-    | IncreLoRAConfig
-    | DynamicDoRAConfig
-    | WeightLoRAConfig
-    | WeightLoRAPlusConfig
-    | ARDLoRAConfig,
-    Field(discriminator="name"),
-]
 
-_CLASSES: dict[type[MethodConfig], type[Method]] = {
-    LoRAConfig: LoRA,
-    PEDyRAConfig: PEDyRA,
-    AdaLoRAConfig: AdaLoRA,
-    ElaLoRAConfig: ElaLoRA,
-    IncreLoRAConfig: IncreLoRA,
-    DynamicDoRAConfig: DynamicDoRA,
-    WeightLoRAConfig: WeightLoRA,
-    WeightLoRAPlusConfig: WeightLoRAPlus,
-    ARDLoRAConfig: ARDLoRA,
-}
-METHOD_NAMES = tuple(config.model_fields["name"].default for config in _CLASSES)
+def _loaded(path: str) -> tuple[str, type[Method]]:
+    method: type[Method] = pkgutil.resolve_name(f"{__name__}.{path}")
+    return method.config_class.model_fields["name"].default, method
+
+
+METHODS: dict[str, type[Method]] = dict(map(_loaded, _CLASSES))
+"""By `method.name`."""
+
+
+def _config(values: Any) -> Any:
+    """The section of the method that `values` names."""
+    if not isinstance(values, dict):
+        return values
+    name = values.get("name")
+    if not isinstance(name, str) or name not in METHODS:
+        raise PydanticCustomError("unknown_method", "known are {known}", {"known": ", ".join(METHODS)})
+    return METHODS[name].config_class.model_validate(values)
+
+
+AnyMethodConfig = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_config)]
+"""A recipe's `method` section: validated as that of the method it names."""
 
 
 def method_class(config: MethodConfig) -> type[Method]:
-    """The class behind a recipe section: its `init` and `factors` are needed before modules exist."""
-    return _CLASSES[type(config)]
+    """Return the class for a recipe section: its `init` and `factors` are needed before modules exist."""
+    return METHODS[config.name]
 
 
 def build_method(
     config: MethodConfig, modules: Mapping[str, AdaptedModule], total_steps: int, device: torch.device
 ) -> Method:
-    """The method on these modules.
+    """Return the method for these modules.
 
     Raises:
-        RecipeError: its times leave it nothing to do in `total_steps`.
+        RecipeError: its times leave no adjustment in `total_steps`, or it cannot run on these modules.
     """
     return method_class(config)(config, modules, total_steps, device)

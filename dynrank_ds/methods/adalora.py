@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Steps, resolve_steps
+from dynrank_ds.methods.base import Steps
 from dynrank_ds.methods.sensitivity import SensitivityConfig, SensitivityMethod
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples
+from dynrank_ds.ranking.schedule import Schedule
 
 
 class AdaLoRAConfig(SensitivityConfig):
@@ -35,9 +36,19 @@ class AdaLoRAConfig(SensitivityConfig):
     t_f: Steps
     """Steps from the final mask to the end, that of the mask included."""
 
+    def adjustments(self, total_steps: int) -> Schedule:
+        phase = Schedule.resolve(total_steps, self.t_i, self.interval, self.t_f, t_f_at_least=1)
+        masks = range(phase.first_multiple(), phase.end, phase.interval)
+        return phase.adjusting((mask + 1 for mask in masks), [phase.end + 1])
+
+    def final_mean_rank(self, initial_rank: int) -> int:
+        return self.target_rank or max(1, round(initial_rank * 2 / 3))
+
 
 class AdaLoRA(SensitivityMethod):
     """AdaLoRA (paper section 3, Algorithm 1) with physical removal at the final mask."""
+
+    config_class = AdaLoRAConfig
 
     def __init__(
         self,
@@ -47,47 +58,25 @@ class AdaLoRA(SensitivityMethod):
         device: torch.device,
     ) -> None:
         super().__init__(config, modules, total_steps, device)
-        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
-        t_f = resolve_steps(config.t_f, total_steps, "method.t_f")
-        self.end = total_steps - t_f
-        """The last global_step of the schedule: the final mask."""
-        self.last_observed = self.end
+        self.last_observed = self.schedule.end
         initial = next(iter(modules.values())).initial_rank
-        target = config.target_rank or max(1, round(initial * 2 / 3))
+        target = config.final_mean_rank(initial)
         self.target_total = target * len(modules)
         if target >= initial:
             raise RecipeError(
                 f"method.target_rank {target} is not below adapter.rank {initial}: nothing would be pruned"
             )
-        if t_f < 1:
-            raise RecipeError(
-                f"method.t_f is {config.t_f}: give at least one step, which ends with the final mask"
-            )
-        if self.planned_adjustments() < 2:
-            raise RecipeError(
-                f"method.t_i {self.t_i} and method.interval {self.interval} leave no mask before the final one after "
-                f"{self.end} steps (train steps {total_steps} less method.t_f)"
-            )
-
-    def adjusts_at(self, step: int) -> bool:
-        global_step = step - 1
-        masks = self.t_i < global_step < self.end and global_step % self.interval == 0
-        return masks or global_step == self.end
-
-    def planned_adjustments(self) -> int:
-        return max(0, (self.end - 1) // self.interval - self.t_i // self.interval) + 1
 
     def budget(self, step: int, initial_total: int) -> int:
         """Triples that stay unmasked at an adjustment: cubic from `initial_total` to the target (paper eq. 12)."""
-        left = 1 - (step - 1 - self.t_i) / (self.end - self.t_i)
+        left = 1 - (step - 1 - self.schedule.t_i) / (self.schedule.end - self.schedule.t_i)
         return int((initial_total - self.target_total) * left**3 + self.target_total)
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
         total = sum(state.ranks)
         none = [0] * len(scores)
         lowest = lowest_triples(scores, total - self.budget(state.step, total), none)
-        if state.step - 1 == self.end:
+        if state.step - 1 == self.schedule.end:
             return RankPlan(kept_triples(scores, lowest), tuple(none))
         everything = tuple(tuple(range(rank)) for rank in state.ranks)
         return RankPlan(everything, tuple(none), tuple(tuple(sorted(module)) for module in lowest))

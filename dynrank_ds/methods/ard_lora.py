@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import lora_factors
-from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
-from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
+from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
+from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.ranking.schedule import Schedule
 
 
 class ARDLoRAConfig(MethodConfig):
@@ -50,6 +50,12 @@ class ARDLoRAConfig(MethodConfig):
     """One alpha per module, that is per linear and head; or one for the q, k, v and o modules of a key/value head, the
     paper's alpha_lh, which has no index for the linear."""
 
+    def adjustments(self, total_steps: int) -> Schedule:
+        phase = Schedule.resolve(total_steps, self.t_i, self.interval, self.t_f, t_f_at_least=1)
+        regular = range(phase.t_i + phase.interval, phase.end, phase.interval)
+        first = [phase.t_i] if phase.t_i else []  # there is no step 0
+        return phase.adjusting(regular, [*first, phase.end])
+
 
 class ARDLoRA(Method):
     """dW = s sum_i m_i b_i a_i with gates m_i = clamp(r0 alpha - (i - 1), 0, 1), i from 1.
@@ -57,6 +63,7 @@ class ARDLoRA(Method):
     Their sum is the continuous rank r0 alpha.
     """
 
+    config_class = ARDLoRAConfig
     init = staticmethod(lora_factors)
     factors = ("lora_A", "lora_B")
     per_head = True
@@ -70,24 +77,11 @@ class ARDLoRA(Method):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.config = config
-        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
-        t_f = resolve_steps(config.t_f, total_steps, "method.t_f")
-        self.end = total_steps - t_f
-        """The step of the last commit."""
-        if t_f < 1:
-            raise RecipeError(f"method.t_f is {config.t_f}: give at least one step with whole ranks")
-        if self.t_i + self.interval >= self.end:
-            raise RecipeError(
-                f"method.t_i {self.t_i} + method.interval {self.interval} leaves no commit before the last at step "
-                f"{self.end} (train steps {total_steps} less method.t_f): alpha would hardly decide anything"
-            )
+        self.t_i, self.end = self.schedule.t_i, self.schedule.end
         self.r0 = next(iter(modules.values())).initial_rank
         # Rounded first: 1.1 x 10 is a little more than 11 in floating point.
         self.most_slots = math.ceil(round(config.alpha_max * self.r0, 9))
         self.modules = list(modules.values())
-        for index, module in enumerate(self.modules):
-            module.work = self._work(index)
         self.alpha_of = alpha_of_modules(modules) if config.alpha_per == "head" else list(range(len(modules)))
         self.alpha = torch.ones(max(self.alpha_of) + 1, dtype=self.dtype, device=device)
         self.reference = self.alpha.clone()
@@ -98,8 +92,21 @@ class ARDLoRA(Method):
             "exp_avg": torch.zeros_like(self.alpha),
             "exp_avg_sq": torch.zeros_like(self.alpha),
         }
-        self.hard = False
+        state = self.adam.state[self.alpha]
+        self._hard = torch.zeros(1, dtype=torch.int64)
+        self.replicated_state |= {
+            "alpha": self.alpha,
+            "reference": self.reference,
+            "exp_avg": state["exp_avg"],
+            "exp_avg_sq": state["exp_avg_sq"],
+            "adam_step": state["step"].view(1),
+            "hard": self._hard,
+        }
+
+    @property
+    def hard(self) -> bool:
         """Whether gates are 1: after the last commit."""
+        return bool(self._hard)
 
     # --- gates
 
@@ -125,13 +132,10 @@ class ARDLoRA(Method):
     def _refresh(self) -> None:
         self._gates.copy_(self._beyond().clamp_(0, 1))
 
-    def _work(self, module: int) -> BackwardWork:
-        def work(backward: ModuleBackward) -> None:
-            if self.t_i < self.micro_batch.step <= self.end:
-                assert backward.grad_gate is not None
-                self._gradient_of[module].add_(backward.grad_gate)
-
-        return work
+    def on_backward(self, module: int, backward: ModuleBackward, micro_batch: MicroBatch) -> None:
+        if self.t_i < micro_batch.step <= self.end:
+            assert backward.grad_gate is not None
+            self._gradient_of[module].add_(backward.grad_gate)
 
     # --- alpha
 
@@ -149,7 +153,7 @@ class ARDLoRA(Method):
         summed = view.all_reduce_sum(mine)
         before = self.alpha.clone()
         self.alpha.grad = (summed[:-1] / summed[-1] + self.penalty_gradient()).to(self.dtype)
-        self.adam.param_groups[0]["lr"] = self.config.alpha_lr * view.schedule
+        self.adam.param_groups[0]["lr"] = self.config.alpha_lr * view.rate_factor
         self.adam.step()
         # The least alpha still rounds to rank 0, which counts as 1.
         self.alpha.clamp_(1 / (2 * self.r0), self.config.alpha_max)
@@ -171,13 +175,6 @@ class ARDLoRA(Method):
 
     # --- ranks
 
-    def adjusts_at(self, step: int) -> bool:
-        commits = self.t_i <= step < self.end and (step - self.t_i) % self.interval == 0
-        return commits or step == self.end
-
-    def planned_adjustments(self) -> int:
-        return len(range(self.t_i or self.interval, self.end, self.interval)) + 1
-
     def scores(self, view: StepView) -> Sequence[Tensor]:
         """Per module the continuous rank r0 alpha, repeated over its triples."""
         return view.layout.by_module(self.r0 * self.alpha.double()[self._alpha_of_triple])
@@ -195,10 +192,10 @@ class ARDLoRA(Method):
             new.append(max(0, slots - rank))
         return RankPlan(tuple(keep), tuple(new))
 
-    def applied(self, plan: RankPlan) -> None:
+    def applied(self, plan: RankPlan, step: int) -> None:
         if self.config.reference == "commit":
             self.reference.copy_(self.alpha)
-        self.hard = self.micro_batch.step == self.end
+        self._hard.fill_(step == self.end)
         self._lay_out(plan.ranks)
 
     def gates(self) -> list[Tensor | None]:
@@ -206,22 +203,7 @@ class ARDLoRA(Method):
 
     # --- checkpoints
 
-    def replicated_state(self) -> dict[str, Tensor]:
-        state = self.adam.state[self.alpha]
-        return {
-            "alpha": self.alpha,
-            "reference": self.reference,
-            "exp_avg": state["exp_avg"],
-            "exp_avg_sq": state["exp_avg_sq"],
-            "adam_step": state["step"].view(1),
-            "hard": torch.tensor([int(self.hard)]),
-        }
-
-    def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:
-        state = self.replicated_state()
-        for name in ("alpha", "reference", "exp_avg", "exp_avg_sq", "adam_step"):
-            state[name].copy_(values[name])
-        self.hard = bool(values["hard"])
+    def restored(self) -> None:
         self._lay_out([len(gradient) for gradient in self._gradient_of])
 
 

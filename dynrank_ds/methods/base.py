@@ -1,23 +1,24 @@
-"""What a method is: initial values, gates, work inside backward, statistics of each step, and a policy.
+"""The interface of a method: initial values, gates, what is read in backward, statistics of each step, and plans.
 
-A method knows neither DeepSpeed nor processes. It sees flat vectors of the elements held here
-(dynrank_ds.ranking.layout) and is handed a sum over processes when it needs one.
+A method imports neither DeepSpeed nor torch.distributed. It receives flat vectors of the elements that its process
+holds (dynrank_ds.ranking.layout), and a function that sums a tensor over all processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from functools import partial
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import AdaptedModule, FactorInit, wide_dtype
-from dynrank_ds.errors import RecipeError
+from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward, wide_dtype
 from dynrank_ds.ranking.layout import ModuleShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.ranking.schedule import Schedule
 from dynrank_ds.section import Section
 
 AllReduceSum = Callable[[Tensor], Tensor]
@@ -27,35 +28,35 @@ Steps = Annotated[int | float, Field(ge=0, description="whole steps, or a fracti
 
 
 class MethodConfig(Section):
-    """Base of the methods' recipe sections; each stands beside its method."""
+    """Base of the methods' recipe sections; each is defined beside its method."""
+
+    name: str
+
+    def adjustments(self, total_steps: int) -> Schedule:
+        """Return when ranks are adjusted in a run of `total_steps`.
+
+        Raises:
+            RecipeError: the section's times leave no adjustment.
+        """
+        return Schedule()
+
+    def final_mean_rank(self, initial_rank: int) -> int | None:
+        """Return the mean rank of a module when training ends, or None where nothing fixes it."""
+        return None
 
 
-def resolve_steps(value: int | float, total_steps: int, key: str, at_least: int = 0) -> int:
-    """A method time in steps; a float below 1 is a fraction of `total_steps`.
-
-    Raises:
-        RecipeError: the value is a float that is no fraction, or comes to fewer than `at_least` steps.
-    """
-    if isinstance(value, float) and value >= 1:
-        raise RecipeError(f"{key} is {value}: give whole steps, or a fraction of training below 1")
-    steps = value if isinstance(value, int) else round(value * total_steps)
-    if steps < at_least:
-        raise RecipeError(f"{key} is {value}, {steps} of the {total_steps} steps: give at least {at_least}")
-    return steps
-
-
-@dataclass
+@dataclass(frozen=True)
 class MicroBatch:
-    """What the backward work knows of the micro-batch under way; the loop sets it."""
+    """What a method may know of the micro-batch whose backward runs."""
 
     token_mask: Tensor = field(default_factory=lambda: torch.ones(1, 1))
     """(batch, tokens): 1 for tokens, 0 for padding."""
     packed: tuple[int, ...] = ()
-    """Lengths of the samples that stand one after another in the only row; () where each row is a sample."""
+    """Lengths of the samples that were packed into a single row; () where each row is a sample."""
     step: int = 0
-    """The optimizer step (from 1) that it belongs to."""
+    """Its optimizer step, from 1."""
     last: bool = True
-    """Whether it is the last of its step on this process: what depends on the weights alone is done in it, once."""
+    """Whether it is the last of its step on this process: what depends on the weights alone is computed in it, once."""
 
     @property
     def sample_sizes(self) -> list[int]:
@@ -66,7 +67,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepView:
-    """One optimizer step, complete and not yet applied, as a method sees it.
+    """One optimizer step before it is applied.
 
     Weights and gradients are flat fp32 vectors of `layout`, of this process's elements; gradients are the
     data-parallel mean over the global batch, unclipped.
@@ -79,21 +80,25 @@ class StepView:
     layout: ShardLayout
     tokens: int
     """Tokens of the global batch without padding."""
-    schedule: float
-    """The learning rate of this step by the recipe's, which methods with rates of their own follow."""
+    rate_factor: float
+    """This step's learning rate over `train.learning_rate`: learning rates of a method's own are multiplied by it."""
     all_reduce_sum: AllReduceSum
 
 
 class Method:
-    """A method that never changes ranks and accumulates nothing; dynamic methods override what they do."""
+    """A method that never changes ranks and keeps no statistics; dynamic methods override what they need.
 
-    init: FactorInit
-    factors: tuple[str, ...]
-    per_head = False
-    """Whether attention heads are modules of their own, instead of their whole linear."""
+    State is registered once, by kind: a tensor in `row_statistics`, `partial_statistics` or `replicated_state` is saved
+    in checkpoints, restored in place, and (rows) carried along when ranks change.
+    """
+
+    config_class: ClassVar[type[MethodConfig]]
+    factors: ClassVar[tuple[str, ...]]
+    per_head: ClassVar[bool] = False
+    """Whether each attention head is an adapted module of its own, instead of its whole linear."""
     observes_after_step = False
-    """Whether `observe` is shown the weights after the optimizer step and clipped gradients, as some authors' code
-    has it, instead of both as they were before."""
+    """Whether `observe` sees the weights after the optimizer step and clipped gradients, as in some authors' code,
+    instead of both as they were before."""
 
     def __init__(
         self,
@@ -103,70 +108,86 @@ class Method:
         device: torch.device,
     ) -> None:
         self.shapes = tuple(ModuleShape(n, b.in_features, b.out_features) for n, b in modules.items())
+        self.schedule = config.adjustments(total_steps)
         self.device = device
         self.dtype = wide_dtype(next(iter(modules.values())).dtype)
         """Of gates and statistics: fp32, or fp64 where the factors are."""
-        self.micro_batch = MicroBatch()
+        self.row_statistics: dict[str, Tensor] = {}
+        """Flat vectors of the layout, an element for each weight: they follow their triples. Created in `start`."""
+        self.partial_statistics: dict[str, Tensor] = {}
+        """Sums over processes of which each holds its part; of a size that does not depend on ranks."""
+        self.replicated_state: dict[str, Tensor] = {}
+        """Small tensors that are the same on every process, such as gates."""
+        self.penalty: Tensor | None = None
+        """() fp64: the value of the method's penalty on adapter weights at this step, the same on every process."""
+        self._modules = list(modules.values())
+        self._micro_batch = MicroBatch()
+        self.attach()
+
+    @staticmethod
+    def init(rank: int, in_features: int, out_features: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return fp32 initial values of `rank` triples, by factor."""
+        raise NotImplementedError
+
+    def attach(self) -> None:
+        """Have every module call this method's `on_backward`, or nothing where the method has none."""
+        overridden = type(self).on_backward is not Method.on_backward
+        for index, module in enumerate(self._modules):
+            module.on_backward = partial(self._call_on_backward, index) if overridden else None
+
+    def _call_on_backward(self, module: int, backward: ModuleBackward) -> None:
+        self.on_backward(module, backward, self._micro_batch)
+
+    def begin_micro_batch(self, micro_batch: MicroBatch) -> None:
+        """Set the micro-batch that `on_backward` receives until the next call."""
+        self._micro_batch = micro_batch
+        if micro_batch.last and self.penalty is not None:
+            self.penalty.zero_()  # what the next backward adds up
 
     def start(self, layout: ShardLayout) -> None:
-        """Creates the statistics and gates for this layout; the run's first step, or a checkpoint, follows."""
+        """Create statistics and gates for this layout, before the run's first step or before a checkpoint is read."""
+
+    def restored(self) -> None:
+        """Recompute what follows from the registered state, after a checkpoint was read into it."""
+
+    def on_backward(self, module: int, backward: ModuleBackward, micro_batch: MicroBatch) -> None:
+        """Read the backward of module number `module`, and add to its gradients; once a micro-batch."""
 
     def observe(self, view: StepView) -> None:
-        """Accumulates an optimizer step before it is applied, and moves gates; at most one sum over processes."""
+        """Update statistics and gates by an optimizer step that is about to be applied; at most one all-reduce."""
 
     def discard_step(self) -> None:
-        """Forgets what backward gathered for a step that is skipped."""
+        """Drop what `on_backward` accumulated for a step that is not applied."""
 
     def adjusts_at(self, step: int) -> bool:
-        """Whether ranks are planned at optimizer step `step` (from 1)."""
-        return False
+        """Return whether ranks are planned at optimizer step `step` (from 1)."""
+        return step in self.schedule
 
     def planned_adjustments(self) -> int:
-        """How many adjustments a whole run makes."""
-        return 0
+        """Return the number of adjustments in a whole run."""
+        return len(self.schedule)
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
-        """Per module, the scores (rank,) fp64 on the CPU of its triples; at most two sums over processes."""
+        """Return per module the scores (rank,) fp64 on the CPU of its triples; at most two all-reduces."""
         raise TypeError(f"{type(self).__name__} never adjusts ranks")
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
-        """A pure function of its arguments and the recipe: every adjustment can be recomputed from the log."""
+        """Return the plan: a function of the arguments and the recipe alone, so that the log reproduces it."""
         raise TypeError(f"{type(self).__name__} never adjusts ranks")
 
     def new_rows(
         self, module: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """fp32 rows of the new triples of a module, by factor; by default initial values.
+        """Return fp32 rows of the new triples of a module, by factor; by default initial values.
 
         old: fp32 rows of all its triples before the plan, (rank, row_length) by factor; {} at rank 0.
         """
         shape = self.shapes[module]
         return self.init(plan.new[module], shape.in_features, shape.out_features, generator)
 
-    def applied(self, plan: RankPlan) -> None:
-        """Follows a plan that was just applied with what is neither row nor partial statistics: gates."""
+    def applied(self, plan: RankPlan, step: int) -> None:
+        """Adapt gates and replicated state to a plan that was just applied, after optimizer step `step`."""
 
     def gates(self) -> list[Tensor | None]:
-        """Per module, what its exported triples must be scaled by beside lora_E: fp32 (r,) or (1,), or None."""
+        """Return per module what its exported triples are scaled by beside lora_E: fp32 (r,) or (1,), or None."""
         return [None] * len(self.shapes)
-
-    def row_statistics(self) -> dict[str, Tensor]:
-        """Statistics that belong to the elements, as flat vectors of the layout: they follow their triples."""
-        return {}
-
-    def set_row_statistics(self, values: Mapping[str, Tensor]) -> None:
-        """Takes them back, after ranks changed or from a checkpoint."""
-
-    def partial_statistics(self) -> dict[str, Tensor]:
-        """Statistics of which each process holds a part and that do not depend on ranks."""
-        return {}
-
-    def set_partial_statistics(self, values: Mapping[str, Tensor]) -> None:
-        """Takes this process's part back."""
-
-    def replicated_state(self) -> dict[str, Tensor]:
-        """What every process holds alike, such as gates: small tensors."""
-        return {}
-
-    def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:
-        """Takes it back from a checkpoint, after `start`."""

@@ -14,12 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
+from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
-from dynrank_ds.methods.penalties import add_variance
+from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView
+from dynrank_ds.methods.penalties import add_penalty, variance
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples
+from dynrank_ds.ranking.schedule import Schedule
 
 
 class DynamicDoRAConfig(MethodConfig):
@@ -39,6 +40,15 @@ class DynamicDoRAConfig(MethodConfig):
     """Smoothing of the scores."""
     variance: float = Field(default=0.1, ge=0)
     """The paper's eta, weight of the dimensional equilibrium penalty: 0.1 to 0.5, 0.1 for generation (XSum)."""
+
+    def adjustments(self, total_steps: int) -> Schedule:
+        phase = Schedule.resolve(total_steps, self.t_i, self.interval, self.t_f)
+        regular = range(phase.t_i + phase.interval, phase.end + 1, phase.interval)
+        first = [phase.t_i] if phase.t_i else []  # there is no step 0
+        return phase.adjusting(regular, [*first, phase.end])
+
+    def final_mean_rank(self, initial_rank: int) -> int:
+        return self.target_rank or max(1, initial_rank * 2 // 3)
 
 
 def component_factors(
@@ -73,6 +83,7 @@ def relative_norms(lora_a: Tensor, c: Tensor, lora_b: Tensor) -> Tensor:
 class DynamicDoRA(Method):
     """Dynamic DoRA (paper sections 3.2 to 3.4): soft masks, then physical removal at the last one."""
 
+    config_class = DynamicDoRAConfig
     init = staticmethod(component_factors)
     factors = ("lora_A", "lora_E", "lora_B")
 
@@ -85,62 +96,41 @@ class DynamicDoRA(Method):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.beta = config.beta
-        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
-        self.span = total_steps - self.t_i - resolve_steps(config.t_f, total_steps, "method.t_f")
-        self.end = self.t_i + self.span
-        """The step of the last mask."""
         initial = next(iter(modules.values())).initial_rank
-        target = config.target_rank or max(1, initial * 2 // 3)
+        target = config.final_mean_rank(initial)
         self.surplus = (initial - target) * len(modules)
-        """Triples that are gone in the end."""
+        """Triples that are removed by the end."""
         if target >= initial:
             raise RecipeError(
                 f"method.target_rank {target} is not below adapter.rank {initial}: nothing would be pruned"
             )
-        if self.span < self.interval:
-            raise RecipeError(
-                f"method.interval {self.interval} is longer than the {max(0, self.span)} steps from method.t_i "
-                f"{self.t_i} to step {self.end} (train steps {total_steps} less method.t_f): no mask would come "
-                "before the last"
-            )
         # All components count, masked ones too, as in the authors' code; eq. 10 prints twice this.
-        self.penalty = config.variance / (2 * initial * len(modules))
-        for index, module in enumerate(modules.values()):
-            module.work = self._work(index)
+        self._variance = config.variance / (2 * initial * len(modules))
+        if config.variance:
+            self.penalty = torch.zeros((), dtype=torch.float64, device=device)
 
     def start(self, layout: ShardLayout) -> None:
         self.ranks = layout.ranks
         self.smoothed = torch.zeros(layout.total_rank, dtype=torch.float64, device=self.device)
-        self._now = self.smoothed.clone()
-        self._now_of = self._now.split(list(layout.ranks))
+        self.replicated_state["scores"] = self.smoothed
+        self._latest = self.smoothed.clone()
+        self._latest_of = self._latest.split(list(layout.ranks))
 
-    def _work(self, module: int) -> BackwardWork:
-        """Scores where the factors are whole, so that every process has them without any communication.
+    def on_backward(self, module: int, backward: ModuleBackward, micro_batch: MicroBatch) -> None:
+        """Score triples where the factors are whole, so that every process has the scores without communication.
 
-        They are of the weights before the optimizer step; the authors take them after it (ours).
+        They are of the weights before the optimizer step; the authors take them after it (ours). Weights do not change
+        within a step: one micro-batch is enough.
         """
-
-        def work(backward: ModuleBackward) -> None:
-            # The weights stand still within a step: one micro-batch shows them all.
-            if self.micro_batch.last and self.micro_batch.step <= self.end:
-                assert backward.gate is not None
-                self._now_of[module].copy_(relative_norms(backward.lora_a, backward.gate, backward.lora_b))
-                add_variance(backward, self.penalty)
-
-        return work
+        if micro_batch.last and micro_batch.step <= self.schedule.end:
+            assert backward.gate is not None
+            self._latest_of[module].copy_(relative_norms(backward.lora_a, backward.gate, backward.lora_b))
+            if self.penalty is not None:
+                self.penalty += add_penalty(backward, variance, self._variance)
 
     def observe(self, view: StepView) -> None:
-        if view.step <= self.end:
-            self.smoothed.lerp_(self._now, 1 - self.beta)
-
-    def adjusts_at(self, step: int) -> bool:
-        since = step - self.t_i
-        return 0 <= since <= self.span and (since % self.interval == 0 or since == self.span)
-
-    def planned_adjustments(self) -> int:
-        first = self.t_i >= 1  # there is no step 0 to mask at
-        return first + self.span // self.interval + (self.span % self.interval > 0)
+        if view.step <= self.schedule.end:
+            self.smoothed.lerp_(self._latest, 1 - self.beta)
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
         return view.layout.by_module(self.smoothed)
@@ -150,23 +140,19 @@ class DynamicDoRA(Method):
 
         Slow first and fast last. In whole numbers, so that no rounding error takes one off the last mask.
         """
-        return max(1, self.surplus * (step - self.t_i) ** 3 // self.span**3)
+        span = self.schedule.end - self.schedule.t_i
+        return max(1, self.surplus * (step - self.schedule.t_i) ** 3 // span**3)
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
         none = (0,) * len(state.ranks)
         lowest = lowest_triples(scores, self.masked_at(state.step), min_ranks=none)
-        if state.step == self.end:
+        if state.step == self.schedule.end:
             return RankPlan(kept_triples(scores, lowest), none)
         everything = tuple(tuple(range(rank)) for rank in state.ranks)
         return RankPlan(everything, none, tuple(tuple(sorted(module)) for module in lowest))
 
-    def applied(self, plan: RankPlan) -> None:
+    def applied(self, plan: RankPlan, step: int) -> None:
         if plan.ranks != self.ranks:
             kept = [s[list(k)] for s, k in zip(self.smoothed.split(list(self.ranks)), plan.keep, strict=True)]
             self.smoothed, self.ranks = torch.cat(kept), plan.ranks
-
-    def replicated_state(self) -> dict[str, Tensor]:
-        return {"scores": self.smoothed}
-
-    def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:
-        self.smoothed.copy_(values["scores"])
+            self.replicated_state["scores"] = self.smoothed

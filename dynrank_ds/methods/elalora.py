@@ -14,25 +14,39 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import AdaptedModule
-from dynrank_ds.methods.sensitivity import MovesConfig, MovesMethod, refuse_rank_one
+from dynrank_ds.methods.sensitivity import ReallocationConfig, ReallocationMethod, refuse_rank_one
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples
+from dynrank_ds.ranking.schedule import Schedule
 
 
-class ElaLoRAConfig(MovesConfig):
+class ElaLoRAConfig(ReallocationConfig):
     """Recipe section `method: {name: elalora, ...}`; the total rank stays len(modules) * adapter.rank."""
 
     name: Literal["elalora"] = "elalora"
     b: int = Field(default=4, ge=1)
-    """Triples moved at an adjustment; the paper's Table 7 has 1 to 8, growing with the rank."""
+    """Triples pruned and added at an adjustment; the paper's Table 7 has 1 to 8, growing with the rank."""
     k: int = Field(default=2, ge=1)
     """Triples that a module loses or gains at most at an adjustment; 1 to 4 in Table 7."""
     schedule: Literal["cubic", "constant"] = "cubic"
-    """How many triples move at step t: round(b (1 - p^3)) with p the share of the adjusting phase that is over, as
-    the paper recommends; or always b, the default of the authors' code."""
+    """b(t), how many triples are reallocated at step t: round(b (1 - p^3)) with p the share of the adjusting phase that
+    is over, as the paper recommends; or always b, the default of the authors' code."""
+
+    def adjustments(self, total_steps: int) -> Schedule:
+        whole = super().adjustments(total_steps)
+        return whole.adjusting(step for step in whole.steps if self.reallocated(step, whole) > 0)
+
+    def reallocated(self, step: int, phase: Schedule) -> int:
+        """Return b(t) for an adjustment at `step`. Halves go to the even number, as in the authors' code."""
+        if self.schedule == "constant":
+            return self.b
+        over = (step - phase.t_i) / (phase.end - phase.t_i)
+        return round(self.b * (1 - over**3))
 
 
-class ElaLoRA(MovesMethod):
+class ElaLoRA(ReallocationMethod):
     """ElaLoRA (paper section 3, Algorithm 1)."""
+
+    config_class = ElaLoRAConfig
 
     def __init__(
         self,
@@ -45,16 +59,6 @@ class ElaLoRA(MovesMethod):
         super().__init__(config, modules, total_steps, device)
         refuse_rank_one(config.name, modules)
 
-    def adjusts_at(self, step: int) -> bool:
-        return super().adjusts_at(step) and self.moves(step) > 0
-
-    def moves(self, step: int) -> int:
-        """b(t): how many triples an adjustment at `step` is to move. Halves go to the even number, as in the code."""
-        if self.config.schedule == "constant":
-            return self.config.b
-        over = (step - self.t_i) / (self.end - self.t_i)
-        return round(self.config.b * (1 - over**3))
-
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
         """Prunes b' triples and adds b': the largest b' <= b(t) for which the two sides do not overlap.
 
@@ -64,7 +68,7 @@ class ElaLoRA(MovesMethod):
         """
         lowest = sorted(_lowest_of_each(scores, self.config.k, spared=1))
         highest = sorted(_lowest_of_each(scores, self.config.k, spared=0), key=lambda c: (-c[0], *c[1:]))
-        for count in range(min(self.moves(state.step), len(lowest)), -1, -1):
+        for count in range(min(self.config.reallocated(state.step, self.schedule), len(lowest)), -1, -1):
             pruned: list[set[int]] = [set() for _ in scores]
             for _, module, triple in lowest[:count]:
                 pruned[module].add(triple)
@@ -108,4 +112,5 @@ def orthogonal_rows(rows: Tensor, count: int, generator: torch.Generator) -> Ten
     q, r = torch.linalg.qr(torch.cat([rows.double(), drawn]).T)
     # QR leaves signs open; with a positive diagonal, the last columns are what Gram-Schmidt gives.
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
-    return (q * signs)[:, -count:].T.float().contiguous()
+    added: Tensor = (q * signs)[:, -count:]
+    return added.T.float().contiguous()

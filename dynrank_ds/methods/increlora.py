@@ -14,13 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.initial import svd_factors
-from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
+from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
-from dynrank_ds.methods.penalties import orthogonality_work
+from dynrank_ds.methods.base import MicroBatch, Steps, StepView
+from dynrank_ds.methods.sensitivity import OrthogonalConfig, OrthogonalMethod
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.ranking.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ LARGEST_BASE = 1_000_000_000
 """Parameters of adapted linears up to which dense gradients are formed."""
 
 
-class IncreLoRAConfig(MethodConfig):
+class IncreLoRAConfig(OrthogonalConfig):
     """Recipe section `method: {name: increlora, ...}`; adapter.rank is the initial rank, 1 in the paper."""
 
     name: Literal["increlora"] = "increlora"
@@ -42,19 +42,19 @@ class IncreLoRAConfig(MethodConfig):
     """Modules that grow at a time."""
     add_rank: int | None = Field(default=None, ge=1)
     """Triples that each of them gets; by default half the target rank, as in the authors' code."""
-    beta1: float = Field(default=0.85, ge=0, lt=1)
-    """Smoothing of the sensitivity."""
-    beta2: float = Field(default=0.85, ge=0, lt=1)
-    """Smoothing of its uncertainty."""
-    orthogonality: float = Field(default=0.1, ge=0)
-    """Coefficient of the mean of ||F F^T - I||_F over all A and B, as in AdaLoRA's code."""
+
+    def adjustments(self, total_steps: int) -> Schedule:
+        phase = Schedule.resolve(total_steps, self.t_i, self.interval)
+        return phase.adjusting(range(phase.first_multiple(), phase.end, phase.interval))
+
+    def final_mean_rank(self, initial_rank: int) -> int:
+        return self.target_rank
 
 
-class IncreLoRA(Method):
+class IncreLoRA(OrthogonalMethod):
     """IncreLoRA with physical growth to exactly target_rank * modules triples."""
 
-    init = staticmethod(svd_factors)
-    factors = ("lora_A", "lora_E", "lora_B")
+    config_class = IncreLoRAConfig
 
     def __init__(
         self,
@@ -65,8 +65,6 @@ class IncreLoRA(Method):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.config, self.total_steps = config, total_steps
-        self.t_i = resolve_steps(config.t_i, total_steps, "method.t_i")
-        self.interval = resolve_steps(config.interval, total_steps, "method.interval", at_least=1)
         self.add_rank = config.add_rank or config.target_rank // 2
         self.target_total = config.target_rank * len(modules)
         self.total_rank = self.initial_total = sum(module.initial_rank for module in modules.values())
@@ -77,12 +75,10 @@ class IncreLoRA(Method):
         self._sums, self.smoothed, self.uncertainty = torch.zeros(
             3, len(modules), dtype=torch.float64, device=device
         )
-        penalise = orthogonality_work(config.orthogonality, len(modules), self.micro_batch)
-        for index, module in enumerate(modules.values()):
-            module.work = self._module_work(index, penalise)
+        self.replicated_state |= {"sensitivity": self.smoothed, "uncertainty": self.uncertainty}
 
     def _refuse(self, initial: int) -> None:
-        """Raises RecipeError for what would do nothing, fall short of the target, or not fit."""
+        """Raise RecipeError for what would do nothing, fall short of the target, or need too much memory."""
         config, base = self.config, sum(s.in_features * s.out_features for s in self.shapes)
         if base > LARGEST_BASE:
             raise RecipeError(
@@ -94,22 +90,18 @@ class IncreLoRA(Method):
             raise RecipeError(
                 f"method.target_rank {config.target_rank} is not above adapter.rank {initial}: nothing would grow"
             )
-        chances = max(0, (self.total_steps - 1) // self.interval - self.t_i // self.interval)
-        if chances < self.planned_adjustments():
+        if len(self.schedule) < self.planned_adjustments():
             raise RecipeError(
                 f"method.top_h {config.top_h} modules by {self.add_rank} triples reach the target of "
                 f"{self.target_total} triples after {self.planned_adjustments()} adjustments, but method.t_i "
-                f"{self.t_i} and method.interval {self.interval} leave {chances} before the last of "
-                f"{self.total_steps} steps"
+                f"{self.schedule.t_i} and method.interval {self.schedule.interval} leave {len(self.schedule)} before "
+                f"the last of {self.total_steps} steps"
             )
 
-    def _module_work(self, index: int, penalise: BackwardWork) -> BackwardWork:
-        def work(backward: ModuleBackward) -> None:
-            if self.growing:
-                self._sums[index] += product_sensitivity(backward, self.micro_batch.sample_sizes)
-            penalise(backward)
-
-        return work
+    def on_backward(self, module: int, backward: ModuleBackward, micro_batch: MicroBatch) -> None:
+        if self.growing:
+            self._sums[module] += product_sensitivity(backward, micro_batch.sample_sizes)
+        super().on_backward(module, backward, micro_batch)
 
     @property
     def growing(self) -> bool:
@@ -138,7 +130,7 @@ class IncreLoRA(Method):
         self._sums.zero_()
 
     def adjusts_at(self, step: int) -> bool:
-        return self.growing and self.t_i < step < self.total_steps and step % self.interval == 0
+        return self.growing and super().adjusts_at(step)
 
     def planned_adjustments(self) -> int:
         """As long as no module reaches its largest rank; later ones then take its share."""
@@ -159,15 +151,8 @@ class IncreLoRA(Method):
                 new[module], left, chosen = count, left - count, chosen + 1
         return RankPlan(tuple(tuple(range(rank)) for rank in state.ranks), tuple(new))
 
-    def applied(self, plan: RankPlan) -> None:
+    def applied(self, plan: RankPlan, step: int) -> None:
         self.total_rank = sum(plan.ranks)
-
-    def replicated_state(self) -> dict[str, Tensor]:
-        return {"sensitivity": self.smoothed, "uncertainty": self.uncertainty}
-
-    def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:
-        self.smoothed.copy_(values["sensitivity"])
-        self.uncertainty.copy_(values["uncertainty"])
 
 
 def product_sensitivity(backward: ModuleBackward, sizes: list[int]) -> Tensor:

@@ -15,7 +15,8 @@ class LoRAConfig(MethodConfig):
 
 
 class LoRA(Method):
-    """y = W x + s B^T A x; e = 1 is left out."""
+    """y = W x + s B^T A x, without e."""
 
+    config_class = LoRAConfig
     init = staticmethod(lora_factors)
     factors = ("lora_A", "lora_B")

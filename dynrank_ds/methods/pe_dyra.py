@@ -13,17 +13,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
+from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import StepView
-from dynrank_ds.methods.penalties import orthogonality_work
-from dynrank_ds.methods.sensitivity import MovesConfig, MovesMethod, refuse_rank_one
+from dynrank_ds.methods.base import MicroBatch, StepView
+from dynrank_ds.methods.sensitivity import ReallocationConfig, ReallocationMethod, refuse_rank_one
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples, spread_over_modules
 from dynrank_ds.ranking.statistics import InputEnergy
 
 
-class PEDyRAConfig(MovesConfig):
+class PEDyRAConfig(ReallocationConfig):
     """Recipe section `method: {name: pe_dyra, ...}`."""
 
     name: Literal["pe_dyra"] = "pe_dyra"
@@ -52,8 +51,10 @@ class PEDyRAConfig(MovesConfig):
     """`random` draws every score anew at each adjustment: the ablation that shows what scores are worth."""
 
 
-class PEDyRA(MovesMethod):
+class PEDyRA(ReallocationMethod):
     """PE-DyRA (paper sections 3.2 to 3.4) with physical rank changes."""
+
+    config_class = PEDyRAConfig
 
     def __init__(
         self,
@@ -72,17 +73,12 @@ class PEDyRA(MovesMethod):
                 "moves: both and a number k"
             )
         self.energy = InputEnergy(self.shapes, config.beta1, device, self.dtype)
-        penalty = orthogonality_work(config.orthogonality, len(modules), self.micro_batch)
-        for index, module in enumerate(modules.values()):
-            module.work = self._work(index, penalty)
+        self.partial_statistics["input_energy"] = self.energy.smoothed
 
-    def _work(self, module: int, penalty: BackwardWork) -> BackwardWork:
-        def work(backward: ModuleBackward) -> None:
-            if self.micro_batch.step <= self.last_observed:
-                self.energy.add(module, backward.x, self.micro_batch.token_mask)
-            penalty(backward)
-
-        return work
+    def on_backward(self, module: int, backward: ModuleBackward, micro_batch: MicroBatch) -> None:
+        if micro_batch.step <= self.last_observed:
+            self.energy.add(module, backward.x, micro_batch.token_mask)
+        super().on_backward(module, backward, micro_batch)
 
     def observe(self, view: StepView) -> None:
         super().observe(view)
@@ -149,12 +145,6 @@ class PEDyRA(MovesMethod):
             left = sum(c * (state.initial_rank - r) for c, r in zip(costs, kept, strict=True))
             new = spread_over_modules(means, left, costs, room)
         return RankPlan(keep, tuple(new))
-
-    def partial_statistics(self) -> dict[str, Tensor]:
-        return {"input_energy": self.energy.smoothed}
-
-    def set_partial_statistics(self, values: Mapping[str, Tensor]) -> None:
-        self.energy.smoothed.copy_(values["input_energy"])
 
 
 def _toward_theorem(scores: Sequence[Tensor], state: RankState, k_max: int) -> RankPlan:

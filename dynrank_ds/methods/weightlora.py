@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import lora_factors
-from dynrank_ds.adapters.linear import AdaptedModule, BackwardWork, ModuleBackward
+from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Method, MethodConfig, Steps, StepView, resolve_steps
+from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView
 from dynrank_ds.ranking.plan import RankPlan, RankState
+from dynrank_ds.ranking.schedule import Schedule, resolve_steps
 
 _NO_GRADIENT = 1e-10
 """At or below this norm of the gradient of w nothing is projected (the authors' guard): at step 1 B = 0, w has no
@@ -39,6 +40,16 @@ class WeightsConfig(MethodConfig):
     """`random` is the ablation: w stays 1, and K adapters drawn by `seed` stay."""
     seed: int = Field(default=0, ge=0)
     """Of the random selection."""
+
+    def adjustments(self, total_steps: int) -> Schedule:
+        last, first = resolve_steps(self.disconnect_at, total_steps, "method.disconnect_at"), 1
+        first += self.selection == "weights"  # w has its first gradient at step 2
+        if not first <= last < total_steps:
+            raise RecipeError(
+                f"method.disconnect_at is step {last}: give {first} to {total_steps - 1} "
+                f"(w has its first gradient at step 2, and training has {total_steps} steps)"
+            )
+        return Schedule(total_steps, end=last, steps=(last,))
 
 
 class WeightLoRAConfig(WeightsConfig):
@@ -66,6 +77,7 @@ def project(weights: Tensor, k: int) -> Tensor:
 class WeightLoRA(Method):
     """WeightLoRA (its Algorithm 1, StoIHT for the first T steps)."""
 
+    config_class: ClassVar[type[MethodConfig]] = WeightLoRAConfig
     init = staticmethod(lora_factors)
     factors = ("lora_A", "lora_B")
 
@@ -78,32 +90,24 @@ class WeightLoRA(Method):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.k, self.weight_lr, self.seed = config.k, config.weight_lr, config.seed
-        self.last = resolve_steps(config.disconnect_at, total_steps, "method.disconnect_at")
+        self.last = self.schedule.end
         self.learned = config.selection == "weights"
         if self.k >= len(modules):
             raise RecipeError(
                 f"method.k is {self.k}, and the model has {len(modules)} adapted linears: none would be dropped"
             )
-        if not 1 + self.learned <= self.last < total_steps:
-            raise RecipeError(
-                f"method.disconnect_at is step {self.last}: give {1 + self.learned} to {total_steps - 1} "
-                f"(w has its first gradient at step 2, and training has {total_steps} steps)"
-            )
         self.w = torch.ones(len(modules), dtype=self.dtype, device=device)
         # fp64: the sum then hardly depends on how the batch is split over processes.
         self._gradient = torch.zeros(len(modules), dtype=torch.float64, device=device)
         if self.learned:
-            for index, module in enumerate(modules.values()):
-                module.gate = self.w[index : index + 1]
-                module.work = self._work(index)
+            self.replicated_state["w"] = self.w
+            for module, gate in zip(modules.values(), self.w.split(1), strict=True):
+                module.gate = gate
 
-    def _work(self, module: int) -> BackwardWork:
-        def work(backward: ModuleBackward) -> None:
-            if self.micro_batch.step <= self.last:
-                assert backward.grad_gate is not None
-                self._gradient[module] += backward.grad_gate.double().sum()
-
-        return work
+    def on_backward(self, module: int, backward: ModuleBackward, micro_batch: MicroBatch) -> None:
+        if self.learned and micro_batch.step <= self.last:
+            assert backward.grad_gate is not None
+            self._gradient[module] += backward.grad_gate.double().sum()
 
     def observe(self, view: StepView) -> None:
         if not self.learned or view.step > self.last:
@@ -112,19 +116,13 @@ class WeightLoRA(Method):
         summed = view.all_reduce_sum(torch.cat([self._gradient, self._gradient.new_ones(1)]))
         self._gradient.zero_()
         gradient = (summed[:-1] / summed[-1]).to(self.dtype)
-        self.w.sub_(gradient, alpha=self.weight_lr * view.schedule)
+        self.w.sub_(gradient, alpha=self.weight_lr * view.rate_factor)
         # Chosen by torch.where, so that nothing waits for the device.
         moved = torch.linalg.vector_norm(gradient) > _NO_GRADIENT
         self.w.copy_(torch.where(moved, project(self.w, self.k), self.w))
 
     def discard_step(self) -> None:
         self._gradient.zero_()
-
-    def adjusts_at(self, step: int) -> bool:
-        return step == self.last
-
-    def planned_adjustments(self) -> int:
-        return 1
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
         """Per module its weight, or a random number, repeated over its triples."""
@@ -152,19 +150,14 @@ class WeightLoRA(Method):
     def gates(self) -> list[Tensor | None]:
         return list(self.w.split(1)) if self.learned else super().gates()
 
-    def replicated_state(self) -> dict[str, Tensor]:
-        return {"w": self.w} if self.learned else {}
-
-    def set_replicated_state(self, values: Mapping[str, Tensor]) -> None:
-        if self.learned:
-            self.w.copy_(values["w"])
-
 
 class WeightLoRAPlus(WeightLoRA):
     """WeightLoRA+: the memory of the dropped adapters goes to the survivors' ranks, once, at T.
 
     The paper's form; the authors' code doubles ranks and halves K every 10 steps instead.
     """
+
+    config_class = WeightLoRAPlusConfig
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What several methods accumulate of their triples, from local shards alone."""
+"""Statistics of triples that several methods accumulate, from local shards alone."""
 
 from __future__ import annotations
 
@@ -22,11 +22,28 @@ class Sensitivity:
     """
 
     def __init__(
-        self, numel: int, beta1: float, beta2: float, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        state: dict[str, Tensor],
+        numel: int,
+        beta1: float,
+        beta2: float,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.beta1, self.beta2 = beta1, beta2
-        self.smoothed = torch.zeros(numel, dtype=dtype, device=device)
-        self.uncertainty = torch.zeros(numel, dtype=dtype, device=device)
+        """Put zeros into `state`, under "sensitivity" and "uncertainty", and keep both there from then on."""
+        self.beta1, self.beta2, self._state = beta1, beta2, state
+        for name in ("sensitivity", "uncertainty"):
+            state[name] = torch.zeros(numel, dtype=dtype, device=device)
+
+    @property
+    def smoothed(self) -> Tensor:
+        """Ibar, (numel,)."""
+        return self._state["sensitivity"]
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """U, (numel,)."""
+        return self._state["uncertainty"]
 
     def update(self, weights: Tensor, gradients: Tensor) -> None:
         """One optimizer step; flat vectors of the process's layout, gradients unclipped."""

@@ -60,20 +60,20 @@ def save(
         RunError: on every process, if the first could not write it; what was there before is whole.
     """
     final = run / "checkpoints" / f"{kind}-{progress.step}"
-    statistics = {name: engine.layout.split(value) for name, value in method.row_statistics().items()}
+    statistics = {name: engine.layout.split(value) for name, value in method.row_statistics.items()}
     states = engine.states() | statistics
     writer = _Writer(final, engine, method) if processes.rank() == 0 else None
     for name, state in states.items():
         for module, factor, rows in engine.whole_rows(state):
             if writer:
                 writer.attempt(writer.rows, name, module, factor, rows)
-    for statistic, part in method.partial_statistics().items():
+    for statistic, part in method.partial_statistics.items():
         # Each process's part, not their sum: added up in another order, scores would differ in their last bits.
         for process, theirs in enumerate(processes.from_each_process(part)):
             if writer:
                 writer.attempt(writer.tensor, f"statistics/{statistic}/{process}", theirs)
     if writer:
-        for key, value in method.replicated_state().items():
+        for key, value in method.replicated_state.items():
             writer.attempt(writer.tensor, f"replicated/{key}", value)
         writer.attempt(writer.publish, {**asdict(progress), **about})
         writer.attempt(remove, finished(run, kind)[kept:])
@@ -135,19 +135,19 @@ class _Writer:
         layout = self.engine.layout
         entries = [
             TensorEntry(_name(state, shape.name, factor), torch.float32, _factor_shape(factor, rank, shape))
-            for state in ("master", *MOMENTS, *self.method.row_statistics())
+            for state in ("master", *MOMENTS, *self.method.row_statistics)
             for shape, rank in zip(layout.shapes, layout.ranks, strict=True)
             for factor in layout.factors
             if rank
         ]
         entries += [
-            TensorEntry(f"statistics/{name}/{process}", torch.float32, tuple(part.shape))
-            for name, part in self.method.partial_statistics().items()
+            TensorEntry(f"statistics/{name}/{process}", part.dtype, tuple(part.shape))
+            for name, part in self.method.partial_statistics.items()
             for process in range(processes.world_size())
         ]
         entries += [
             TensorEntry(f"replicated/{name}", value.dtype, tuple(value.shape))
-            for name, value in self.method.replicated_state().items()
+            for name, value in self.method.replicated_state.items()
         ]
         self.file = TensorFileWriter(self.folder / TENSORS, entries)
 
@@ -237,15 +237,14 @@ class Checkpoint:
             modules = self.about["blocks"]
             births = [torch.tensor(modules[s.name]["births"], dtype=torch.int64) for s in layout.shapes]
             engine.load(births, self.progress.step, part)
-            statistics = method.row_statistics()
-            for name, flat in statistics.items():
+            for name, flat in method.row_statistics.items():
                 for of, view in zip(layout.fragments, layout.split(flat), strict=True):
                     view.copy_(part(name, of))
-            method.set_row_statistics(statistics)
-            method.set_partial_statistics({name: _part(file, name) for name in method.partial_statistics()})
-            method.set_replicated_state(
-                {name: file.read(f"replicated/{name}") for name in method.replicated_state()}
-            )
+            for name, value in method.partial_statistics.items():
+                value.copy_(_part(file, name))
+            for name, value in method.replicated_state.items():
+                value.copy_(file.read(f"replicated/{name}"))
+        method.restored()
 
 
 def _part(file: TensorFileReader, statistic: str) -> Tensor:
@@ -257,4 +256,4 @@ def _part(file: TensorFileReader, statistic: str) -> Tensor:
     total = torch.zeros(file.entries[parts[0]].shape, dtype=torch.float64)
     for name in parts if rank == 0 else []:
         total += file.read(name)
-    return total.float()
+    return total

@@ -24,7 +24,7 @@ from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.data.collating import Collator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import RunError
-from dynrank_ds.methods.base import Method, StepView
+from dynrank_ds.methods.base import Method, MicroBatch, StepView
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.checkpoint import Progress
@@ -128,10 +128,10 @@ class Trainer:
             return result
         self._discarded_in_a_row = 0
         rate = learning_rate(self.recipe.train, step, self.total_steps)
-        schedule = rate / self.recipe.train.learning_rate
+        rate_factor = rate / self.recipe.train.learning_rate
         layout = self.engine.layout
         view = StepView(
-            step, self.engine.weights(), gradients, layout, tokens, schedule, processes.all_reduce_sum
+            step, self.engine.weights(), gradients, layout, tokens, rate_factor, processes.all_reduce_sum
         )
         if self.method.observes_after_step:
             self.engine.step(rate)
@@ -164,12 +164,16 @@ class Trainer:
             self.recipe.train.micro_batch_size,
         )
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        under_way = self.method.micro_batch
-        under_way.step = self.progress.step + 1
         for number, chosen in enumerate(micro_batches, start=1):
             batch = self.collator.collate(self.dataset, chosen)
-            under_way.token_mask = batch.attention_mask.to(self.device)
-            under_way.packed, under_way.last = batch.packed, number == len(micro_batches)
+            self.method.begin_micro_batch(
+                MicroBatch(
+                    token_mask=batch.attention_mask.to(self.device),
+                    packed=batch.packed,
+                    step=self.progress.step + 1,
+                    last=number == len(micro_batches),
+                )
+            )
             summed = self.engine(**{name: value.to(self.device) for name, value in batch.inputs().items()})
             # The engine takes the mean over processes: this makes it the mean over all target tokens.
             self.engine.backward(summed * (processes.world_size() / targets))
@@ -215,11 +219,12 @@ class Trainer:
             raise RuntimeError(f"processes disagree on the rank plan of step {self.progress.step}")
         if plan.changed(before):
             new_rows = partial(self._new_rows, plan)
-            self.method.set_row_statistics(self.engine.resize(plan, new_rows, self.method.row_statistics()))
+            statistics = self.method.row_statistics
+            statistics.update(self.engine.resize(plan, new_rows, statistics))
         if plan.masked:
             self.engine.mask(plan.masked)
         self.masked_triples = sum(map(len, plan.masked))
-        self.method.applied(plan)
+        self.method.applied(plan, self.progress.step)
         self.adjustments += 1
         if self.is_first:
             self._log_adjustment(plan, before, scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dynrank_ds.methods.base import resolve_steps
+from dynrank_ds.ranking.schedule import resolve_steps
 from dynrank_ds.recipe import TrainSection
 
 

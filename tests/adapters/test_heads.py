@@ -65,7 +65,7 @@ def test_output_and_gradients_are_those_of_the_dense_matrix(
     linear = headed(side, gate=gate)
     seen: dict[int, ModuleBackward] = {}
     for i, module in enumerate(modules_of(linear)):
-        module.work = lambda backward, i=i: seen.setdefault(i, backward)  # type: ignore[misc]
+        module.on_backward = lambda backward, i=i: seen.setdefault(i, backward)  # type: ignore[misc]
     copies = [
         {name: f.detach().clone().requires_grad_() for name, f in module.factors().items()}
         for module in modules_of(linear)
@@ -97,7 +97,7 @@ def test_output_and_gradients_are_those_of_the_dense_matrix(
 def test_work_of_a_head_sees_what_its_module_alone_would_see(side: str, with_checkpointing: bool) -> None:
     linear, seen = headed(side, gate="soft"), {}
     for i, module in enumerate(modules_of(linear)):
-        module.work = lambda backward, i=i: seen.setdefault(i, []).append(backward)  # type: ignore[misc]
+        module.on_backward = lambda backward, i=i: seen.setdefault(i, []).append(backward)  # type: ignore[misc]
     x = torch.randn(2, 4, SIDES[side][0], dtype=torch.float64, requires_grad=True)
     y = checkpoint(linear, x, use_reentrant=False) if with_checkpointing else linear(x)
     direction = torch.randn_like(y)
@@ -110,7 +110,7 @@ def test_work_of_a_head_sees_what_its_module_alone_would_see(side: str, with_che
         alone = AdaptedModule(module.in_features, module.out_features, SCALE, torch.float64)
         alone.set_factors({name: f.detach().clone() for name, f in module.factors().items()})
         alone.gate, shown = module.gate, []
-        alone.work = shown.append
+        alone.on_backward = shown.append
         alone.update(own_x.detach()).backward(own_y)
         for field in ("x", "grad_y", "lora_a", "lora_b", "gate", "grad_a", "grad_b", "grad_gate"):
             torch.testing.assert_close(getattr(backward, field), getattr(shown[0], field), msg=field)
@@ -125,7 +125,7 @@ def test_what_work_adds_to_a_heads_gradients_reaches_its_factors() -> None:
             backward.grad_a += 0.5 * backward.lora_a
             backward.grad_b += 0.25 * backward.lora_b
 
-        modules_of(with_work)[2].work = work
+        modules_of(with_work)[2].on_backward = work
         for linear in (without, with_work):
             torch.manual_seed(1)
             linear(torch.randn(4, SIDES[side][0], dtype=torch.float64)).square().sum().backward()

@@ -65,7 +65,7 @@ def test_output_and_gradients_are_those_of_the_formula(with_e: bool, shape: tupl
 def test_a_gate_of_the_methods_scales_triples_and_its_gradient_reaches_the_work(entries: int) -> None:
     module, seen = adapted(3, with_e=False), []
     module.gate = torch.rand(entries, dtype=torch.float64) + 0.5
-    module.work = lambda backward: seen.append(backward.grad_gate)
+    module.on_backward = lambda backward: seen.append(backward.grad_gate)
     x = torch.randn(4, 5, dtype=torch.float64)
     gate = module.gate.expand(3).clone().requires_grad_()
     formula = plain(x, module, {**{k: v.detach() for k, v in module.factors().items()}, "lora_E": gate})
@@ -85,7 +85,7 @@ def test_the_gradient_of_a_gate_is_summed_in_at_least_single_precision(
 ) -> None:
     module, seen = adapted(3, with_e=False, dtype=dtype), []
     module.gate = torch.ones(3)
-    module.work = lambda backward: seen.append(backward)
+    module.on_backward = lambda backward: seen.append(backward)
     module(torch.randn(64, 5, dtype=dtype)).backward(torch.randn(64, 7, dtype=dtype))
     through_b, hidden = seen[0].grad_y @ seen[0].lora_b.T, seen[0].x @ seen[0].lora_a.T
     assert seen[0].grad_gate.dtype == wide
@@ -120,7 +120,7 @@ def test_factors_can_be_taken_away_again() -> None:
 @pytest.mark.parametrize("with_checkpointing", [False, True])
 def test_work_sees_the_input_once_per_backward(with_checkpointing: bool) -> None:
     module = adapted(3)
-    module.work = work = CountingWork()
+    module.on_backward = work = CountingWork()
     for times in (1, 2):
         x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
         y = checkpoint(module, x, use_reentrant=False) if with_checkpointing else module(x)
@@ -131,7 +131,7 @@ def test_work_sees_the_input_once_per_backward(with_checkpointing: bool) -> None
 
 def test_work_sees_nothing_in_evaluation() -> None:
     module = adapted(3)
-    module.work = work = CountingWork()
+    module.on_backward = work = CountingWork()
     with torch.no_grad():
         module(torch.randn(2, 5, dtype=torch.float64))
     module(torch.randn(2, 5, dtype=torch.float64))  # no backward follows
@@ -141,7 +141,7 @@ def test_work_sees_nothing_in_evaluation() -> None:
 def test_the_penalty_gradient_is_added_to_a_and_b() -> None:
     x = torch.randn(4, 5, dtype=torch.float64)
     without, with_penalty = adapted(3), adapted(3)
-    with_penalty.work = CountingWork(penalty=0.5)
+    with_penalty.on_backward = CountingWork(penalty=0.5)
     for module in (without, with_penalty):
         module(x).square().sum().backward()
     for name, factor in with_penalty.factors().items():

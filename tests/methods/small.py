@@ -49,6 +49,6 @@ def step_view(
     total: AllReduceSum = lambda tensor: tensor,
     step: int = 1,
     tokens: int = 1,
-    schedule: float = 1.0,
+    rate_factor: float = 1.0,
 ) -> StepView:
-    return StepView(step, weights, gradients, layout, tokens, schedule, total)
+    return StepView(step, weights, gradients, layout, tokens, rate_factor, total)

@@ -70,14 +70,14 @@ def test_the_target_is_two_thirds_of_the_initial_rank_unless_given() -> None:
     [
         ({"target_rank": 6}, r"method.target_rank 6 is not below adapter.rank 6: nothing would be pruned"),
         ({"target_rank": None, "rank": 1}, r"method.target_rank 1 is not below adapter.rank 1"),
-        ({"t_f": 0}, r"method.t_f is 0: give at least one step, which ends with the final mask"),
+        ({"t_f": 0}, r"method.t_f is 0, 0 of the 30 steps: give at least 1"),
         ({"interval": 0}, r"method.interval is 0, 0 of the 30 steps: give at least 1"),
         (
             {"interval": 40},
-            r"method.t_i 4 and method.interval 40 leave no mask before the final one after 22",
+            r"method.t_i 4 \+ method.interval 40 leaves no adjustment before step 22",
         ),
-        ({"t_i": 22}, r"method.t_i 22 and method.interval 3 leave no mask"),
-        ({"t_i": 29, "t_f": 29}, r"method.t_i 29 and method.interval 3 leave no mask"),
+        ({"t_i": 22}, r"method.t_i 22 \+ method.interval 3 leaves no adjustment"),
+        ({"t_i": 29, "t_f": 29}, r"method.t_i 29 \+ method.interval 3 leaves no adjustment"),
     ],
 )
 def test_what_would_do_nothing_is_refused(config: dict[str, Any], sentence: str) -> None:

@@ -17,6 +17,7 @@ from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.ard_lora import ARDLoRA, ARDLoRAConfig, alpha_of_modules
+from dynrank_ds.methods.base import MicroBatch
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from tests.methods.regression import SCALE, Regression, live
@@ -49,10 +50,10 @@ def layout(method: ARDLoRA, ranks: tuple[int, ...]) -> ShardLayout:
     return ShardLayout(method.shapes, ranks, method.factors, whole)
 
 
-def observe(method: ARDLoRA, step: int, schedule: float = 1.0, total=lambda t: t) -> None:  # type: ignore[no-untyped-def]
+def observe(method: ARDLoRA, step: int, rate_factor: float = 1.0, total=lambda t: t) -> None:  # type: ignore[no-untyped-def]
     nothing = torch.empty(0)
     ranks = tuple(len(module.gate) for module in method.modules)
-    method.observe(step_view(nothing, nothing, layout(method, ranks), total, step, schedule=schedule))
+    method.observe(step_view(nothing, nothing, layout(method, ranks), total, step, rate_factor=rate_factor))
 
 
 def plan(method: ARDLoRA, continuous: list[float], ranks: list[int], step: int, limit: int = 99) -> RankPlan:
@@ -82,9 +83,9 @@ def test_commits_come_from_t_i_at_every_interval_and_at_the_last_step_before_t_f
     ("config", "sentence"),
     [
         ({"interval": 0}, "method.interval is 0, 0 of the 20 steps: give at least 1"),
-        ({"interval": 12}, r"method.t_i 3 \+ method.interval 12 leaves no commit before the last at step 15"),
-        ({"t_i": 16}, r"leaves no commit before the last at step 15"),
-        ({"t_f": 0}, "method.t_f is 0: give at least one step with whole ranks"),
+        ({"interval": 12}, r"method.t_i 3 \+ method.interval 12 leaves no adjustment before step 15"),
+        ({"t_i": 16}, r"leaves no adjustment before step 15"),
+        ({"t_f": 0}, "method.t_f is 0, 0 of the 20 steps: give at least 1"),
     ],
 )
 def test_settings_that_leave_nothing_to_do_are_refused(config: dict[str, Any], sentence: str) -> None:
@@ -170,12 +171,12 @@ def test_alpha_follows_adam_on_the_whole_loss_by_autograd(size: int, reference: 
         made, seen = live(3, torch.float64), []
         method = started(made, start, slots=3, reference=reference, **settings)
         for step in range(1, 9):
-            method.micro_batch.step = step
+            method.begin_micro_batch(MicroBatch(step=step))
             task.backward(step, process.rank, made)
             observe(method, step, RATES[step - 1], process.total)
             assert process.sums == step
             if step == 4:
-                method.applied(RankPlan(((0, 1, 2),) * 3, (0, 0, 0)))
+                method.applied(RankPlan(((0, 1, 2),) * 3, (0, 0, 0)), step)
             seen.append(method.alpha.clone())
         return seen
 
@@ -208,7 +209,7 @@ def test_the_gradient_of_alpha_is_that_of_finite_differences() -> None:
     made = live(3, torch.float64)
     start = [0.8, 0.7, 1.3]
     method = started(made, start, slots=3, t_i=0, sparsity=0.0)
-    method.micro_batch.step = 1
+    method.begin_micro_batch(MicroBatch(step=1))
     task.backward(1, 0, made)
     observe(method, 1)
     for i, (name, module) in enumerate(made.items()):
@@ -234,7 +235,7 @@ def test_the_l1_term_alone_drives_alpha_to_its_floor() -> None:
 
 def test_the_variation_is_nothing_at_the_last_commit_and_pulls_back_to_it() -> None:
     method = started(live(2), [1.0, 1.5, 0.4], sparsity=3.0, variation=0.5)
-    method.applied(RankPlan(((0, 1, 2),) * 3, (0, 0, 0)))
+    method.applied(RankPlan(((0, 1, 2),) * 3, (0, 0, 0)), 4)
     assert torch.equal(method.reference, method.alpha)
     torch.testing.assert_close(method.penalty_gradient(), torch.ones(3, dtype=torch.float64))
     method.alpha.copy_(torch.tensor([1.2, 0.2, 1.9]))
@@ -248,7 +249,7 @@ def test_alpha_moves_only_between_t_i_and_the_last_commit() -> None:
     method = started(made)
     for step in range(1, 21):
         before = method.alpha.clone()
-        method.micro_batch.step = step
+        method.begin_micro_batch(MicroBatch(step=step))
         for module in made.values():
             module(torch.randn(2, module.in_features)).square().sum().backward()
         observe(method, step)
@@ -277,8 +278,7 @@ def apply(method: ARDLoRA, made: dict[str, AdaptedLinear], step: int) -> RankPla
         old = {f: value.detach() for f, value in module.factors().items()}
         fresh = method.new_rows(index, old, got, module_generator(0, name, step))
         module.set_factors({f: torch.cat([old[f][list(got.keep[index])], fresh[f]]) for f in old})
-    method.micro_batch.step = step
-    method.applied(got)
+    method.applied(got, step)
     return got
 
 
@@ -307,7 +307,7 @@ def test_after_the_last_commit_whole_ranks_train_as_plain_lora() -> None:
         plain = module.base.weight + SCALE * module.lora_B.T @ module.lora_A
         x = torch.randn(4, module.in_features)
         torch.testing.assert_close(module(x), x @ plain.T, rtol=1e-5, atol=1e-5)
-        method.micro_batch.step = 16
+        method.begin_micro_batch(MicroBatch(step=16))
         module(x).sum().backward()
     alpha = method.alpha.clone()
     method.observe(step_view(torch.empty(0), torch.empty(0), layout(method, got.ranks), step=16))
@@ -325,7 +325,7 @@ def test_a_restored_method_goes_on_bit_for_bit(last_step: int) -> None:
 
     def train(method: ARDLoRA, on: dict[str, AdaptedLinear], steps: range) -> None:
         for step in steps:
-            method.micro_batch.step = step
+            method.begin_micro_batch(MicroBatch(step=step))
             for module in on.values():
                 x = torch.randn(4, module.in_features, generator=torch.Generator().manual_seed(step))
                 module(x).square().sum().backward()
@@ -335,24 +335,26 @@ def test_a_restored_method_goes_on_bit_for_bit(last_step: int) -> None:
                 apply(method, on, step)
 
     train(first, made, range(1, last_step + 1))
-    saved = {name: value.clone() for name, value in first.replicated_state().items()}
+    saved = {name: value.clone() for name, value in first.replicated_state.items()}
     for name, module in again.items():
         module.set_factors({f: value.detach().clone() for f, value in made[name].factors().items()})
     second = ard_lora(again)
     second.start(layout(second, tuple(len(module.lora_A) for module in again.values())))
-    second.set_replicated_state(saved)
+    for name, value in saved.items():
+        second.replicated_state[name].copy_(value)
+    second.restored()
     assert torch.equal(outputs(made), outputs(again))
     train(first, made, range(last_step + 1, 20))
     train(second, again, range(last_step + 1, 20))
-    for name, value in first.replicated_state().items():
-        assert torch.equal(value, second.replicated_state()[name]), name
+    for name, value in first.replicated_state.items():
+        assert torch.equal(value, second.replicated_state[name]), name
     assert torch.equal(outputs(made), outputs(again))
 
 
 def test_a_discarded_step_leaves_no_trace() -> None:
     made = live(3)
     method, other = started(made), started(live(3))
-    method.micro_batch.step = 4
+    method.begin_micro_batch(MicroBatch(step=4))
     for module in made.values():
         module(torch.full((2, module.in_features), float("nan"))).sum().backward()
     method.discard_step()
@@ -394,7 +396,7 @@ def test_a_shared_alpha_gets_the_gradient_of_all_its_modules() -> None:
         if shared:
             method.alpha_of = [0, 1, 0]
             method.start(layout(method, (2, 2, 2)))
-        method.micro_batch.step = 1
+        method.begin_micro_batch(MicroBatch(step=1))
         task.backward(1, 0, made)
         observe(method, 1)
         gradients.append(method.alpha.grad)

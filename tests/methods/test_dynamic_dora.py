@@ -118,11 +118,14 @@ def test_every_plan_masks_the_exact_count_of_the_lowest(
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"target_rank": 6}, "method.target_rank 6 is not below adapter.rank 6: nothing would be pruned"),
-        ({"rank": 1}, "method.target_rank 1 is not below adapter.rank 1"),
+        (
+            {"target_rank": 6, "interval": 2},
+            "method.target_rank 6 is not below adapter.rank 6: nothing would be pruned",
+        ),
+        ({"rank": 1, "interval": 2}, "method.target_rank 1 is not below adapter.rank 1"),
         ({"interval": 0}, "method.interval is 0, 0 of the 20 steps: give at least 1"),
-        ({"interval": 8}, r"method.interval 8 is longer than the 7 steps from method.t_i 3 to step 10"),
-        ({"t_i": 12, "t_f": 9}, r"longer than the 0 steps"),
+        ({"interval": 8}, r"method.t_i 3 \+ method.interval 8 leaves no adjustment before step 10"),
+        ({"t_i": 12, "t_f": 9}, r"leaves no adjustment before step 11"),
     ],
 )
 def test_settings_that_leave_nothing_to_do_are_refused(config: dict[str, Any], sentence: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dynrank_ds.adapters.initial import module_generator
 from dynrank_ds.adapters.linear import AdaptedLinear
+from dynrank_ds.methods.base import MicroBatch
 from dynrank_ds.methods.dynamic_dora import (
     DynamicDoRA,
     DynamicDoRAConfig,
@@ -43,7 +44,7 @@ def backward(
 ) -> None:
     """A step of micro-batches whose task has no gradient."""
     for number in range(micro_batches):
-        method.micro_batch.step, method.micro_batch.last = step, number == 0
+        method.begin_micro_batch(MicroBatch(step=step, last=number == 0))
         for module in modules.values():
             (0 * module(torch.randn(2, module.in_features, dtype=module.dtype))).sum().backward()
 
@@ -119,7 +120,7 @@ def test_scores_follow_their_triples_through_the_last_mask_and_then_stand_still(
             scores = method.scores(step_view(torch.empty(0), torch.empty(0), layout, step=step))
             state = RankState((RANK,) * 3, (9,) * 3, RANK, step, 20)
             plan = method.plan(scores, state)
-            method.applied(plan)
+            method.applied(plan, step)
     expected = torch.cat([s[list(kept)] for s, kept in zip(scores, plan.keep, strict=True)])
     assert len(expected) == 6
     assert torch.equal(method.smoothed, expected)
@@ -128,7 +129,7 @@ def test_scores_follow_their_triples_through_the_last_mask_and_then_stand_still(
         module.set_factors({name: f.detach()[rows] for name, f in module.factors().items()} if rows else {})
     backward(method, modules, 11)
     method.observe(step_view(torch.empty(0), torch.empty(0), layout, step=11))
-    assert torch.equal(method.replicated_state()["scores"], expected)
+    assert torch.equal(method.replicated_state["scores"], expected)
 
 
 def test_a_discarded_step_leaves_no_trace() -> None:

@@ -34,10 +34,17 @@ def plan(scores: list[list[float]], b: int, k: int, max_ranks: list[int] | None 
     return method.plan([torch.tensor(s, dtype=torch.float64) for s in scores], state)
 
 
-def test_the_number_of_moves_falls_with_the_cube_of_the_phase() -> None:
+def test_the_number_of_reallocated_triples_falls_with_the_cube_of_the_phase() -> None:
     method = elalora(b=8)  # p = (t - 4) / 20 at 7, 10, ..., 22
     # 8 (1 - p^3) = 7.973, 7.784, 7.271, 6.272, 4.625, 2.168
-    assert [method.moves(step) for step in range(7, 24, 3)] == [8, 8, 7, 6, 5, 2]
+    assert [method.config.reallocated(step, method.schedule) for step in range(7, 24, 3)] == [
+        8,
+        8,
+        7,
+        6,
+        5,
+        2,
+    ]
     assert adjustments(b=8) == [7, 10, 13, 16, 19, 22]
     assert adjustments(b=1) == [7, 10, 13, 16, 19]  # 0.271 rounds to nothing at 22
     assert adjustments(b=1, schedule="constant") == [7, 10, 13, 16, 19, 22]
@@ -45,9 +52,9 @@ def test_the_number_of_moves_falls_with_the_cube_of_the_phase() -> None:
 
 def test_a_half_goes_to_the_even_number() -> None:
     method = elalora(total_steps=14, t_i=4, t_f=0, b=4)  # p = 1/2 at step 9: 4 * 7/8 = 3.5
-    assert method.moves(9) == 4
+    assert method.config.reallocated(9, method.schedule) == 4
     method = elalora(total_steps=14, t_i=4, t_f=0, b=12)  # 12 * 7/8 = 10.5
-    assert method.moves(9) == 10
+    assert method.config.reallocated(9, method.schedule) == 10
 
 
 def test_the_lowest_go_and_the_modules_of_the_highest_candidates_grow() -> None:
@@ -96,7 +103,10 @@ def test_equal_scores_move_exactly_as_many_as_asked_lower_module_and_triple_firs
         ({"interval": 40}, r"method.t_i 4 \+ method.interval 40 leaves no adjustment before step 24"),
         ({"t_i": 15, "t_f": 15}, r"leaves no adjustment before step 15"),
         ({"b": 1, "interval": 18}, r"leaves no adjustment before step 24"),  # 1 - 0.9^3 rounds to nothing
-        ({"rank": 1}, r"adapter.rank is 1: elalora leaves every module one triple, so none could move"),
+        (
+            {"rank": 1},
+            r"adapter.rank is 1: elalora leaves every module one triple, so that none could be pruned",
+        ),
     ],
 )
 def test_what_would_do_nothing_is_refused(config: dict[str, Any], sentence: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dynrank_ds.adapters.initial import module_generator, svd_factors
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods.base import MicroBatch
 from dynrank_ds.methods.increlora import IncreLoRA, IncreLoRAConfig
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -70,7 +71,7 @@ def test_growth_is_at_multiples_of_the_interval_after_t_i_until_the_target() -> 
         assert method.growing
         grown = plan(method, [1.0, 2.0, 3.0], ranks)
         ranks = list(grown.ranks)
-        method.applied(grown)
+        method.applied(grown, 6)
     assert not any(map(method.adjusts_at, range(1, 31)))
 
 
@@ -97,7 +98,7 @@ def test_half_the_target_is_added_at_a_time_unless_given() -> None:
             r"method.top_h 2 modules by 2 triples reach the target of 12 triples after 3 adjustments, but "
             r"method.t_i 4 and method.interval 12 leave 2 before the last of 30 steps",
         ),
-        ({"interval": 40}, r"leave 0 before the last of 30 steps"),
+        ({"interval": 40}, r"method.interval 40 leaves no adjustment before step 30"),
         ({"t_i": 24}, r"leave 1 before the last of 30 steps"),
     ],
 )
@@ -107,7 +108,7 @@ def test_what_would_not_reach_the_target_is_refused(config: dict[str, Any], sent
 
 
 def test_a_largest_rank_below_the_target_is_refused() -> None:
-    sentence = r"adapter.max_rank 3 is below method.target_rank 4, the mean rank that increlora ends with"
+    sentence = r"adapter.max_rank 3 is below 4, the mean rank that increlora ends with"
     with pytest.raises(RecipeError, match=sentence):
         load_recipe("quickstart_increlora", ["adapter.max_rank=3"])
     assert load_recipe("quickstart_increlora", ["adapter.max_rank=4"]).adapter.max_rank == 4
@@ -215,11 +216,12 @@ def test_scores_are_those_of_dense_gradients_however_the_batch_is_dealt(size: in
             modules = double_modules(ranks)
             following = IncreLoRA(IncreLoRAConfig(**TIMES), modules, 30, CPU)
             if method:
-                following.set_replicated_state(method.replicated_state())
+                for key, value in method.replicated_state.items():
+                    following.replicated_state[key].copy_(value)
             method = following
             for first in range(0, len(mine), micro_batch):
                 chosen = mine[first : first + micro_batch]
-                method.micro_batch.token_mask = torch.ones(len(chosen), TOKENS)
+                method.begin_micro_batch(MicroBatch(torch.ones(len(chosen), TOKENS)))
                 for name, module in modules.items():
                     # As the loop has it: the engine takes the mean over processes.
                     (loss(module, step, name, chosen) * size).backward()

@@ -102,10 +102,9 @@ def test_scores_from_shards_are_those_of_the_formula(size: int, options: Mapping
             method.shapes, RANKS, FACTORS, zero3_rules((), (), (), process.size)[process.rank]
         )
         method.start(layout)
-        method.set_row_statistics(
-            {"sensitivity": local(smoothed, process), "uncertainty": local(uncertainty, process)}
-        )
-        method.set_partial_statistics({"input_energy": torch.cat(parts[process.rank])})
+        method.row_statistics["sensitivity"] = local(smoothed, process)
+        method.row_statistics["uncertainty"] = local(uncertainty, process)
+        method.partial_statistics["input_energy"].copy_(torch.cat(parts[process.rank]))
         view = step_view(local(weights, process), local(gradients, process), layout, process.total)
         scores = method.scores(view)
         assert process.sums <= 2
@@ -202,6 +201,6 @@ def test_without_any_gradient_the_three_factors_weigh_alike() -> None:
     layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_rules((), (), (), 1)[0])
     method.start(layout)
     ones = torch.ones(layout.numel)
-    method.set_row_statistics({"sensitivity": ones, "uncertainty": 6 * ones})
+    method.row_statistics |= {"sensitivity": ones, "uncertainty": 6 * ones}
     scores = method.scores(step_view(ones, 0 * ones, layout))
     torch.testing.assert_close(torch.cat(list(scores)), torch.full((8,), 6.0, dtype=torch.float64))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import module_generator, svd_factors
+from dynrank_ds.methods.base import MicroBatch
 from dynrank_ds.methods.elalora import ElaLoRA, ElaLoRAConfig
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -89,11 +90,11 @@ def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int,
                 before = list(method.scores(view))
                 plan = method.plan(before, RankState(ranks, (9,) * 3, RANK, step, STEPS))
                 new = ShardLayout(method.shapes, plan.ranks, FACTORS, rules[process.rank])
-                states = torch.stack([weights, *method.row_statistics().values()])
+                states = torch.stack([weights, *method.row_statistics.values()])
                 moved = migrate(
                     states, layout, new, plan, method_rows(method, plan), (rules, rules), process.total
                 )[0]
-                method.set_row_statistics(dict(zip(method.row_statistics(), moved[1:], strict=True)))
+                method.row_statistics.update(zip(list(method.row_statistics), moved[1:], strict=True))
                 layout, ranks = new, plan.ranks
         return plan, before, list(method.scores(view))
 
@@ -121,7 +122,8 @@ def test_the_penalty_is_the_mean_norm_over_all_factor_matrices() -> None:
     method = ElaLoRA(ElaLoRAConfig(t_i=2, interval=5, t_f=3, orthogonality=0.3), modules, 20, CPU)
     for name, module in modules.items():
         module.set_factors(svd_factors(3, *SIDES[name], module_generator(0, name, 0)))
-    for method.micro_batch.last in (True, False):
+    for last in (True, False):
+        method.begin_micro_batch(MicroBatch(last=last))
         for name, module in modules.items():
             (0 * module(torch.randn(1, 2, SIDES[name][0]))).sum().backward()  # a task without gradient
     ours = [f for b in modules.values() for f in (b.lora_A, b.lora_B)]

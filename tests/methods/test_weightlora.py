@@ -14,6 +14,7 @@ from torch import Tensor
 from dynrank_ds.adapters.initial import module_generator
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods.base import MicroBatch
 from dynrank_ds.methods.weightlora import (
     WeightLoRA,
     WeightLoRAConfig,
@@ -95,10 +96,12 @@ def test_weights_follow_projected_sgd_on_the_gradient_of_the_whole_batch(size: i
         layout = ShardLayout(method.shapes, (RANK,) * 3, method.factors, whole)
         method.start(layout)
         for step in range(1, STEPS + 1):
-            method.micro_batch.step = step
+            method.begin_micro_batch(MicroBatch(step=step))
             task.backward(step, process.rank, made)
             nothing = torch.empty(0)
-            method.observe(step_view(nothing, nothing, layout, process.total, step, schedule=RATES[step - 1]))
+            method.observe(
+                step_view(nothing, nothing, layout, process.total, step, rate_factor=RATES[step - 1])
+            )
             assert process.sums == min(step, T)  # one a step until T
             assert torch.equal(torch.cat([module.gate for module in made.values()]), method.w)
             seen.append(method.w.clone())
@@ -136,7 +139,8 @@ def test_a_discarded_step_leaves_no_trace() -> None:
 def test_saved_weights_come_back_into_the_modules() -> None:
     made = live(RANK)
     method = weightlora(made)
-    method.set_replicated_state({"w": torch.tensor([0.5, 0.0, 2.0])})
+    method.replicated_state["w"].copy_(torch.tensor([0.5, 0.0, 2.0]))
+    method.restored()
     assert [float(module.gate) for module in made.values()] == [0.5, 0.0, 2.0]
     assert torch.equal(torch.cat(method.gates()), torch.tensor([0.5, 0.0, 2.0]))
 
@@ -176,7 +180,7 @@ def test_random_selection_trains_no_weight_and_keeps_k_modules_of_its_seed() -> 
         ranks = method.plan(scores, RankState((RANK,) * 12, (4,) * 12, RANK, 1, 20)).ranks
         assert sorted(ranks) == [0] * 9 + [RANK] * 3
         assert all(module.gate is None for module in made.values())
-        assert method.gates() == [None] * 12 and method.replicated_state() == {}
+        assert method.gates() == [None] * 12 and method.replicated_state == {}
         kept.add(ranks)
     assert len(kept) > 15
 

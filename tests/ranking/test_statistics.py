@@ -22,7 +22,7 @@ def test_sensitivity_on_two_processes_equals_the_recursion_on_whole_rows_in_floa
     shapes, ranks, factors = (ModuleShape("a", 7, 5),), (3,), ("lora_A", "lora_E", "lora_B")
     sizes = [(3, 7), (3, 1), (3, 5)]
     layouts = [ShardLayout(shapes, ranks, factors, zero3_rules((), (), (), 2)[rank]) for rank in range(2)]
-    ours = [Sensitivity(layout.numel, 0.85, 0.7, CPU) for layout in layouts]
+    ours = [Sensitivity({}, layout.numel, 0.85, 0.7, CPU) for layout in layouts]
     smoothed = [torch.zeros(s, dtype=torch.float64) for s in sizes]
     uncertainty = [torch.zeros(s, dtype=torch.float64) for s in sizes]
     for _ in range(30):
@@ -49,7 +49,7 @@ def test_sensitivity_on_two_processes_equals_the_recursion_on_whole_rows_in_floa
 
 def test_small_products_do_not_underflow_in_the_score() -> None:
     layout = ShardLayout((ModuleShape("a", 1, 1),), (1,), ("lora_A",), zero3_rules((), (), (), 1)[0])
-    statistic = Sensitivity(1, 0.85, 0.85, CPU)
+    statistic = Sensitivity({}, 1, 0.85, 0.85, CPU)
     statistic.update(torch.tensor([1e-10]), torch.tensor([1e-15]))
     # I = 1e-25: Ibar = 0.15 I, U = 0.15 (I - Ibar) = 0.1275 I; the product 1.9e-52 is nothing in fp32.
     torch.testing.assert_close(statistic.row_sums(layout).item(), 0.15 * 0.1275 * 1e-50, rtol=1e-5, atol=0)

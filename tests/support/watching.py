@@ -65,7 +65,7 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
         }
         for name, piece in pieces.items():
             state[f"{name} {module}.{factor}"] = without_padding(parameter, piece)
-    statistics = {**method.row_statistics(), **method.partial_statistics(), **method.replicated_state()}
+    statistics = {**method.row_statistics, **method.partial_statistics, **method.replicated_state}
     for name, value in statistics.items():
         state[f"statistic {name}"] = value
     optimizer = engine._engine.optimizer.optimizer

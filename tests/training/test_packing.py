@@ -16,6 +16,7 @@ from transformers import modeling_flash_attention_utils as flash_attention
 from dynrank_ds.data.collating import Collator, PackedCollator, PaddedCollator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.methods import build_method
+from dynrank_ds.methods.base import MicroBatch
 from dynrank_ds.recipe import check_recipe
 from dynrank_ds.training.loss import SummedLoss
 from dynrank_ds.training.model import load_model
@@ -72,8 +73,7 @@ def one_step(
     total = 0.0
     micro_batches = collator.micro_batches(indices, dataset.lengths, 0, 1, micro_batch_size)
     for number, chosen in enumerate(micro_batches):
-        method.micro_batch.last = number == 0
-        total += backward(dataset, collator, chosen, loss, method, n_targets)
+        total += backward(dataset, collator, chosen, loss, method, n_targets, last=number == 0)
     gradients = torch.cat(
         [p.grad.flatten() for module in modules.values() for p in module.factors().values()]
     )
@@ -81,10 +81,10 @@ def one_step(
     return total, gradients, sums
 
 
-def backward(dataset: TokenisedDataset, collator, chosen, loss, method, n_targets: int) -> float:
+def backward(dataset: TokenisedDataset, collator, chosen, loss, method, n_targets: int, last: bool) -> float:
     """As the loop does it."""
     batch = collator.collate(dataset, chosen)
-    method.micro_batch.token_mask, method.micro_batch.packed = batch.attention_mask, batch.packed
+    method.begin_micro_batch(MicroBatch(batch.attention_mask, batch.packed, last=last))
     mean = loss(**batch.inputs()) / n_targets
     mean.backward()
     return float(mean.detach())

@@ -12,6 +12,7 @@ import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 from torch import Tensor, nn
 
+from dynrank_ds.methods.base import MicroBatch
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.zero import processes
@@ -37,9 +38,16 @@ class Scored(Trainer):
             self.energy[shape.name] = torch.zeros(shape.in_features, dtype=torch.float64)
             self.squares[shape.name] = torch.zeros(shape.in_features, dtype=torch.float64)
             module.register_forward_pre_hook(partial(self._see, shape.name))
+        begin = self.method.begin_micro_batch
+
+        def noted(micro_batch: MicroBatch) -> None:
+            self.token_mask = micro_batch.token_mask
+            begin(micro_batch)
+
+        self.method.begin_micro_batch = noted  # type: ignore[method-assign]
 
     def _see(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        mask = self.method.micro_batch.token_mask.double()
+        mask = self.token_mask.double()
         self.squares[name] += (inputs[0].detach().double() ** 2 * mask[..., None]).sum((0, 1))
         if name == self.engine.shapes[0].name:
             self.tokens += mask.sum()

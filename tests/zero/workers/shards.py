@@ -118,15 +118,15 @@ class Poisoned(Trainer):
         if row is None or processes.rank() != 1:
             return super()._accumulate(indices, targets)
         module = next(b for b in self.engine.modules if b.lora_A is not None)
-        work = module.work
-        assert work is not None
+        hook = module.on_backward
+        assert hook is not None
 
         def poisoned(backward: ModuleBackward) -> None:
-            work(backward)
+            hook(backward)
             for gradient in (backward.grad_a, backward.grad_b):
                 gradient[row, -1 if row else 0] = torch.nan
 
-        with patch.object(module, "work", poisoned):
+        with patch.object(module, "on_backward", poisoned):
             return super()._accumulate(indices, targets)
 
     def _reduce(self, loss: Tensor, gradients: Tensor) -> StepResult:

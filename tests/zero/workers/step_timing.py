@@ -16,10 +16,10 @@ from dynrank_ds.training.run import build
 from tests.support.watching import main, write
 
 
-def slowed(call: Callable[[Any], None]) -> Callable[[Any], None]:
-    def slow(argument: Any) -> None:
+def slowed(call: Callable[..., None]) -> Callable[..., None]:
+    def slow(*arguments: Any) -> None:
         time.sleep(0.01)
-        call(argument)
+        call(*arguments)
 
     return slow
 
@@ -39,10 +39,12 @@ def watch(folder: Path) -> None:
             [seconds] = timing.seconds([step])
         seen.append([*step, seconds > 0, observe.called, trainer.adjustments])
     write(folder, "seen", seen)
-    for module in trainer.engine.modules:
-        module.work = slowed(module.work)
-    method.observe = slowed(method.observe)
-    write(folder, "inside", Timing(trainer).seconds_inside())
+    kind = type(method)
+    with (
+        patch.object(kind, "on_backward", slowed(kind.on_backward)),
+        patch.object(kind, "observe", slowed(kind.observe)),
+    ):
+        write(folder, "inside", Timing(trainer).seconds_inside())
 
 
 if __name__ == "__main__":
