@@ -1,7 +1,6 @@
 """Rows from JSONL and Parquet files, a folder, the hub, or a generator, one by one in the source's order."""
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +10,9 @@ from typing import Any, Protocol
 
 from dynrank_ds.data.rows import Row
 from dynrank_ds.errors import DataError
+from dynrank_ds.hub import is_hub_id
 from dynrank_ds.tensorfile import file_sha256
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILE_ENDINGS = {".jsonl", ".json", ".parquet"}
 _GENERATED_ROWS = 3200
 _LONGEST_LINE = 1 << 26
@@ -64,7 +63,7 @@ def open_source(
     if path.is_dir():
         files = _split_files(path, part)
         return FileSource(files) if files else FolderSource(path, part, streaming)
-    if _HUB_ID.fullmatch(source) and path.suffix not in _FILE_ENDINGS:
+    if is_hub_id(source) and path.suffix not in _FILE_ENDINGS:
         return HubSource(source, part, revision, streaming)
     raise DataError(f"{source}: no such file or folder, and not a hub id either (owner/name)")
 

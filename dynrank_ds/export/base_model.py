@@ -1,6 +1,5 @@
 """The frozen base of an adapter: where it lies and which files it has."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +8,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from dynrank_ds.errors import ModelError
 from dynrank_ds.files import read_json
+from dynrank_ds.hub import is_hub_id
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Configuration, tokenizer, chat template, licence: all that a model folder holds besides weights and code.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def find_base(base: str) -> BaseModel:
 
 
 def _fetch(base: str) -> Path:
-    if not _HUB_ID.fullmatch(base):
+    if not is_hub_id(base):
         raise ModelError(
             f"The base model {base} is no folder: name an existing folder or a hub id (owner/name)"
         )

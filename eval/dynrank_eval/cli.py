@@ -1,21 +1,19 @@
-"""`dynrank-eval`: scores models, or completions that somebody generated."""
+"""`dynrank-eval`: scores models, or completions that were generated elsewhere."""
 
 import argparse
 import json
 import logging
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynrank_ds.errors import DynrankError, RecipeError, RunError
+from dynrank_ds.errors import DynrankError, RunError
 
 if TYPE_CHECKING:
-    from dynrank_eval.evaluation import Job
-    from dynrank_eval.generation import Setup
+    from dynrank_eval import GenerationSettings, Selection
 
 _EXAMPLES = {
     "run": "dynrank-eval run --model merged --task gsm8k,math,humaneval --data-dir data --output scores",
@@ -24,12 +22,15 @@ _EXAMPLES = {
     "compare": "dynrank-eval compare scores-base scores-tuned",
     "sandbox-check": "dynrank-eval sandbox-check",
 }
-_SETUP_KEYS = ("model", "adapter", "engine", "dtype", "max_new_tokens", "temperature", "seed")
+# The names on the command line, and those that torch has for the same.
+_DTYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
+_DTYPES |= {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 the user's mistake (one sentence on stderr, no result written)."""
+    """Run a command; return 0, or 2 for the user's mistake (one sentence on stderr, no result written)."""
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("dynrank_eval").setLevel(logging.INFO)
     args = _parser().parse_args(argv)
     args.command_line = shlex.join(["dynrank-eval", *(sys.argv[1:] if argv is None else argv)])
     try:
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="|".join(_EXAMPLES))
 
     run = _command(commands, "run", "generate with a model, then score", _run)
-    generate = _command(commands, "generate", "generate with a model; goes on where it stopped", _generate)
+    generate = _command(commands, "generate", "generate with a model; resumes where it stopped", _generate)
     score = _command(commands, "score", "score completions; needs no model", _score)
     for command in (run, generate, score):
         _add_task_options(command)
@@ -94,16 +95,18 @@ def _add_task_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--task",
         required=True,
-        type=lambda names: names.split(","),
+        type=lambda names: [name for name in names.split(",") if name.strip()],
         help="one or more, with commas, of gsm8k, gsm_symbolic, gsm_symbolic_unseen, math, humaneval, "
         "humaneval_plus, mbpp, mbpp_plus",
     )
     command.add_argument("--data-dir", type=Path, help="folder with the tasks' data files")
     command.add_argument(
-        "--protocol", help="default: the task's (metamath-v1 for answers, evalplus-v1 for code)"
+        "--protocol", help="default: the task's (dynrank-math-v1 for answers, dynrank-code-v1 for code)"
     )
     command.add_argument("--limit", type=_positive, help="only the first N problems of each task")
-    command.add_argument("--n", type=_positive, default=1, help="completions per problem; default: 1")
+    command.add_argument(
+        "--n", type=_positive, help="completions per problem; default: the protocol's, mostly 1"
+    )
     command.add_argument(
         "--output", type=Path, required=True, help="folder for results.json and samples.jsonl"
     )
@@ -113,11 +116,27 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="model folder or hub id")
     command.add_argument("--adapter", type=Path, help="folder of a PEFT adapter for the model")
     command.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="default: vllm")
-    dtypes = ("bfloat16", "float16", "float32")
-    command.add_argument("--dtype", choices=dtypes, default="bfloat16", help="default: bfloat16")
+    command.add_argument(
+        "--engines",
+        type=_positive,
+        default=1,
+        help="how many engines share the prompts, each on a GPU of its own; default: 1, over all GPUs",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("auto", *_DTYPES),
+        default="auto",
+        help="default: auto, bf16 where the device computes it natively, else fp32",
+    )
     command.add_argument("--max-new-tokens", type=_positive, help="default: the protocol's")
-    command.add_argument("--temperature", type=_temperature, default=0.0, help="default: 0, greedy")
+    command.add_argument("--temperature", type=_temperature, help="default: the protocol's, mostly 0, greedy")
+    command.add_argument("--top-p", type=_top_p, help="default: the protocol's, mostly 1")
     command.add_argument("--seed", type=int, default=0, help="of the draws at a temperature; default: 0")
+    command.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="vLLM's kernels whose results do not depend on the batch: slower, and a greedy score stays the same",
+    )
 
 
 def _add_scoring_options(command: argparse.ArgumentParser) -> None:
@@ -148,91 +167,62 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _run(args: argparse.Namespace) -> None:
-    from dynrank_eval.generation import SAMPLES, generate
+def _top_p(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1")
+    return value
 
-    jobs = _jobs(args, generating=True, scoring=True)
-    setup = _setup(args)
-    start = time.monotonic()
-    generate(setup, jobs, args.output)
-    details = {key: getattr(args, key) for key in _SETUP_KEYS}
-    details["adapter"] = None if args.adapter is None else str(args.adapter)
-    details["generation_seconds"] = round(time.monotonic() - start, 3)
-    _finish(args, jobs, args.output / SAMPLES, details)
+
+def _run(args: argparse.Namespace) -> None:
+    from dynrank_eval import evaluate
+
+    settings = _settings(args)
+    results = evaluate(
+        _selection(args), generating=settings, output_dir=args.output, ks=args.k, command=args.command_line
+    )
+    _print_table(results.tasks)
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from dynrank_eval.generation import generate
+    from dynrank_eval.evaluate import generate_only
 
-    jobs = _jobs(args, generating=True, scoring=False)
-    generate(_setup(args), jobs, args.output)
-    print(
-        f"{sum(len(job.problems) * job.samples for job in jobs)} completions are in {args.output}/samples.jsonl"
-    )
+    count = generate_only(_selection(args), _settings(args), args.output)
+    print(f"{count} completions are in {args.output}/samples.jsonl")
 
 
 def _score(args: argparse.Namespace) -> None:
-    from dynrank_eval.generation import SAMPLES, SETTINGS
+    from dynrank_eval import evaluate
 
-    # What is written there is what was scored: the model's other completions would be gone, or others in their place.
-    itself = args.generations.absolute() == (args.output / SAMPLES).absolute()
-    if itself or (args.output / SETTINGS).is_file():
-        raise RunError(
-            f"--output {args.output} holds completions of a model; name another folder for the scores."
-        )
-    jobs = _jobs(args, generating=False, scoring=True)
-    _finish(args, jobs, args.generations, {"generations": str(args.generations)})
-
-
-def _jobs(args: argparse.Namespace, generating: bool, scoring: bool) -> "list[Job]":
-    from dynrank_eval import output
-    from dynrank_eval.evaluation import Choice, prepare
-
-    for k in getattr(args, "k", ()):
-        if k > args.n:
-            raise RecipeError(f"--k {k} needs at least {k} completions per problem, --n is {args.n}.")
-    output.check_output(args.output)
-    choice = Choice(
-        args.task, args.protocol, args.data_dir, args.limit, args.n, getattr(args, "allow_network", False)
+    results = evaluate(
+        _selection(args),
+        completions=args.generations,
+        output_dir=args.output,
+        ks=args.k,
+        command=args.command_line,
     )
-    return prepare(choice, generating, scoring)
+    _print_table(results.tasks)
 
 
-def _setup(args: argparse.Namespace) -> "Setup":
-    from dynrank_eval.generation import Setup
-
-    if args.n > 1 and args.temperature == 0:
-        raise RecipeError(
-            f"--n {args.n} at --temperature 0 makes the same completion {args.n} times; set one above 0."
-        )
-    return Setup(**{key: getattr(args, key) for key in _SETUP_KEYS})
+def _scoring(args: argparse.Namespace) -> dict[str, Any]:
+    return {"output_dir": args.output, "ks": args.k, "command": args.command_line}
 
 
-def _finish(
-    args: argparse.Namespace, jobs: "Sequence[Job]", generations: Path, details: dict[str, Any]
-) -> None:
-    """Judges, writes both files, prints the table."""
-    from dynrank_eval import output
-    from dynrank_eval.evaluation import judge, read_generations, summarise
+def _selection(args: argparse.Namespace) -> "Selection":
+    from dynrank_eval import Selection
 
-    given = read_generations(generations, jobs)
-    start = time.monotonic()
-    samples = [judge(job, completions) for job, completions in zip(jobs, given, strict=True)]
-    tasks = {job.task.name: summarise(job, done, args.k) for job, done in zip(jobs, samples, strict=True)}
-    machine = {name: fact for job in jobs for name, fact in job.task.machine().items()}
-    run = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": args.command_line,
-        **details,
-        "scoring_seconds": round(time.monotonic() - start, 3),
-        **machine,
-        "versions": output.versions(),
-    }
-    output.write_output(args.output, [sample for done in samples for sample in done], tasks, run)
-    _print_table(tasks)
+    allow_network = getattr(args, "allow_network", False)
+    return Selection(args.task, args.protocol, args.data_dir, args.limit, args.n, allow_network)
 
 
-def _print_table(tasks: dict[str, Any]) -> None:
+def _settings(args: argparse.Namespace) -> "GenerationSettings":
+    from dynrank_eval import GenerationSettings
+
+    chosen = {field.name: getattr(args, field.name) for field in fields(GenerationSettings)}
+    return GenerationSettings(**{**chosen, "dtype": _DTYPES.get(args.dtype, args.dtype)})
+
+
+def _print_table(tasks: Mapping[str, dict[str, Any]]) -> None:
     print(
         f"{'task':<20} {'n':>5} {'score':>7}  {'95% interval':<16} {'invalid':>7} {'timeouts':>8}  protocol"
     )
@@ -258,22 +248,23 @@ def _compare(args: argparse.Namespace) -> None:
         if args.output.is_dir():
             raise RunError(f"--output {args.output} is a folder; name a file.")
     comparisons = compare(args.first, args.second)
-    header = f"{'task':<20} {'n':>5} {'difference':>10}  {'95% interval':<18} {'McNemar p':>9}"
-    print(f"{header} {'both':>6} {'first':>6} {'second':>6} {'neither':>7}")
+    print(
+        f"{'task':<20} {'n':>5} {'difference':>10}  {'95% interval':<18} {'p':>9} "
+        f"{'first':>6} {'second':>6} {'equal':>6}"
+    )
     for done in comparisons:
         low, high = done.interval
         interval = f"{low:+.1%} to {high:+.1%}"
-        counts = " ".join(
-            f"{len(ids):>6}" for ids in (done.both, done.only_first, done.only_second, done.neither)
-        )
+        counts = " ".join(f"{len(ids):>6}" for ids in (done.first_higher, done.second_higher, done.equal))
         print(
             f"{done.task:<20} {done.n:>5} {done.difference:>+10.1%}  {interval:<18} {done.p_value:>9.2g} {counts}"
         )
     print(
-        "first and second: solved by that one only; the difference is the second's share of solved minus the first's"
+        "first, second: problems on which that one scores higher; the difference is the second's score minus the "
+        "first's"
     )
     if any(done.samples > 1 for done in comparisons):
-        print("solved: at least half of a problem's samples are correct; these shares are not the scores")
+        print("several completions per problem: means per problem, bootstrap interval, permutation test")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(

@@ -101,7 +101,7 @@ def last_boxed(text: str) -> str | None:
             if bare:
                 return bare.group(1)
             continue
-        end = _closing_brace(inside)
+        end = balanced_end(inside)
         if end is not None:
             return inside[1:end]
     return None
@@ -113,7 +113,8 @@ def _places_from_the_end(text: str, words: tuple[str, ...]) -> list[int]:
     return places[::-1][:20]
 
 
-def _closing_brace(text: str) -> int | None:
+def balanced_end(text: str) -> int | None:
+    """Return the place of the brace that closes the one that `text` begins with; None where none does."""
     depth = 0
     for place, character in enumerate(text):
         depth += (character == "{") - (character == "}")

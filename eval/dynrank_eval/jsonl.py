@@ -11,14 +11,17 @@ from dynrank_ds.errors import DataError
 
 
 def read_rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and row of every non-blank line of `path` (.jsonl, .jsonl.gz, or .json with a list).
+    """Yield line number (from 1) and row of every non-blank line of `path` (.jsonl, .jsonl.gz, or .json with a list).
+
+    A byte order mark is skipped.
 
     Raises:
-        DataError: the file is missing or not UTF-8; a line is not a JSON object or lacks one of `keys`.
+        DataError: the file is missing or not UTF-8; a line is not a JSON object, gives a key twice or lacks one of
+            `keys`.
     """
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except UnicodeDecodeError as error:
@@ -34,10 +37,20 @@ def read_rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str
         yield number, row
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; ValueError where a key is given twice, of which `json` would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
+
+
 def _json_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The rows of one JSON list, counted from 1 as if each had a line."""
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}.") from error
     yield from enumerate(rows if isinstance(rows, list) else [rows], start=1)
@@ -49,6 +62,6 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is not valid JSON: {error}.") from error

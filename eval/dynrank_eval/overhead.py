@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dynrank_eval import GenerationSettings, Selection, evaluate
 from dynrank_eval.engines import model as models
 from dynrank_eval.engines import start_engine
-from dynrank_eval.evaluation import Choice, judge, prepare, read_generations, summarise
-from dynrank_eval.generation import SAMPLES, Setup, generate
+from dynrank_eval.generation import resolve_dtype
+from dynrank_eval.jobs import prepare
 from dynrank_eval.output import replace_file
 
 
@@ -34,28 +35,25 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per prompt; default: 32")
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
-    choice = Choice(["gsm8k"], None, args.data_dir, args.prompts, 1, False)
-    setup = Setup(args.model, None, "vllm", "bfloat16", args.tokens, 0.0, 0)
+    selection = Selection(["gsm8k"], "metamath-v1", args.data_dir, args.prompts)
+    settings = GenerationSettings(args.model, max_new_tokens=args.tokens)
 
-    (job,) = prepare(choice, generating=True, scoring=True)
+    (job,) = prepare(selection, generating=True, scoring=True)
     ids = models.encode_prompts(models.load_tokenizer(args.model), job.prompts(None))
     longest = max(map(len, ids)) + args.tokens
-    engine: Any = start_engine("vllm", models.ModelSpec(args.model, None, "bfloat16", longest))
+    engine: Any = start_engine("vllm", models.ModelSpec(args.model, None, resolve_dtype("auto"), longest))
 
     def bare() -> None:
         from vllm import SamplingParams
 
-        settings = SamplingParams(temperature=0.0, max_tokens=args.tokens, stop=list(job.protocol.stop))
-        engine.llm.generate([{"prompt_token_ids": prompt} for prompt in ids], settings, use_tqdm=False)
+        sampling = SamplingParams(temperature=0.0, max_tokens=args.tokens, stop=list(job.protocol.stop))
+        engine.llm.generate([{"prompt_token_ids": prompt} for prompt in ids], sampling, use_tqdm=False)
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            jobs = prepare(choice, generating=True, scoring=True)
-            generate(setup, jobs, Path(folder), start=lambda name, spec: engine)
-            (given,) = read_generations(Path(folder) / SAMPLES, jobs)
-            summarise(jobs[0], judge(jobs[0], given), [1])
+            evaluate(selection, generating=settings, output_dir=Path(folder), engine=engine)
 
-    # Kernels and caches are warm from the second time on.
+    # Kernels and caches are warm from the second call on.
     bare()
     pairs = [(_timed(bare), _timed(whole)) for _ in range(args.pairs)]
     report = {

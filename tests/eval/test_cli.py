@@ -22,7 +22,7 @@ def test_score_counts_and_keeps_every_verdict(
     assert (entry["score"], entry["n"], entry["invalid_rate"], entry["timeouts"]) == (4 / 6, 6, 1 / 6, 0)
     # Wilson's interval of 4 in 6, worked out by hand.
     assert entry["interval"] == pytest.approx([0.29999, 0.90323], abs=1e-5)
-    assert (entry["protocol"], entry["tokens"], entry["prompt_hash"]) == ("metamath-v1", None, None)
+    assert (entry["protocol"], entry["tokens"], entry["prompt_hash"]) == ("dynrank-math-v1", None, None)
     assert [row["verdict"] for row in samples(out)] == [*["correct"] * 4, "wrong", "invalid"]
     assert [row["extracted"] for row in samples(out)] == ["1", "2", "3", "4", "0", None]
     assert results(out)["run"]["command"].startswith("dynrank-eval score --task gsm_symbolic")
@@ -102,7 +102,7 @@ def test_mistakes_of_run_are_one_sentence_and_write_nothing(
     ("line", "message"),
     [
         ("{", "line 6 is not valid JSON"),
-        ('{"task_id": "gsm_symbolic-5"}', "line 6 lacks the key 'completion'"),
+        ('{"task_id": "gsm_symbolic-5"}', "line 6 has neither of the keys 'completion' and 'solution'"),
         (
             '{"task_id": "gsm_symbolic-1", "completion": "x"}',
             "line 6: the task_id 'gsm_symbolic-1' was there once before",
@@ -110,7 +110,7 @@ def test_mistakes_of_run_are_one_sentence_and_write_nothing(
         ('{"task_id": "other", "completion": "x"}', "line 6: gsm_symbolic has no task_id 'other'"),
         (
             '{"task_id": "gsm_symbolic-5", "completion": null}',
-            "line 6: 'completion' and 'prompt' must be texts",
+            "line 6: 'completion', 'solution' and 'prompt' must be texts",
         ),
         ('{"task_id": "gsm_symbolic-5", "completion": "x", "tokens": "y"}', "line 6: 'tokens' is 'y'"),
         ('{"task_id": ["a"], "completion": "x"}', "line 6: gsm_symbolic has no task_id"),
@@ -119,7 +119,7 @@ def test_mistakes_of_run_are_one_sentence_and_write_nothing(
         ('"text"', "line 6 is a JSON str, not an object"),
         (
             '{"task": ["gsm_symbolic"], "task_id": "gsm_symbolic-5", "completion": "x"}',
-            "lacks completions for 1",
+            "line 6: there is no task",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_odd_completions_get_a_verdict(data: Path, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([*score_arguments(data, path), "--output", str(tmp_path / "out")]) == 0
     verdicts = [row["verdict"] for row in samples(tmp_path / "out")]
-    assert verdicts == ["invalid", "invalid", "invalid", "correct", "invalid", "invalid"]
+    assert verdicts == ["invalid", "invalid", "wrong", "correct", "invalid", "invalid"]
 
 
 def test_scoring_loads_neither_training_code_nor_heavy_packages(
@@ -178,7 +178,7 @@ code = main(sys.argv[1:])
 heavy = ("deepspeed", "torch", "transformers", "vllm", "datasets")
 ours = [name for name in sys.modules if name.startswith("dynrank_ds.")]
 assert not set(heavy) & set(sys.modules), set(heavy) & set(sys.modules)
-assert set(ours) <= {"dynrank_ds.errors", "dynrank_ds.prompts"}, ours
+assert set(ours) <= {f"dynrank_ds.{name}" for name in ("dtypes", "errors", "hub", "prompts")}, ours
 sys.exit(code)
 """
     arguments = score_arguments(data, generations)
@@ -194,7 +194,7 @@ from dynrank_eval.cli import main
 code = main(sys.argv[1:])
 ours = [name for name in sys.modules if name.startswith("dynrank_ds.")]
 assert "deepspeed" not in sys.modules
-assert set(ours) <= {"dynrank_ds.errors", "dynrank_ds.prompts"}, ours
+assert set(ours) <= {f"dynrank_ds.{name}" for name in ("dtypes", "errors", "hub", "prompts")}, ours
 sys.exit(code)
 """
     arguments = [

@@ -36,7 +36,7 @@ def prompts(tiny_model: Path) -> list[list[int]]:
 
 
 def spec(model: Path, adapter: Path | None = None) -> ModelSpec:
-    return ModelSpec(str(model), adapter, "float32", 128)
+    return ModelSpec(str(model), adapter, "fp32", 128)
 
 
 def complete(
@@ -126,11 +126,11 @@ def test_hf_engine_ignores_the_models_sampling_settings(
 def test_a_draw_does_not_depend_on_what_runs_beside_it(tiny_model: Path, prompts: list[list[int]]) -> None:
     """Each request has its own generator, and the shares are the model's."""
     engine = start_engine("hf", spec(tiny_model))
-    requests = [Request(prompt, 8, (), 1.0, seed) for seed, prompt in enumerate(prompts)]
+    requests = [Request(prompt, 8, (), 1.0, 1.0, seed) for seed, prompt in enumerate(prompts)]
     together = dict(engine.generate(requests))
     alone = dict(engine.generate(requests[3:4]))
     assert together[3] == alone[0]
-    same = [Request(prompts[0], 1, (), 0.7, seed) for seed in range(600)]
+    same = [Request(prompts[0], 1, (), 0.7, 1.0, seed) for seed in range(600)]
     firsts = [completion.token_ids[0] for _, completion in engine.generate(same)]
     from transformers import AutoModelForCausalLM
 
@@ -155,7 +155,7 @@ probe = tuple(map(tuple, prompts[:8]))
 for adapter in adapters:
     served = None if adapter is None else Path(adapter)
     try:
-        engine = start_engine("vllm", ModelSpec(model, served, "float32", 128, probe))
+        engine = start_engine("vllm", ModelSpec(model, served, "fp32", 128, probe))
     except RunError as error:
         rows.append(str(error))
         break
@@ -225,8 +225,8 @@ def test_an_adapter_that_changes_nothing_is_refused(
     probe = tuple(map(tuple, prompts[:8]))
     empty = make_adapter(tiny_model, tmp_path / "empty")
     with pytest.raises(RunError, match="changes nothing"):
-        start_engine("hf", ModelSpec(str(tiny_model), empty, "float32", 128, probe))
-    start_engine("hf", ModelSpec(str(tiny_model), tiny_adapter, "float32", 128, probe))
+        start_engine("hf", ModelSpec(str(tiny_model), empty, "fp32", 128, probe))
+    start_engine("hf", ModelSpec(str(tiny_model), tiny_adapter, "fp32", 128, probe))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_completions_keep_their_leading_space(data_dir: Path) -> None:
     tokenizer = load_tokenizer(model)
     texts = ["Once upon a", "Tom and", "One day,"]
     ids = encode_prompts(tokenizer, texts)
-    completions = complete(start_engine("hf", ModelSpec(model, None, "float32", 64)), ids, length=12)
+    completions = complete(start_engine("hf", ModelSpec(model, None, "fp32", 64)), ids, length=12)
     for text, prompt, completion in zip(texts, ids, completions, strict=True):
         whole = tokenizer.decode([*prompt, *completion.token_ids], skip_special_tokens=True)
         assert text + completion.text == whole

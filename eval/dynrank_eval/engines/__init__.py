@@ -1,4 +1,4 @@
-"""Generation behind one small interface, so that a score does not depend on who generated."""
+"""Generation behind one small interface, so that a score does not depend on the engine."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,17 @@ _SAME_LOGPROB = 1e-6
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed a prompt: its text up to a stop string, and all token ids, the end token included."""
+    """What followed a prompt.
+
+    Attributes:
+        text: up to a stop string.
+        token_ids: all that were generated, the end token included.
+        truncated: it ended at the limit of new tokens, neither by an end token nor by a stop string.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    truncated: bool
 
     @property
     def n_tokens(self) -> int:
@@ -32,32 +39,40 @@ class Request:
 
     Attributes:
         prompt: token ids, BOS included.
-        max_new_tokens: where the completion ends at the latest.
+        max_new_tokens: number of new tokens after which the completion ends.
         stop: strings before which it ends.
-        temperature: 0 takes the most likely token always.
-        seed: of this request's own draws where the temperature is above 0, whatever else runs beside it.
+        temperature: 0 always takes the most likely token.
+        top_p: tokens are drawn from the smallest set that holds this probability.
+        seed: of this request's own draws where the temperature is above 0, whatever shares its batch.
     """
 
     prompt: list[int]
     max_new_tokens: int
     stop: tuple[str, ...]
     temperature: float = 0.0
+    top_p: float = 1.0
     seed: int = 0
 
 
 class Engine(Protocol):
+    """A loaded model that completes prompts."""
+
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """Each request's place and completion, as they finish."""
+        """Yield each request's index and completion, as they finish."""
 
 
 def start_engine(name: str, spec: "ModelSpec") -> Engine:
-    """Loads the model into the engine called `name`.
+    """Load the model into the engine called `name`, or into several of them.
 
     Raises:
         MachineError: its packages are missing.
         RunError: the adapter changes nothing.
     """
     try:
+        if spec.engines > 1:
+            from dynrank_eval.engines.parallel import ParallelEngine
+
+            return ParallelEngine(name, spec)
         if name == "vllm":
             from dynrank_eval.engines.vllm import VllmEngine
 
@@ -76,7 +91,7 @@ def start_engine(name: str, spec: "ModelSpec") -> Engine:
 def require_difference(
     spec: "ModelSpec", base: Sequence[Mapping[int, float]], adapted: Sequence[Mapping[int, float]]
 ) -> None:
-    """RunError where the adapter leaves the next token's log-probabilities of all prompts as they are.
+    """Raise RunError where the adapter leaves the next token's log-probabilities of all prompts as they are.
 
     Args:
         base, adapted: per prompt the likeliest tokens' log-probabilities.

@@ -23,7 +23,7 @@ _BATCH = 16
 
 
 class HfEngine:
-    """Batches of 16 of similar length, padded on the left."""
+    """Generates in batches of 16 of similar length, padded on the left."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._tokenizer = load_tokenizer(spec.model)
@@ -79,21 +79,20 @@ class HfEngine:
             )
         rows = output[:, width:].tolist()
         return [
-            self._completion(p, row, end, stop)
-            for p, row, end in zip(prompts, rows, stopper.ends, strict=True)
+            self._completion(request, row, end)
+            for request, row, end in zip(requests, rows, stopper.ends, strict=True)
         ]
 
-    def _completion(
-        self, prompt: list[int], row: list[int], stopped: int | None, stop: Sequence[str]
-    ) -> Completion:
+    def _completion(self, request: Request, row: list[int], stopped: int | None) -> Completion:
         ends = [place + 1 for place, token in enumerate(row) if token in self._end]
-        generated = row[: min([*ends[:1], *([stopped] if stopped else []), len(row)])]
-        text = self.text_after(prompt, generated)
-        cuts = [place for s in stop if (place := text.find(s)) >= 0]
-        return Completion(text[: min(cuts)] if cuts else text, tuple(generated))
+        ended = [*ends[:1], *([stopped] if stopped else [])]
+        generated = row[: min([*ended, len(row)])]
+        text = self.text_after(request.prompt, generated)
+        cuts = [place for stop in request.stop if (place := text.find(stop)) >= 0]
+        return Completion(text[: min(cuts)] if cuts else text, tuple(generated), not ended and not cuts)
 
     def text_after(self, prompt: list[int], generated: list[int]) -> str:
-        """The generated text as a continuation: alone, SentencePiece would lose its leading space."""
+        """Return the generated text as a continuation: alone, SentencePiece would lose its leading space."""
 
         def decode(ids: list[int]) -> str:
             return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -102,7 +101,11 @@ class HfEngine:
 
 
 class _StopStrings(StoppingCriteria):
-    """Ends a row when its generated text holds a stop string; `ends` keeps the length at which it did."""
+    """Ends a row when its generated text holds a stop string; `ends` keeps the length at which it did.
+
+    transformers' own `stop_strings` looks at the tokens alone and does not say where a row ended, and a tokenizer whose
+    first token loses its space (SentencePiece) gives another text there than the whole completion has.
+    """
 
     def __init__(self, engine: HfEngine, prompts: list[list[int]], width: int, stop: Sequence[str]) -> None:
         self._engine, self._prompts, self._width, self._stop = engine, prompts, width, stop
@@ -131,23 +134,36 @@ class _Draws(LogitsProcessor):
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self._temperatures = [request.temperature for request in requests]
+        self._settings = [(request.temperature, request.top_p) for request in requests]
         self._generators = [torch.Generator().manual_seed(request.seed) for request in requests]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         drawn = scores.float()
-        for row, (temperature, generator) in enumerate(
-            zip(self._temperatures, self._generators, strict=True)
+        for row, ((temperature, top_p), generator) in enumerate(
+            zip(self._settings, self._generators, strict=True)
         ):
             if temperature:
+                scaled = _within_top_p(drawn[row] / temperature, top_p)
                 uniform = torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64)
                 gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
-                drawn[row] = drawn[row] / temperature + gumbel.to(drawn)
+                drawn[row] = scaled + gumbel.to(drawn)
         return drawn
 
 
+def _within_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return logits (vocabulary,) with -inf for tokens outside the smallest set that holds `top_p` (Holtzman 2020)."""
+    if top_p >= 1:
+        return logits
+    ordered, places = logits.sort(descending=True)
+    before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+    kept = torch.full_like(logits, float("-inf"))
+    inside = before < top_p
+    kept[places[inside]] = ordered[inside]
+    return kept
+
+
 def _batches(order: Sequence[int], requests: Sequence[Request]) -> Iterator[list[int]]:
-    """At most 16 places at a time, whose requests agree in length and stop strings."""
+    """Yield at most 16 places at a time, whose requests agree in length and stop strings."""
     batch: list[int] = []
     for place in order:
         new, first = requests[place], requests[batch[0]] if batch else None
@@ -162,10 +178,10 @@ def _batches(order: Sequence[int], requests: Sequence[Request]) -> Iterator[list
 
 
 def load_adapted(spec: ModelSpec) -> Any:
-    """The model, with the adapter on it where there is one; ModelError where it cannot be loaded."""
+    """Return the model, with the adapter on it where there is one; ModelError where it cannot be loaded."""
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            spec.model, dtype=getattr(torch, spec.dtype), use_safetensors=True
+            spec.model, dtype=getattr(torch, spec.torch_dtype), use_safetensors=True
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -178,7 +194,7 @@ def load_adapted(spec: ModelSpec) -> Any:
 
 
 def check_difference(spec: ModelSpec, model: Any) -> None:
-    """RunError where the adapter of a PEFT model changes none of the probe's next-token logits."""
+    """Raise RunError where the adapter of a PEFT model changes none of the probe's next-token logits."""
     adapted = [_next_logprobs(model, prompt) for prompt in spec.probe]
     with model.disable_adapter():
         base = [_next_logprobs(model, prompt) for prompt in spec.probe]
@@ -193,7 +209,7 @@ def _next_logprobs(model: Any, prompt: Sequence[int]) -> Mapping[int, float]:
 
 
 def save_merged(spec: ModelSpec, folder: Path) -> None:
-    """Writes the merged model and its tokenizer; the whole model is in memory meanwhile."""
+    """Write the merged model and its tokenizer; the whole model is in memory while it does."""
     model = load_adapted(spec).eval()
     if spec.probe:
         check_difference(spec, model)

@@ -1,16 +1,16 @@
 """The model to be scored: checks before anything is loaded, its tokenizer, its prompts as token ids."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dynrank_ds.errors import DataError, ModelError, RunError
+from dynrank_ds.hub import is_hub_id
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,11 @@ class ModelSpec:
     Attributes:
         model: folder or hub id.
         adapter: folder of a PEFT adapter, or None.
-        dtype: "bfloat16", "float16" or "float32".
-        max_length: tokens of the longest prompt and its completion together.
-        probe: prompts on which an adapter must make a difference; without any that is not checked.
+        dtype: "bf16", "fp16" or "fp32".
+        max_length: tokens of the longest prompt plus those of its completion.
+        probe: prompts on which an adapter must change the output; without any that is not checked.
+        batch_invariant: whether vLLM uses kernels whose results do not depend on the batch.
+        engines: number of engines that share the prompts.
     """
 
     model: str
@@ -30,13 +32,20 @@ class ModelSpec:
     dtype: str
     max_length: int
     probe: tuple[tuple[int, ...], ...] = ()
+    batch_invariant: bool = False
+    engines: int = 1
+
+    @property
+    def torch_dtype(self) -> str:
+        """The dtype as torch and vLLM name it."""
+        return TORCH_DTYPES[self.dtype]
 
 
 def check_model(model: str) -> None:
-    """ModelError unless `model` is a complete model folder or may be a hub id."""
+    """Raise ModelError unless `model` is a complete model folder or may be a hub id."""
     folder = Path(model)
     if not folder.is_dir():
-        if folder.exists() or not _HUB_ID.fullmatch(model):
+        if folder.exists() or not is_hub_id(model):
             raise ModelError(f"--model {model}: there is no such folder.")
         return
     if not (folder / "config.json").is_file():
@@ -51,12 +60,12 @@ def check_model(model: str) -> None:
 
 
 def adapter_rank(adapter: Path) -> int:
-    """The largest rank in a PEFT LoRA adapter's folder; RunError where that is none."""
+    """Return the largest rank in a PEFT LoRA adapter's folder; RunError where that is none."""
     return max(adapter_ranks(adapter, adapter_config(adapter)))
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:
-    """adapter_config.json of a complete PEFT adapter's folder; RunError where that is none."""
+    """Return adapter_config.json of a complete PEFT adapter's folder; RunError where that is none."""
     path = adapter / "adapter_config.json"
     if not path.is_file():
         raise RunError(
@@ -71,7 +80,7 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
 
 
 def adapter_ranks(adapter: Path, config: dict[str, Any]) -> list[int]:
-    """Every rank that the configuration in the folder `adapter` names; RunError where it is damaged."""
+    """Return every rank that the configuration in the folder `adapter` names; RunError where it is damaged."""
     try:
         return [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -81,20 +90,20 @@ def adapter_ranks(adapter: Path, config: dict[str, Any]) -> list[int]:
 
 
 def model_files(folder: str) -> list[list[Any]]:
-    """Name, size and time of change of a local folder's files that decide what it generates; none of a hub id."""
+    """Return name, size and modification time of the files that decide what a folder generates; none of a hub id."""
     files = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.json")])
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder or hub id; ModelError where it cannot be loaded."""
+    """Return the tokenizer of a folder or hub id; ModelError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer, model, "tokenizer")
 
 
 def load_config(model: str) -> Any:
-    """The configuration of a folder or hub id; ModelError where it cannot be loaded."""
+    """Return the configuration of a folder or hub id; ModelError where it cannot be loaded."""
     from transformers import AutoConfig
 
     return _load(AutoConfig, model, "configuration")
@@ -109,7 +118,7 @@ def _load(kind: Any, model: str, what: str) -> Any:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids with one BOS where the tokenizer prepends one, and without the EOS that some append.
+    """Return token ids with one BOS where the tokenizer prepends one, and without the EOS that some append.
 
     A prompt whose text begins with the BOS token does not get a second one.
     """
@@ -127,7 +136,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def check_length(model: str, max_length: int) -> None:
-    """ModelError where prompt and completion together exceed the model's positions."""
+    """Raise ModelError where prompt and completion exceed the model's positions."""
     positions = getattr(load_config(model), "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise ModelError(
@@ -137,7 +146,7 @@ def check_length(model: str, max_length: int) -> None:
 
 
 def end_token_ids(model: str, tokenizer: Any) -> list[int]:
-    """Every token that ends a text: the tokenizer's EOS and those of the model's generation settings."""
+    """Return every token that ends a text: the tokenizer's EOS and those of the model's generation settings."""
     from transformers import GenerationConfig
 
     try:

@@ -3,17 +3,38 @@
 import logging
 from pathlib import Path
 
+from dynrank_ds.errors import ModelError
 from dynrank_eval.engines.model import adapter_config, adapter_rank, adapter_ranks, load_config
 
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+# What vLLM 0.32 serves on a CPU (CPUAttentionBackend.get_supported_head_sizes).
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 # What vLLM accepts as max_lora_rank; it serves every rank up to it.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 log = logging.getLogger(__name__)
 
 
+def check_heads(model: str) -> None:
+    """Raise ModelError where vLLM has no attention kernel for the size of the model's heads."""
+    config = load_config(model).get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    if size is None:
+        return
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if size % 8 if on_gpu else size not in _CPU_HEAD_SIZES:
+        allowed = "a multiple of 8" if on_gpu else f"one of {', '.join(map(str, _CPU_HEAD_SIZES))}"
+        raise ModelError(
+            f"--model {model} has attention heads of size {size}, which vLLM cannot serve on this device (it must be "
+            f"{allowed}); use --engine hf."
+        )
+
+
 def needs_merging(adapter: Path) -> str | None:
-    """Why vLLM cannot serve the adapter directly, None where it can."""
+    """Return why vLLM cannot serve the adapter directly; None where it can."""
     config = adapter_config(adapter)
     ranks = adapter_ranks(adapter, config)
     if max(ranks) > _LORA_RANKS[-1]:
@@ -33,13 +54,13 @@ def needs_merging(adapter: Path) -> str | None:
 
 
 def allowed_rank(adapter: Path) -> int:
-    """The smallest max_lora_rank of vLLM that holds the adapter."""
+    """Return the smallest max_lora_rank of vLLM that the adapter fits."""
     rank = adapter_rank(adapter)
     return next(allowed for allowed in _LORA_RANKS if allowed >= rank)
 
 
 def parallel_size(model: str, gpus: int) -> int:
-    """The largest number of GPUs that can share the model's attention heads and its MLP (vLLM splits them evenly)."""
+    """Return the largest number of GPUs over which vLLM can split the model's heads and its MLP evenly."""
     config = load_config(model)
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads

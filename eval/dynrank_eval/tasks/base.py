@@ -27,20 +27,34 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Problem:
-    """What the model is asked (without the protocol's prompt) and what its answer is held against."""
+    """What the model is asked (without the protocol's prompt) and what its answer is compared with.
+
+    Attributes:
+        forms: the text in other forms that some protocols ask in.
+        groups: what results are broken down by: {"subject": "Algebra", "level": "1"}.
+    """
 
     task_id: str
     text: str
-    reference: dict[str, str]
+    reference: dict[str, Any]
+    groups: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict and what was judged; `grades` where more than one reading or grader was asked."""
+    """The verdict and what was judged.
+
+    Attributes:
+        extracted: the answer or program that was judged; None where there was none.
+        grades: where more than one reading or grader was asked, what each says.
+        grader: what decided.
+    """
 
     verdict: Verdict
     extracted: str | None
     grades: Mapping[str, bool] = field(default_factory=dict)
+    grader: str = ""
 
 
 class Task(ABC):
@@ -52,6 +66,10 @@ class Task(ABC):
     @abstractmethod
     def load(self, data_dir: Path | None) -> list[Problem]:
         """All problems, in the benchmark's order; DataError where they are not to be had."""
+
+    def source(self, data_dir: Path | None) -> dict[str, str]:
+        """Return where the problems come from (`file` or `hub`) and which `variant` of the benchmark they are."""
+        return {}
 
     def examples(self, data_dir: Path | None) -> list[dict[str, Any]]:
         """Training rows for protocols with solved examples; DataError where there are none."""

@@ -1,20 +1,23 @@
 """What the code benchmarks share: from a completion to a program, and its verdict in the sandbox.
 
 A reference of such a problem holds four sources: `prelude` (what the tests build on), `names` (what they use of the
-solution, with spaces between), `tests`, and `solution`, which passes them and whose time sets the time limit.
+solution, with spaces between; the asked function last), `tests` (by name), and `solution`, which passes them and whose
+time sets the time limit.
 """
 
 import ast
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dynrank_eval import sandbox
 from dynrank_eval.protocols import Protocol
-from dynrank_eval.sandbox import Limits, Outcome, Program
+from dynrank_eval.sandbox import Limits, Outcome, Program, Result
 from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict
+from dynrank_eval.tasks.programs import program
 from dynrank_eval.tasks.sanitizing import sanitize
+from dynrank_eval.transcriptions import evalplus, pissa
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ _AFTER_THE_FUNCTION = re.compile(r"^(?:if __name__ ==|# Example usage|assert\b)"
 class CodeTask(Task):
     """Judges by running; subclasses load."""
 
-    default_protocol = "evalplus-v1"
+    default_protocol = "dynrank-code-v1"
     # Whether a prompt is the beginning of the program (HumanEval) or only describes it (MBPP).
     prompt_is_code: bool
 
@@ -58,32 +61,70 @@ class CodeTask(Task):
             self._code(problem, completion, protocol)
             for problem, completion in zip(problems, completions, strict=True)
         ]
+        tolerant = protocol.code == "program"
         written = [place for place, code in enumerate(codes) if code]
-        programs = [_program(problems[place], codes[place]) for place in written]
+        programs = [_program(problems[place], codes[place], tolerant) for place in written]
         references = [_program(problems[place], problems[place].reference["solution"]) for place in written]
-        outcomes = dict(zip(written, run_within_limits(programs, references), strict=True))
+        results = dict(zip(written, run_within_limits(programs, references), strict=True))
         return [
-            Judgement(_VERDICTS[outcomes[place]], code)
-            if place in outcomes
-            else Judgement(Verdict.INVALID, None)
-            for place, code in enumerate(codes)
+            self._judgement(problem, code, results.get(place))
+            for place, (problem, code) in enumerate(zip(problems, codes, strict=True))
         ]
 
+    def _judgement(self, problem: Problem, code: str, result: Result | None) -> Judgement:
+        parts = list(problem.reference["tests"])
+        if result is None:
+            return Judgement(
+                Verdict.INVALID, None, dict.fromkeys(parts, False) if len(parts) > 1 else {}, "tests"
+            )
+        verdict = _VERDICTS[result.outcome]
+        passed = len(parts) if verdict is Verdict.CORRECT else result.passed_tests
+        # Plus means base and plus, as in EvalPlus: a part counts where all before it passed as well.
+        grades = {part: place < passed for place, part in enumerate(parts)} if len(parts) > 1 else {}
+        return Judgement(verdict, code, grades, "tests")
+
     def _code(self, problem: Problem, completion: str, protocol: Protocol) -> str:
-        """The whole program; empty where the completion holds none."""
-        text = protocol.cut(completion)
-        if not text.strip():
-            return ""
+        """Return the whole program; empty where the completion holds none."""
+        assert protocol.code is not None, f"{protocol.name} asks for no code"
         begun = problem.text if self.prompt_is_code else ""
-        if protocol.code == "continuation":
-            # EvalPlus' engines expand tabs too; prompts are indented with spaces.
-            return sanitize(begun, text.replace("\t", "    "), problem.reference["names"].split())
-        return begun + first_block(text)
+        if isinstance(completion, WholeProgram):
+            return program("", completion, _names(problem)) if protocol.code == "program" else str(completion)
+        text = protocol.cut(completion)
+        return _PROGRAMS[protocol.code](problem, begun, text) if text.strip() else ""
 
 
-def _program(problem: Problem, solution: str) -> Program:
+class WholeProgram(str):
+    """A completion that is a whole program, as under EvalPlus' key `solution`: no prompt belongs before it."""
+
+
+def _program(problem: Problem, solution: str, tolerant: bool = False) -> Program:
     reference = problem.reference
-    return Program(solution, (reference["tests"],), tuple(reference["names"].split()), reference["prelude"])
+    tests = tuple(reference["tests"].values())
+    return Program(solution, tests, tuple(reference["names"].split()), reference["prelude"], tolerant)
+
+
+def _with_prompt(problem: Problem, begun: str, text: str) -> str:
+    """Return prompt and continuation as EvalPlus joins them; its engines expand tabs too."""
+    return sanitize(begun, text.replace("\t", "    "), _names(problem))
+
+
+_PROGRAMS: dict[str, Callable[[Problem, str, str], str]] = {
+    "program": lambda problem, begun, text: program(begun, text, _names(problem)),
+    "continuation": _with_prompt,
+    "block": lambda problem, begun, text: begun + first_block(text),
+    "verbatim": lambda problem, begun, text: (problem.forms.get("raw", "") if begun else "") + text,
+    "pissa": lambda problem, begun, text: begun + pissa.code(text),
+    "evalplus_base": lambda problem, begun, text: evalplus.sanitize(
+        problem.text + text.replace("\t", "    "), _names(problem)
+    ),
+    "evalplus_chat": lambda problem, begun, text: evalplus.sanitize(
+        text.replace("\t", "    "), _names(problem)
+    ),
+}
+
+
+def _names(problem: Problem) -> list[str]:
+    return str(problem.reference["names"]).split()
 
 
 def first_block(completion: str) -> str:
@@ -98,15 +139,15 @@ def first_block(completion: str) -> str:
     return code[: end.start()] if end else code
 
 
-def run_within_limits(programs: Sequence[Program], references: Sequence[Program]) -> list[Outcome]:
-    """Outcomes under the limit max(4 s, 4 x the reference's time).
+def run_within_limits(programs: Sequence[Program], references: Sequence[Program]) -> list[Result]:
+    """Return results under the limit max(4 s, 4 x the reference's time).
 
     The references of programs that pass or fail within 4 s need not run: only a program that is stopped there has
     its reference timed, and runs again under its own limit, which also spares it a moment of load. A reference that
     does not pass within a minute allows 4 s.
     """
-    outcomes = [result.outcome for result in sandbox.run_programs(programs)]
-    late = [place for place, outcome in enumerate(outcomes) if outcome is Outcome.TIMEOUT]
+    results = sandbox.run_programs(programs)
+    late = [place for place, result in enumerate(results) if result.outcome is Outcome.TIMEOUT]
     timed = list(dict.fromkeys(references[place] for place in late))
     patient = Limits(wall_seconds=_LONGEST_REFERENCE_SECONDS)
     seconds = {
@@ -117,8 +158,8 @@ def run_within_limits(programs: Sequence[Program], references: Sequence[Program]
     allowed = [_REFERENCE_FACTOR * seconds.get(references[place], 0.0) for place in late]
     limits = [Limits(wall_seconds=max(Limits().wall_seconds, longer)) for longer in allowed]
     for place, result in zip(late, sandbox.run_programs([programs[p] for p in late], limits), strict=True):
-        outcomes[place] = result.outcome
-    return outcomes
+        results[place] = result
+    return results
 
 
 def defined_names(source: str) -> set[str]:

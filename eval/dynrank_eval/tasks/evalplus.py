@@ -13,7 +13,7 @@ from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.code import CodeTask
 from dynrank_eval.tasks.evalplus_inputs import mbpp_input
-from dynrank_eval.tasks.sources import find_file, naming
+from dynrank_eval.tasks.sources import file_source, find_file, naming
 
 _KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 _ORACLE = Path(__file__).with_name("evalplus_oracle.py")
@@ -41,6 +41,10 @@ class EvalPlusTask(CodeTask):
                 problems.append(self._problem(path, line, row))
         return problems
 
+    def source(self, data_dir: Path | None) -> dict[str, str]:
+        path = self._path(data_dir)
+        return file_source(path, path.name.partition(".jsonl")[0])
+
     def _path(self, data_dir: Path | None) -> Path:
         named = os.environ.get(self.override)
         path = Path(named) if named else find_file(data_dir, self.name, self.files)
@@ -59,14 +63,19 @@ class EvalPlusTask(CodeTask):
         ]
         entry = row["entry_point"]
         reference = row["prompt"] + row["canonical_solution"]
-        arguments = [parts, self.name, entry, float(row["atol"] or 0)]
+        settings = f"{self.name!r}, {entry!r}, {float(row['atol'] or 0)!r}"
+        # A part with no inputs passes at once: a base alone or a plus alone is a file of its own.
+        tests = {
+            part: f"_evalplus['check']({entry}, _reference, {inputs!r}, {settings})\n"
+            for part, inputs in zip(("base", "plus"), parts, strict=True)
+        }
         return Problem(
             str(row["task_id"]),
             row["prompt"].strip() + "\n",
             {
                 "prelude": _PRELUDE.format(_ORACLE.read_text(encoding="utf-8"), reference, entry),
                 "names": entry,
-                "tests": f"_evalplus['check']({entry}, _reference, {', '.join(map(repr, arguments))})\n",
+                "tests": tests,
                 "solution": reference,
             },
         )

@@ -32,23 +32,25 @@ def load(source: str, entry_point: str) -> Callable[..., Any]:
 def check(
     solution: Callable[..., Any],
     reference: Callable[..., Any],
-    parts: list[list[list[Any]]],
+    inputs: list[list[Any]],
     task: str,
     entry_point: str,
     tolerance: float,
 ) -> None:
-    """AssertionError at the first input, of the original's and then the added, whose result is not accepted."""
-    for inputs in parts:
-        allowed = tolerance
-        for given in inputs:
-            result = solution(*copy.deepcopy(given))
-            expected = reference(*copy.deepcopy(given))
-            if task == "humaneval_plus" and entry_point == "find_zero":
-                assert abs(_polynomial(given[0], result)) <= tolerance
-                continue
-            # As in EvalPlus, a tolerance once given to floats stays for the part's further inputs.
-            allowed = with_floats(allowed, expected)
-            assert accepted(result, expected, given, task, entry_point, allowed), given
+    """AssertionError at the first input whose result is not accepted.
+
+    Called once for the original's inputs and once for the added ones.
+    """
+    allowed = tolerance
+    for given in inputs:
+        result = solution(*copy.deepcopy(given))
+        expected = reference(*copy.deepcopy(given))
+        if task == "humaneval_plus" and entry_point == "find_zero":
+            assert abs(_polynomial(given[0], result)) <= tolerance
+            continue
+        # As in EvalPlus, a tolerance once given to floats stays for the part's further inputs.
+        allowed = with_floats(allowed, expected)
+        assert accepted(result, expected, given, task, entry_point, allowed), given
 
 
 def with_floats(tolerance: float, expected: Any) -> float:

@@ -8,7 +8,7 @@ from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.numeric import NumericTask, numeric_problems
-from dynrank_eval.tasks.sources import find_file, hub_rows
+from dynrank_eval.tasks.sources import file_source, find_file, hub_rows
 
 _HUB = "openai/gsm8k"
 
@@ -21,6 +21,10 @@ class Gsm8k(NumericTask):
     def load(self, data_dir: Path | None) -> list[Problem]:
         source, rows = _rows(data_dir, "test")
         return numeric_problems(source, _final_answers(source, rows))
+
+    def source(self, data_dir: Path | None) -> dict[str, str]:
+        path = find_file(data_dir, self.name, ["test.jsonl"])
+        return {"hub": _HUB, "variant": "test"} if path is None else file_source(path, "test")
 
     def examples(self, data_dir: Path | None) -> list[dict[str, Any]]:
         return [row for _, row in _rows(data_dir, "train")[1]]

@@ -10,7 +10,7 @@ from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.numeric import NumericTask, numeric_problems
-from dynrank_eval.tasks.sources import find_file
+from dynrank_eval.tasks.sources import file_source, find_file
 
 
 class GsmSymbolic(NumericTask):
@@ -23,6 +23,10 @@ class GsmSymbolic(NumericTask):
             raise DataError(f"--task {self.name} needs --data-dir with the file {self.name}.jsonl in it.")
         path = find_file(data_dir, self.name, [f"{self.name}.jsonl"]) or data_dir / f"{self.name}.jsonl"
         return numeric_problems(path, read_rows(path, ("task_id", "question", "answer")))
+
+    def source(self, data_dir: Path | None) -> dict[str, str]:
+        path = find_file(data_dir, self.name, [f"{self.name}.jsonl"])
+        return {} if path is None else file_source(path, self.name)
 
 
 class GsmSymbolicUnseen(GsmSymbolic):

@@ -11,7 +11,7 @@ from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.code import CodeTask
-from dynrank_eval.tasks.sources import find_file, naming
+from dynrank_eval.tasks.sources import file_source, find_file, naming
 
 _KEYS = ("task_id", "prompt", "test", "entry_point", "canonical_solution")
 
@@ -30,6 +30,10 @@ class HumanEval(CodeTask):
                 problems.append(_problem(row))
         return problems
 
+    def source(self, data_dir: Path | None) -> dict[str, str]:
+        path = find_file(data_dir, self.name, ["HumanEval.jsonl", "HumanEval.jsonl.gz"]) or _packaged()
+        return file_source(path, "HumanEval")
+
 
 def _problem(row: dict[str, Any]) -> Problem:
     return Problem(
@@ -39,9 +43,10 @@ def _problem(row: dict[str, Any]) -> Problem:
             # The prompt's own helpers and imports: the tests take them from here, not from the solution.
             "prelude": row["prompt"],
             "names": row["entry_point"],
-            "tests": row["test"] + f"\ncheck({row['entry_point']})\n",
+            "tests": {"tests": row["test"] + f"\ncheck({row['entry_point']})\n"},
             "solution": row["prompt"] + row["canonical_solution"],
         },
+        forms={"raw": row["prompt"], "stripped": row["prompt"].strip()},
     )
 
 

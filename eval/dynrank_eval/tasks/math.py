@@ -10,12 +10,15 @@ from typing import Any
 
 from dynrank_ds.errors import DataError
 from dynrank_eval import verification
+from dynrank_eval.answers import grading
+from dynrank_eval.answers.reading import math_answer
 from dynrank_eval.equivalence import equivalent
 from dynrank_eval.extraction import find_answer, last_boxed
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.protocols import Protocol
 from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict
-from dynrank_eval.tasks.sources import find_file, hub_rows
+from dynrank_eval.tasks.sources import file_source, find_file, hub_rows
+from dynrank_eval.transcriptions import metamath, minerva
 from dynrank_eval.verification import Equality
 
 _FILES = ("math.jsonl", "MATH_test.jsonl", "math500.jsonl", "MATH-500.jsonl", "test.jsonl")
@@ -29,6 +32,7 @@ _SUBJECTS = [
     "prealgebra",
     "precalculus",
 ]
+_GROUPS = (("subject", "subject"), ("subject", "type"), ("level", "level"))
 _GRADE = {
     Equality.EQUAL: Verdict.CORRECT,
     Equality.DIFFERENT: Verdict.WRONG,
@@ -40,7 +44,7 @@ class Math(Task):
     """Rows of `problem`, `solution` and, where there are any, `answer`, `unique_id` or `task_id`."""
 
     name = "math"
-    default_protocol = "metamath-v1"
+    default_protocol = "dynrank-math-v1"
 
     def load(self, data_dir: Path | None) -> list[Problem]:
         path = find_file(data_dir, self.name, _FILES)
@@ -50,36 +54,68 @@ class Math(Task):
             _HUB, enumerate(hub_rows(self.name, data_dir, _FILES, _HUB, _SUBJECTS, "test"), start=1)
         )
 
+    def source(self, data_dir: Path | None) -> dict[str, str]:
+        path = find_file(data_dir, self.name, _FILES)
+        return {"hub": _HUB, "variant": "test"} if path is None else file_source(path, path.stem)
+
     def check_machine(self, allow_network: bool) -> None:
         verification.check()
 
     def judge(
         self, problems: Sequence[Problem], completions: Sequence[str], protocol: Protocol
     ) -> list[Judgement]:
-        (rules,) = protocol.answers.values()
-        answers = [find_answer(protocol.cut(text), rules) for text in completions]
+        read = _READERS[protocol.reader]
+        answers = [read(text, protocol) for text in completions]
         answered = [place for place, answer in enumerate(answers) if answer is not None]
-        pairs = [(problems[place].reference["answer"], _bare(answers[place] or "")) for place in answered]
+        pairs = [(problems[place].reference["answer"], answers[place] or "") for place in answered]
         graded = {name: dict(zip(answered, _GRADERS[name](pairs), strict=True)) for name in protocol.graders}
         judgements = []
         for place, answer in enumerate(answers):
-            verdicts = {name: grades.get(place, Verdict.INVALID) for name, grades in graded.items()}
-            grades = {name: verdict is Verdict.CORRECT for name, verdict in verdicts.items()}
-            judgements.append(Judgement(verdicts[protocol.graders[0]], answer, grades))
+            found = {name: grades.get(place, (Verdict.INVALID, "")) for name, grades in graded.items()}
+            grades = {name: verdict is Verdict.CORRECT for name, (verdict, _) in found.items()}
+            verdict, grader = found[protocol.graders[0]]
+            judgements.append(Judgement(verdict, answer, grades, grader))
         return judgements
 
 
-def _by_string(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-    return [Verdict.CORRECT if equivalent(gold, answer) else Verdict.WRONG for gold, answer in pairs]
+def _by_rules(completion: str, protocol: Protocol) -> str | None:
+    (rules,) = protocol.answers.values()
+    answer = find_answer(protocol.cut(completion), rules)
+    return None if answer is None else _bare(answer)
 
 
-def _by_math_verify(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-    return [_GRADE[equality] for equality in verification.compare(pairs)]
+_READERS: dict[str, Callable[[str, Protocol], str | None]] = {
+    "stated": lambda completion, protocol: math_answer(completion),
+    "rules": _by_rules,
+    "metamath": lambda completion, protocol: metamath.extract_answer(completion),
+    "minerva": lambda completion, protocol: minerva.extract_answer(completion),
+}
 
 
-_GRADERS: dict[str, Callable[[Sequence[tuple[str, str]]], list[Verdict]]] = {
+def _by_string(pairs: Sequence[tuple[str, str]]) -> list[tuple[Verdict, str]]:
+    return [
+        (Verdict.CORRECT if equivalent(gold, answer) else Verdict.WRONG, "string") for gold, answer in pairs
+    ]
+
+
+def _by_math_verify(pairs: Sequence[tuple[str, str]]) -> list[tuple[Verdict, str]]:
+    return [(_GRADE[equality], "math_verify") for equality in verification.compare(pairs)]
+
+
+def _guarded(pairs: Sequence[tuple[str, str]]) -> list[tuple[Verdict, str]]:
+    return [(_GRADE[grade.equality], grade.grader) for grade in grading.grade(pairs)]
+
+
+def _by_minerva(pairs: Sequence[tuple[str, str]]) -> list[tuple[Verdict, str]]:
+    normal = [(minerva.normalize(gold), minerva.normalize(answer)) for gold, answer in pairs]
+    return [(_GRADE[equality], "minerva") for equality in verification.compare(normal, by="sympy")]
+
+
+_GRADERS: dict[str, Callable[[Sequence[tuple[str, str]]], list[tuple[Verdict, str]]]] = {
+    "guarded": _guarded,
     "string": _by_string,
     "math_verify": _by_math_verify,
+    "minerva": _by_minerva,
 }
 
 
@@ -102,5 +138,7 @@ def _problems(source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]]) ->
         if not answer:
             raise DataError(f"{source}, line {line}: neither an 'answer' nor a \\boxed one in 'solution'.")
         task_id = str(row.get("unique_id", row.get("task_id", place)))
-        problems.append(Problem(task_id, str(row["problem"]), {"answer": str(answer)}))
+        groups = {name: str(row[key]) for name, key in _GROUPS if row.get(key) is not None}
+        reference = {"answer": str(answer), "solution": str(row["solution"])}
+        problems.append(Problem(task_id, str(row["problem"]), reference, groups))
     return problems

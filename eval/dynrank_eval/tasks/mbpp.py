@@ -8,9 +8,10 @@ from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.code import CodeTask, defined_names, imports, used_names
-from dynrank_eval.tasks.sources import find_file, hub_rows, naming
+from dynrank_eval.tasks.sources import file_source, find_file, hub_rows, naming
 
 _FILES = ("sanitized-mbpp.jsonl", "sanitized-mbpp.json", "mbpp.jsonl")
+_AUSTIN = "You are an expert Python programmer, and here is your task:"
 _HUB = "google-research-datasets/mbpp"
 
 
@@ -26,6 +27,12 @@ class Mbpp(CodeTask):
             return _problems(path, read_rows(path, ("task_id", "code", "test_list")))
         rows = hub_rows(self.name, data_dir, _FILES, _HUB, ["sanitized"], "test")
         return _problems(_HUB, enumerate(rows, start=1))
+
+    def source(self, data_dir: Path | None) -> dict[str, str]:
+        path = find_file(data_dir, self.name, _FILES)
+        if path is None:
+            return {"hub": _HUB, "variant": "sanitized, test"}
+        return file_source(path, "sanitized" if "sanitized" in path.name else "full")
 
 
 def _problems(source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Problem]:
@@ -43,11 +50,13 @@ def _problems(source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]]) ->
             raise DataError(
                 f"{source}, line {line}: its code or tests are no valid Python: {error}."
             ) from error
-        problems.append(Problem(str(row["task_id"]), prompt, reference))
+        tests = "\n".join(row["test_list"][:3])
+        austin = f"{_AUSTIN} {text} Your code should pass these tests:\n\n{tests}\n"
+        problems.append(Problem(str(row["task_id"]), prompt, reference, forms={"austin": austin}))
     return problems
 
 
-def _reference(row: dict[str, Any]) -> dict[str, str]:
+def _reference(row: dict[str, Any]) -> dict[str, Any]:
     # In tasks 367 and 927 of the full set, the set-up builds on the solution's class: it comes after the code.
     setup = row.get("test_setup_code") or ""
     tests = "\n".join([setup, *row["test_list"]])
@@ -57,6 +66,6 @@ def _reference(row: dict[str, Any]) -> dict[str, str]:
     return {
         "prelude": imports(row["code"]) + prelude,
         "names": " ".join(sorted(names)),
-        "tests": tests,
+        "tests": {"tests": tests},
         "solution": row["code"],
     }

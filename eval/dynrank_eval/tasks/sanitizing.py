@@ -11,20 +11,20 @@ from collections.abc import Iterable, Iterator, Sequence
 # Far beyond what a model writes for one function. EvalPlus, without bounds, would try every pair of lines.
 _LONGEST_COMPLETION = 50_000
 _MOST_TRIALS = 500
-_NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
+NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 
 
 def sanitize(prompt: str, completion: str, names: Iterable[str]) -> str:
     """The program in `prompt` + `completion` that defines `names`; empty where the completion adds nothing to it."""
     lines = (prompt + completion[:_LONGEST_COMPLETION]).split("\n")
-    first, last = _longest_valid(lines)
+    first, last = longest_valid(lines)
     if not any(line.strip() for line in lines[prompt.count("\n") : last]):
         return ""
     return _needed(lines[first:last], names)
 
 
-def _longest_valid(lines: Sequence[str]) -> tuple[int, int]:
+def longest_valid(lines: Sequence[str]) -> tuple[int, int]:
     """The half-open range of valid lines with the most that are not blank; of equals the first."""
     written = [0]
     for line in lines:
@@ -47,7 +47,7 @@ def _first_error(lines: Sequence[str]) -> int | None:
     """How many of `lines` stand before the one that is no valid Python; None where all are."""
     try:
         _parse("\n".join(lines))
-    except _NOT_PYTHON as error:
+    except NOT_PYTHON as error:
         line = getattr(error, "lineno", None)
         return len(lines) if line is None else max(line - 1, 0)
     return None
@@ -69,7 +69,7 @@ def _needed(lines: Sequence[str], names: Iterable[str]) -> str:
     while waiting:
         name = waiting.pop()
         reached[name] = None
-        waiting += _identifiers(definitions[name]) & definitions.keys() - reached.keys()
+        waiting += identifiers(definitions[name]) & definitions.keys() - reached.keys()
     if not reached:
         return ""
     imports = _lines_of(node for node in body if isinstance(node, ast.Import | ast.ImportFrom))
@@ -104,8 +104,8 @@ def _is_stub(node: _Definition) -> bool:
     )
 
 
-def _identifiers(node: ast.AST) -> set[str]:
-    """Every name in it, whatever it stands for."""
+def identifiers(node: ast.AST) -> set[str]:
+    """Return every name in a node, whatever it stands for."""
     return {
         value
         for part in ast.walk(node)

@@ -1,5 +1,6 @@
 """Where a benchmark's rows come from: a folder, a package, or the hub."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,11 @@ def find_file(data_dir: Path | None, task: str, names: Sequence[str]) -> Path | 
             if found:
                 return found[0]
     return None
+
+
+def file_source(path: Path, variant: str) -> dict[str, str]:
+    """Return what results say of a data file: its path, its SHA-256 and its variant."""
+    return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "variant": variant}
 
 
 @contextmanager

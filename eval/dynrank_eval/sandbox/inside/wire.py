@@ -5,11 +5,16 @@ instances) stays in the program's process, and the judge gets a number for it, a
 program defines, an `__eq__` that is always true for instance, ever runs in the judge.
 """
 
+import array
+import collections
+import collections.abc
 import datetime
 import decimal
 import fractions
 import json
 import os
+import re
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,8 +43,15 @@ _SEQUENCES: dict[str, Any] = {
     "set": set,
     "frozenset": frozenset,
 }
-
-
+# Of iterable types that are rebuilt from their items: the abstract type, and what makes one of a list.
+_VIEWS: dict[str, tuple[Any, Callable[[list[Any]], Any]]] = {
+    "keys": (collections.abc.KeysView, lambda items: dict.fromkeys(items).keys()),
+    "items": (collections.abc.ItemsView, lambda items: dict(items).items()),
+    "values": (collections.abc.ValuesView, lambda items: dict(enumerate(items)).values()),
+    "deque": (collections.deque, collections.deque),
+    "UserList": (collections.UserList, collections.UserList),
+}
+_DTYPE = re.compile(r"[<>|=]?[biufcU?][0-9]*")
 # MBPP's tests hand some to the solution (533).
 _TYPES: dict[str, type] = {
     kind.__name__: kind
@@ -95,6 +107,8 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
                 "kind": kind,
                 "value": [encode(item, keep) for item in base.__iter__(value)],
             }
+    if isinstance(value, types.MappingProxyType | collections.UserDict):
+        value = dict(value)
     if isinstance(value, dict):
         pairs = [[encode(key, keep), encode(item, keep)] for key, item in dict.items(value)]
         return {"kind": "dict", "value": pairs}
@@ -106,14 +120,29 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
             return {"kind": "type", "value": name}
     if isinstance(value, range):
         return {"kind": "range", "value": [value.start, value.stop, value.step]}
-    if type(value).__module__ == "numpy" and not getattr(value, "shape", True):
-        return encode(value.item(), keep)
+    if type(value).__module__ == "numpy" and isinstance(getattr(value, "shape", None), tuple):
+        return _encode_numpy(value, keep)
+    if isinstance(value, array.array):
+        return {"kind": "array", "value": [value.typecode, value.tolist()]}
+    if isinstance(value, memoryview):
+        return {"kind": "bytes", "value": value.tobytes().hex()}
+    for kind, (base, _) in _VIEWS.items():
+        if isinstance(value, base):
+            return {"kind": kind, "value": [encode(item, keep) for item in _bounded(iter(value))]}
     if isinstance(value, Iterator):
         return {
             "kind": "iterator",
             "value": [encode(item, keep) for item in _bounded(value)],
         }
     return {"kind": "handle", "value": keep(value)}
+
+
+def _encode_numpy(value: Any, keep: Callable[[Any], int]) -> Any:
+    if not value.shape:
+        return encode(value.item(), keep)
+    if not _DTYPE.fullmatch(value.dtype.str):
+        return {"kind": "handle", "value": keep(value)}
+    return {"kind": "ndarray", "value": [value.dtype.str, encode(value.tolist(), keep)]}
 
 
 def _bounded(items: Iterator[Any]) -> Iterator[Any]:
@@ -138,6 +167,14 @@ def decode(data: Any, resolve: Callable[[int], Any]) -> Any:
         return _TYPES[value]
     if kind == "range":
         return range(*value)
+    if kind in _VIEWS:
+        return _VIEWS[kind][1]([decode(item, resolve) for item in value])
+    if kind == "array":
+        return array.array(value[0], value[1])
+    if kind == "ndarray" and _DTYPE.fullmatch(value[0]):
+        import numpy
+
+        return numpy.array(decode(value[1], resolve), dtype=value[0])
     if kind == "iterator":
         return iter([decode(item, resolve) for item in value])
     if kind == "handle":

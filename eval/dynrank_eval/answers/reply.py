@@ -1,0 +1,44 @@
+"""What a model says to the user: its completion without thoughts and without tokens of the chat format."""
+
+import re
+
+_TAG = re.compile(r"<(?P<close>/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+_END_OF_TURN = re.compile(
+    r"<\|(?:eot_id|eom_id|im_end|endoftext|end_of_text|endofmask|end_of_turn|end|eot|return)\|>"
+    r"|<end_of_turn>|<eos>|</s>(?=\s*(?:\Z|<s>|\n))",
+    re.IGNORECASE,
+)
+_OPENING = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>"
+    r"|<\|im_start\|>\s*assistant\b|<start_of_turn>\s*model\b)"
+)
+
+
+def final_reply(completion: str) -> str:
+    """Return a completion without its thoughts, up to its first end-of-turn token.
+
+    A thought that is never closed leaves nothing. A closing tag without an opening one closes a thought that the
+    chat template opened.
+    """
+    text = completion
+    while opening := _OPENING.match(text):
+        text = text[opening.end() :]
+    text = _without_thoughts(text)
+    end = _END_OF_TURN.search(text)
+    return text[: end.start()] if end else text
+
+
+def _without_thoughts(text: str) -> str:
+    kept: list[str] = []
+    start, inside = 0, False
+    for tag in _TAG.finditer(text):
+        if tag["close"]:
+            if not inside:
+                kept.clear()
+            start, inside = tag.end(), False
+        elif not inside:
+            kept.append(text[start : tag.start()])
+            inside = True
+    if not inside:
+        kept.append(text[start:])
+    return "".join(kept)

@@ -1,0 +1,97 @@
+"""MATH answers compared by value; math-verify only where a value cannot be read, and guarded."""
+
+import pytest
+
+from dynrank_eval import verification
+from dynrank_eval.answers import grading
+from dynrank_eval.answers.grading import grade
+from dynrank_eval.verification import Equality
+
+EQUAL = [
+    ("7", "7.0"),
+    ("7", "x = 7"),
+    ("7", "7 \\text{ ways}"),
+    ("\\frac{3}{8}", "(3)/(8)"),
+    ("\\frac 38", "0.375"),
+    ("3\\frac{1}{2}", "7/2"),
+    ("\\sqrt{3}", "√3"),
+    ("5\\sqrt{3}", "\\sqrt{75}"),
+    ("5\\sqrt{3}", "5\\sqrt(3)"),
+    ("1/3^{70}", "3^{-70}"),
+    (".0000431", "4.31 \\times 10^{-5}"),
+    ("6!", "720"),
+    ("\\binom{6}{2}", "15"),
+    ("\\log_2 32", "5"),
+    ("\\sin 30^\\circ", "1/2"),
+    ("31_7", "31_{7}"),
+    ("31_{7}", "31_{\\text{seven}}"),
+    ("21\\text{ cm}^2", "21 square centimeters"),
+    ("21\\text{ cm}^2", "21"),
+    ("75\\%", "75"),
+    ("\\$75", "75"),
+    ("75^\\circ", "75 degrees"),
+    ("43,210", "43210"),
+    ("43 210", "43210"),
+    ("x^2-4", "(x-2)(x+2)"),
+    ("y=3x+1", "y-3x=1"),
+    ("y=3x+1", "3x+1"),
+    ("3,-4", "-4, 3"),
+    ("\\{3,4\\}", "\\{4,3\\}"),
+    ("2\\pm\\sqrt{3}", "2+\\sqrt{3}, 2-\\sqrt{3}"),
+    ("[3,4)\\cup(5,\\infty)", "[3, 4) \\cup (5, \\infty)"),
+    ("x \\in [3,4]", "[3,4]"),
+    ("\\begin{pmatrix} 3 \\\\ 4 \\end{pmatrix}", "\\begin{pmatrix}3\\\\8/2\\end{pmatrix}"),
+    ("\\text{(B)}", "B"),
+    ("\\text{Odd}", "odd"),
+    ("12", "twelve"),
+]
+DIFFERENT = [
+    ("1/3^{70}", "1/3^{71}"),
+    ("\\frac{1}{1990!}", "\\frac{1}{1991!}"),
+    (".0000431", ".0000432"),
+    ("31_7", "31"),
+    ("31_7", "31_8"),
+    ("31", "31_7"),
+    ("5", "5\\sqrt(3)"),
+    ("21\\text{ cm}^2", "21\\text{ cm}^3"),
+    ("21\\text{ cm}", "21\\text{ m}"),
+    ("43", "43 210"),
+    ("\\frac{1}{3}", "0.333333"),
+    ("3", "3, 4"),
+    ("(3,4)", "(4,3)"),
+    ("[3,4)", "(3,4)"),
+    ("6-5i", "6+5i"),
+    ("y=3x+1", "3x-y+2=0"),
+    ("\\text{(B)}", "(C)"),
+    ("\\text{odd}", "even"),
+    ("\\begin{pmatrix} 3 \\\\ 4 \\end{pmatrix}", "\\begin{pmatrix} 3 \\\\ 5 \\end{pmatrix}"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer"), EQUAL)
+def test_equal_values(gold: str, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        verification, "compare", lambda pairs: [pytest.fail("math-verify was asked") for _ in pairs]
+    )
+    (found,) = grade([(gold, answer)])
+    assert found.equality is Equality.EQUAL and found.grader in ("text", "value")
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_different_values(gold: str, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """math-verify accepts several of these."""
+    monkeypatch.setattr(
+        verification, "compare", lambda pairs: [pytest.fail("math-verify was asked") for _ in pairs]
+    )
+    (found,) = grade([(gold, answer)])
+    assert found.equality is Equality.DIFFERENT
+
+
+def test_math_verify_is_believed_only_where_the_numerals_are_the_golds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verification, "compare", lambda pairs: [Equality.EQUAL for _ in pairs])
+    assert grading.verification.compare is verification.compare
+    found = grade([("a < 5", "5 > a"), ("a < 5", "6 > a")])
+    assert [each.equality for each in found] == [Equality.EQUAL, Equality.DIFFERENT]
+    assert {each.grader for each in found} == {"math_verify"}

@@ -1,0 +1,178 @@
+"""The number that an answer gives, in the spellings that models use."""
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynrank_eval.answers.numbers import last_number, read_number
+
+NUMBERS: dict[str, float | Fraction | tuple[float | Fraction, ...]] = {
+    "27": 27,
+    "+27.": 27,
+    "-8": -8,
+    "\N{MINUS SIGN}8": -8,
+    "\N{NON-BREAKING HYPHEN}8": -8,
+    "\N{FIGURE DASH}8": -8,
+    "\N{EN DASH}8": -8,
+    "\N{SMALL HYPHEN-MINUS}8": -8,
+    "\N{FULLWIDTH HYPHEN-MINUS}8": -8,
+    "negative 8": -8,
+    "minus eight": -8,
+    "(-8)": -8,
+    "4,321,987": 4321987,
+    "4,32,198": 432198,
+    "4{,}321": 4321,
+    "43 210": 43210,
+    "43\N{NO-BREAK SPACE}210": 43210,
+    "43\N{THIN SPACE}210": 43210,
+    "43\N{NARROW NO-BREAK SPACE}210": 43210,
+    "$43\\,210$": 43210,
+    "$43\\;210$": 43210,
+    "$43~210$": 43210,
+    "43'210": 43210,
+    "43_210": 43210,
+    "4,321.50": Fraction(8643, 2),
+    ".75": Fraction(3, 4),
+    "4.5e3": 4500,
+    "4.5E-1": Fraction(9, 20),
+    "$4.5 \\times 10^3$": 4500,
+    "4.5 x 10^{3}": 4500,
+    "4.5·10³": 4500,
+    "3^4": 81,
+    "3**4": 81,
+    "3⁴": 81,
+    "4!": 24,
+    "3 / 8": Fraction(3, 8),
+    "\\frac{3}{8}": Fraction(3, 8),
+    "-\\dfrac38": Fraction(-3, 8),
+    "\\cfrac{3}{8}": Fraction(3, 8),
+    "\\nicefrac{3}{8}": Fraction(3, 8),
+    "3\N{FRACTION SLASH}8": Fraction(3, 8),
+    "⅜": Fraction(3, 8),
+    "4⅜": Fraction(35, 8),
+    "4 3/8 cups": Fraction(35, 8),
+    "4-3/8 cups": Fraction(35, 8),
+    "4\\frac{3}{8}": Fraction(35, 8),
+    "4 and 3/8": Fraction(35, 8),
+    "4 and a half": Fraction(9, 2),
+    "four and a half": Fraction(9, 2),
+    "four-and-a-half hours": Fraction(9, 2),
+    "three and three quarters": Fraction(15, 4),
+    "one half": Fraction(1, 2),
+    "a third": Fraction(1, 3),
+    "forty-two dollars": 42,
+    "three hundred and seven": 307,
+    "seven thousand": 7000,
+    "2.5 million people": 2500000,
+    "$\\sqrt{64}$": 8,
+    "√64": 8,
+    "\\sqrt[3]{64}": 4,
+    "\N{FULLWIDTH DIGIT FOUR}\N{FULLWIDTH DIGIT TWO}": 42,
+    "\N{ARABIC-INDIC DIGIT FOUR}": 4,
+    "**42**": 42,
+    "`42`": 42,
+    "$\\mathbf{42}$": 42,
+    "$\\boxed{-42}$": -42,
+    "\\text{42 dollars}": 42,
+    "$42.00.": 42,
+    "\\$42": 42,
+    "-$42": -42,
+    "$-42": -42,
+    "US$4,200": 4200,
+    "€ 42": 42,
+    "42 USD": 42,
+    "42 km/h": 42,
+    "42°": 42,
+    "42 times": 42,
+    "42%": (42, Fraction(42, 100)),
+    "42\\%": (42, Fraction(42, 100)),
+    "3 dozen": (3, 36),
+    "4:00 PM": 4,
+    "4 p.m.": 4,
+    "1 hour and 45 minutes": (105, Fraction(7, 4)),
+    "7 dollars and 25 cents": (725, Fraction(29, 4)),
+    "4 + 5 = 9": 9,
+    "x = 9": 9,
+    "(4)(5)": 20,
+    "18 (which is 2 times 9)": 18,
+    "18, because 9 + 9 = 18": 18,
+    "she has 18 left": 18,
+    "18 dollars a day for 7 days": 18,
+}
+NOT_ONE_NUMBER = [
+    "4, 5, 6",
+    "4-5",
+    "4 to 5",
+    "4 or 5",
+    "between 4 and 5",
+    "4 cats and 5 dogs",
+    "4:5",
+    "4:30",
+    "4/0",
+]
+NOT_ONE_NUMBER += ["a=4, b=5", "4,5", "25% of 60", "√2", "9" * 5000, "10^(10^10)"]
+
+
+@pytest.mark.parametrize(("text", "values"), NUMBERS.items(), ids=lambda value: str(value)[:30])
+def test_a_number_is_read_in_every_usual_spelling(
+    text: str, values: float | Fraction | tuple[Fraction]
+) -> None:
+    reading = read_number(text)
+    expected = values if isinstance(values, tuple) else (values,)
+    assert reading is not None and reading.values == frozenset(map(Fraction, expected))
+
+
+@pytest.mark.parametrize("text", NOT_ONE_NUMBER, ids=lambda text: text[:20])
+def test_several_numbers_and_what_is_not_rational_have_no_value(text: str) -> None:
+    reading = read_number(text)
+    assert reading is not None and not reading.values
+
+
+@pytest.mark.parametrize("text", ["", "none", "many", "correct", "\\frac", "$$"])
+def test_a_text_without_a_number_has_no_reading(text: str) -> None:
+    assert read_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"), [("43", "43 210"), ("3", "3^4"), ("4", "4 + 5 = 9"), ("64", "√64"), ("4", "4½")]
+)
+def test_a_misreading_is_no_pass(gold: str, text: str) -> None:
+    reading = read_number(text)
+    assert reading is not None and Fraction(gold) not in reading.values
+
+
+def test_the_last_number_of_a_reply_without_a_stated_answer() -> None:
+    for text, value in [
+        ("So he has 4 + 5 = 9 coins.\nI hope this helps!", 9),
+        ("He earns 4 * 5 = $<<4*5=20>>20 a day.", 20),
+        ("4 cats and 5 dogs make 9 animals", 9),
+        ("1. add 4\n2. so it is 8", 8),
+    ]:
+        reading = last_number(text)
+        assert reading is not None and reading.values == {value}
+    assert last_number("no idea") is None
+
+
+@given(st.fractions(min_value=-(10**9), max_value=10**9, max_denominator=10**6))
+def test_every_fraction_reads_back(value: Fraction) -> None:
+    reading = read_number(f"{value.numerator}/{value.denominator}")
+    assert reading is not None and reading.values == {value}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="0123456789,./-+$% \\{}frac^()!\n√½eand:", max_size=50))
+def test_no_text_breaks_it(text: str) -> None:
+    read_number(text)
+    last_number(text)
+
+
+def test_a_megabyte_is_read_in_seconds() -> None:
+    start = time.monotonic()
+    for bit in ("1,", "9", "-", "\\frac{", " 1 ", "(", "{", "1/", "9!", "2^", "√", "one ", "$", "and "):
+        text = bit * (1_000_000 // len(bit))
+        read_number(text)
+        last_number(text)
+    assert time.monotonic() - start < 20
