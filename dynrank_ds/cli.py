@@ -86,15 +86,15 @@ def _command(
 
 
 def _validate(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.commands.validate import validate
     from dynrank_ds.recipe import load_recipe
-    from dynrank_ds.training.prepare import validate
 
     print(validate(load_recipe(arguments.recipe, arguments.overrides)))
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.commands.prepare import prepare
     from dynrank_ds.recipe import load_recipe
-    from dynrank_ds.training.prepare import prepare
 
     print(prepare(load_recipe(arguments.recipe, arguments.overrides)))
 

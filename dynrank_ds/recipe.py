@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHODS, AnyMethodConfig
@@ -82,6 +82,10 @@ class AdapterSection(Section):
     def scale(self) -> float:
         """s in y = W x + s B^T diag(g) A x."""
         return self.alpha / (self.rank if self.scaling == "rank" else self.rank**0.5)
+
+    def largest_rank(self, in_features: int, out_features: int) -> int:
+        """The largest rank that a module of these sides may grow to."""
+        return min(in_features, out_features, self.max_rank or max(512, self.rank))
 
 
 class TrainSection(Section):
@@ -224,6 +228,21 @@ def check_recipe(values: dict[str, Any], name: str) -> Recipe:
             f"{name}: train.held_out_interval is given, but data.held_out is 0: no sample is held out"
         )
     return recipe
+
+
+VALUES_BEFORE_KEYS_EXISTED: dict[str, Any] = {}
+"""`section.key` of keys whose default is not how runs behaved before the key existed, with what they did then."""
+
+
+def value_before_key_existed(recipe: Recipe, section: str, key: str) -> Any:
+    """Return the value that a run had for a key which its recipe does not know: by default the key's default."""
+    path = f"{section}.{key}"
+    if path in VALUES_BEFORE_KEYS_EXISTED:
+        return VALUES_BEFORE_KEYS_EXISTED[path]
+    fields = type(getattr(recipe, section)).model_fields
+    if key not in fields or fields[key].is_required():
+        return None
+    return to_jsonable_python(fields[key].get_default(call_default_factory=True))
 
 
 def shipped_recipes() -> list[str]:

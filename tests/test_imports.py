@@ -13,10 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up. What is in one row may import only what is in the rows above it here.
 _LAYERS = (
-    ("dtypes", "errors", "prompts", "ranking", "section"),
-    ("adapters", "files", "tensorfile"),
+    ("dtypes", "errors", "hub", "prompts", "section"),
+    ("files", "ranking", "tensorfile"),
+    ("adapters",),
     ("data", "methods", "zero"),
-    ("checkpoint", "checkpoints", "recipe"),
+    ("checkpoint", "recipe"),
     ("export", "report"),
     ("training",),
     ("bench", "commands"),
@@ -39,7 +40,13 @@ def test_no_packages_import_each_other_in_a_cycle(package: str) -> None:
 
 
 def test_evaluator_imports_no_training_code() -> None:
-    allowed = {"dynrank_ds.dtypes", "dynrank_ds.errors", "dynrank_ds.files", "dynrank_ds.prompts"}
+    allowed = {
+        "dynrank_ds.dtypes",
+        "dynrank_ds.errors",
+        "dynrank_ds.hub",
+        "dynrank_ds.files",
+        "dynrank_ds.prompts",
+    }
     imported = set()
     for file in (ROOT / "eval/dynrank_eval").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -11,7 +11,7 @@ from dynrank_ds.methods import build_method
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankState
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.prepare import adapt
+from dynrank_ds.training.model import adapt
 
 LLAMA2_7B = LlamaConfig()  # transformers' defaults are LLaMA-2-7B's sides
 LLAMA3_8B = LlamaConfig(

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.recipe import Recipe, check_recipe, load_recipe, shipped_recipes
+from dynrank_ds.recipe import AdapterSection, Recipe, check_recipe, load_recipe, shipped_recipes
 from dynrank_ds.zero.config import load_config
 
 VALUES: dict[str, Any] = {
@@ -227,3 +227,18 @@ def test_a_deepspeed_configuration_that_cannot_be_used_is_told(
 def test_a_missing_deepspeed_configuration_is_told_with_those_there_are() -> None:
     with pytest.raises(RecipeError, match=r"deepspeed.config is 'zero9': neither a file nor one of .*zero3"):
         load_config("zero9", bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("max_rank", "rank", "sides", "expected"),
+    [
+        (None, 8, (900, 900), 512),
+        (None, 600, (900, 900), 600),
+        (16, 8, (900, 900), 16),
+        (None, 8, (900, 7), 7),
+    ],
+)
+def test_a_module_may_grow_to_512_or_the_rank_it_begins_with_or_what_the_recipe_says(
+    max_rank: int | None, rank: int, sides: tuple[int, int], expected: int
+) -> None:
+    assert AdapterSection(max_rank=max_rank, rank=rank).largest_rank(*sides) == expected

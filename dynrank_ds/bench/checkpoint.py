@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from dynrank_ds.bench.memory import added_memory
-from dynrank_ds.checkpoints import check, newest_checkpoint
+from dynrank_ds.checkpoint import files, writing
+from dynrank_ds.checkpoint.files import STEP, check, newest_checkpoint
+from dynrank_ds.checkpoint.reading import Checkpoint
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.training import checkpoint
-from dynrank_ds.training.checkpoint import Checkpoint
 from dynrank_ds.training.loop import Trainer
-from dynrank_ds.training.run import build
+from dynrank_ds.training.run import set_up
 from dynrank_ds.zero import processes
 
 MIB = 2**20
@@ -41,7 +41,7 @@ def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]
         mine = torch.tensor(list(os.fsencode(folder)), dtype=torch.uint8, device=device)
         first, *_ = processes.from_each_process(mine)
         output = recipe.output.model_copy(update={"dir": os.fsdecode(bytes(first.tolist())) + "/run"})
-        trainer = build(recipe.model_copy(update={"output": output}), False, device)
+        trainer = set_up(recipe.model_copy(update={"output": output}), False, device)
         costs = [cost(trainer) for _ in range(2 if quick else 5)]
         processes.barrier()
     processes.stop()
@@ -58,12 +58,18 @@ def cost(trainer: Trainer) -> Cost:
     """Writes the trainer's checkpoint, restores and removes it, in all processes."""
 
     def save() -> None:
-        checkpoint.save(
-            trainer.run.path, trainer.progress, trainer.engine, trainer.method, trainer.about, 1, "step"
+        writing.save(
+            trainer.directory.path,
+            trainer.progress,
+            trainer.engine,
+            trainer.method,
+            trainer.metadata,
+            1,
+            STEP,
         )
 
     save_seconds, save_memory = _timed(save)
-    path = newest_checkpoint(trainer.run.path)
+    path = newest_checkpoint(trainer.directory.path)
 
     def load() -> None:
         check(path)
@@ -76,7 +82,7 @@ def cost(trainer: Trainer) -> Cost:
     nbytes = _size(path)
     processes.barrier()
     if processes.rank() == 0:
-        checkpoint.remove([path])
+        files.remove([path])
     return Cost(nbytes, save_seconds, save_memory, load_seconds, load_memory)
 
 

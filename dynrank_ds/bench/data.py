@@ -19,7 +19,7 @@ from dynrank_ds.data.sources import open_source
 from dynrank_ds.data.tokenising import TokenisedDataset, tokenise
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.model import load_tokenizer
-from dynrank_ds.training.prepare import prepare_data
+from dynrank_ds.training.samples import prepare_data
 
 GLOBAL_BATCH, MICRO_BATCH, PROCESSES = 128, 4, 8
 

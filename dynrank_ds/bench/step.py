@@ -14,7 +14,7 @@ from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.loop import StepResult, Trainer
-from dynrank_ds.training.run import build
+from dynrank_ds.training.run import set_up
 from dynrank_ds.zero import processes
 
 STEPS_BETWEEN_ADJUSTMENTS = 100
@@ -35,7 +35,7 @@ def measure_step(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
             "output": recipe.output.model_copy(update={"dir": f"{folder}/run"}),
             "data": recipe.data.model_copy(update={"held_out": 0}),
         }
-        trainer = build(recipe.model_copy(update=sections), False, device)
+        trainer = set_up(recipe.model_copy(update=sections), False, device)
         figures = _figures(Timing(trainer), pairs, adjustments)
     processes.stop()
     yield from figures

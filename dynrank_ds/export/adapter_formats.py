@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from dynrank_ds.checkpoints import newest_checkpoint
+from dynrank_ds.checkpoint.adapter import TrainedAdapter
+from dynrank_ds.checkpoint.files import newest_checkpoint
 from dynrank_ds.errors import RunError
-from dynrank_ds.export.checkpoint import TrainedAdapter
 from dynrank_ds.export.folder import staged_folder
 from dynrank_ds.tensorfile import TensorEntry, TensorFileWriter
 

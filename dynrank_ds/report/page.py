@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dynrank_ds.checkpoints import newest_checkpoint, read_state
+from dynrank_ds.checkpoint.files import newest_checkpoint, read_state
 from dynrank_ds.errors import RunError
 from dynrank_ds.report.figures import DPI, course, rank_heatmap, rank_history
 

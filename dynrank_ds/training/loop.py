@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynrank_ds.adapters.initial import module_generator
+from dynrank_ds.checkpoint.files import Progress
 from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.data.collating import Collator
 from dynrank_ds.data.tokenising import TokenisedDataset
@@ -27,7 +28,6 @@ from dynrank_ds.errors import RunError
 from dynrank_ds.methods.base import Method, MicroBatch, StepView
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.training.checkpoint import Progress
 from dynrank_ds.training.held_out import held_out_loss
 from dynrank_ds.training.rundir import RunDirectory
 from dynrank_ds.training.schedule import learning_rate
@@ -58,34 +58,39 @@ class StepResult:
     """After the update, at the steps that ask for it."""
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """The samples of a run, and how they become tensors."""
+
+    samples: TokenisedDataset
+    held_out: TokenisedDataset
+    collator: Collator
+
+
 class Trainer:
-    """Trains the adapters of `engine` by `recipe` from where `progress` stands."""
+    """Trains the adapter of `engine` by `recipe` from `progress` on.
+
+    metadata: what every checkpoint says of the run.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
-        dataset: TokenisedDataset,
-        held_out: TokenisedDataset,
-        collator: Collator,
+        data: TrainingData,
         engine: ZeroEngine,
         method: Method,
+        directory: RunDirectory,
         progress: Progress,
-        total_steps: int,
-        device: torch.device,
-        run: RunDirectory,
-        about: Mapping[str, Any],
+        metadata: Mapping[str, Any],
     ) -> None:
-        self.recipe, self.dataset, self.held_out = recipe, dataset, held_out
-        self.collator = collator
-        """How the samples of a micro-batch become tensors."""
-        self.engine, self.method, self.progress = engine, method, progress
-        self.total_steps, self.device, self.run = total_steps, device, run
-        self.about = about
-        """What every checkpoint says of the run."""
-        self.batches = GlobalBatches(len(dataset), recipe.train.global_batch_size, recipe.train.seed)
+        self.recipe, self.data, self.engine, self.method = recipe, data, engine, method
+        self.directory, self.progress, self.metadata = directory, progress, metadata
+        self.device = engine.layout.device
+        self.total_steps = recipe.total_steps(len(data.samples))
+        self.batches = GlobalBatches(len(data.samples), recipe.train.global_batch_size, recipe.train.seed)
         self.is_first = processes.rank() == 0
         self.stop_request = StopRequest()
-        history = run.adjustments() if self.is_first else []
+        history = directory.adjustments() if self.is_first else []
         self.adjustments = len(history)
         self.masked_triples = sum(map(len, history[-1]["masked"].values())) if history else 0
         """Triples whose gate the last adjustment set to zero."""
@@ -102,10 +107,14 @@ class Trainer:
             result = self._step(indices)
             self.progress.batch += 1
             seconds = time.perf_counter() - started
-            result.tokens_per_second = float(self.dataset.lengths[indices].sum()) / seconds
+            result.tokens_per_second = float(self.data.samples.lengths[indices].sum()) / seconds
             if result.applied and self._evaluates_at(self.progress.step):
                 result.held_out_loss = held_out_loss(
-                    self.engine, self.held_out, self.collator, self.recipe.train.micro_batch_size, self.device
+                    self.engine,
+                    self.data.held_out,
+                    self.data.collator,
+                    self.recipe.train.micro_batch_size,
+                    self.device,
                 )
             self._log(result, seconds)
             after_step(result)
@@ -115,12 +124,12 @@ class Trainer:
 
     def _evaluates_at(self, step: int) -> bool:
         interval = self.recipe.train.held_out_interval or self.total_steps
-        return len(self.held_out) > 0 and (step % interval == 0 or step == self.total_steps)
+        return len(self.data.held_out) > 0 and (step % interval == 0 or step == self.total_steps)
 
     def _step(self, indices: NDArray[Any]) -> StepResult:
         step = self.progress.step + 1
-        tokens = int(self.dataset.lengths[indices].sum())
-        loss = self._accumulate(indices, targets=int(self.dataset.target_counts[indices].sum()))
+        tokens = int(self.data.samples.lengths[indices].sum())
+        loss = self._accumulate(indices, targets=int(self.data.samples.target_counts[indices].sum()))
         gradients = self.engine.gradients()
         result = self._reduce(loss, gradients)
         if not result.applied:
@@ -156,16 +165,16 @@ class Trainer:
 
     def _accumulate(self, indices: NDArray[Any], targets: int) -> Tensor:
         """Forward and backward over this process's micro-batches; its part of the batch's mean loss, fp64."""
-        micro_batches = self.collator.micro_batches(
+        micro_batches = self.data.collator.micro_batches(
             indices,
-            self.dataset.lengths,
+            self.data.samples.lengths,
             processes.rank(),
             processes.world_size(),
             self.recipe.train.micro_batch_size,
         )
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, chosen in enumerate(micro_batches, start=1):
-            batch = self.collator.collate(self.dataset, chosen)
+            batch = self.data.collator.collate(self.data.samples, chosen)
             self.method.begin_micro_batch(
                 MicroBatch(
                     token_mask=batch.attention_mask.to(self.device),
@@ -212,7 +221,8 @@ class Trainer:
     def _adjust(self, scores: Sequence[Tensor]) -> None:
         before = self.engine.layout.ranks
         shapes = self.engine.shapes
-        limits = tuple(self._max_rank(s.in_features, s.out_features) for s in shapes)
+        largest_rank = self.recipe.adapter.largest_rank
+        limits = tuple(largest_rank(shape.in_features, shape.out_features) for shape in shapes)
         state = RankState(before, limits, self.recipe.adapter.rank, self.progress.step, self.total_steps)
         plan = self.method.plan(scores, state)
         if not processes.agree(plan.sha256(), self.device):
@@ -229,10 +239,6 @@ class Trainer:
         if self.is_first:
             self._log_adjustment(plan, before, scores)
 
-    def _max_rank(self, in_features: int, out_features: int) -> int:
-        section = self.recipe.adapter
-        return min(in_features, out_features, section.max_rank or max(512, section.rank))
-
     def _new_rows(self, plan: RankPlan, module: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = self.engine.shapes[module].name
         generator = module_generator(self.recipe.train.seed, name, self.progress.step)
@@ -243,7 +249,7 @@ class Trainer:
             return
         layout = self.engine.layout
         evaluated = {} if result.held_out_loss is None else {"held_out_loss": result.held_out_loss}
-        self.run.log_step(
+        self.directory.log_step(
             step=self.progress.step,
             batch=self.progress.batch,
             loss=result.loss if math.isfinite(result.loss) else None,
@@ -262,7 +268,7 @@ class Trainer:
     def _log_adjustment(self, plan: RankPlan, before: Sequence[int], scores: Sequence[Tensor]) -> None:
         names = [shape.name for shape in self.engine.shapes]
         pruned = plan.pruned(before)
-        self.run.log_adjustment(
+        self.directory.log_adjustment(
             adjustment=self.adjustments,
             step=self.progress.step,
             before=dict(zip(names, before, strict=True)),

@@ -1,9 +1,10 @@
-"""The frozen base model and its tokenizer."""
+"""The frozen base model, its tokenizer and its adapter."""
 
 from __future__ import annotations
 
 import logging
 import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,8 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dynrank_ds.adapters.heads import head_splits
+from dynrank_ds.adapters.inject import inject
+from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.errors import ModelError
-from dynrank_ds.recipe import ModelSection
+from dynrank_ds.methods import method_class
+from dynrank_ds.recipe import ModelSection, Recipe
 from dynrank_ds.training.architecture import check_config, check_layers
 
 logger = logging.getLogger(__name__)
@@ -138,6 +144,24 @@ def _without_dropout(config: PreTrainedConfig, path: str) -> None:
         setattr(decoder, name, 0.0)
     if names:
         logger.warning("model.path %s: %s of its config is set to 0 for training", path, ", ".join(names))
+
+
+def adapt(
+    model: PreTrainedModel, recipe: Recipe, restored: Iterable[tuple[str, Mapping[str, Tensor]]] = ()
+) -> dict[str, AdaptedModule]:
+    """Freeze the model and inject the recipe's adapter; return the adapted modules by full name.
+
+    restored: (module, {factor: weights}) that take the place of initial values.
+    """
+    section = recipe.adapter
+    method = method_class(recipe.method)
+    splits = head_splits(model.config) if method.per_head else {}
+    modules = inject(
+        model, section.targets, section.rank, section.scale, method.init, recipe.train.seed, splits
+    )
+    for name, factors in restored:
+        modules[name].set_factors(factors)
+    return modules
 
 
 def _short(error: Exception) -> str:

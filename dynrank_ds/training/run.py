@@ -1,12 +1,9 @@
-"""A run from its recipe to its adapter: everything is built and checked here, then the loop runs."""
+"""A run from its recipe to its adapter: set up, resume, train, finish."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shlex
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,24 +12,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dynrank_ds.checkpoints import BEST, STEP, finished, leftovers, newest_whole, read_state
+from dynrank_ds.checkpoint.files import BEST, Progress, complete_checkpoints, read_state
+from dynrank_ds.checkpoint.reading import Checkpoint
 from dynrank_ds.data.collating import PackedCollator, PaddedCollator
-from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_checkpoint
 from dynrank_ds.methods import build_method
 from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.training import checkpoint
 from dynrank_ds.training.adamw import RowAgedAdamW
 from dynrank_ds.training.architecture import decoder_layers
-from dynrank_ds.training.checkpoint import Checkpoint, Progress
 from dynrank_ds.training.dtype import agree_on_dtype
-from dynrank_ds.training.identity import identity, refuse_changes
-from dynrank_ds.training.loop import StepResult, Trainer
+from dynrank_ds.training.loop import StepResult, Trainer, TrainingData
 from dynrank_ds.training.loss import SummedLoss, check_loss
-from dynrank_ds.training.model import load_model
-from dynrank_ds.training.prepare import adapt, prepare_data, split_held_out
+from dynrank_ds.training.model import adapt, load_model
+from dynrank_ds.training.resume import find_checkpoint, fingerprints, lock_directory
 from dynrank_ds.training.rundir import RunDirectory, check_output
+from dynrank_ds.training.samples import prepare_data, split_held_out
 from dynrank_ds.training.saving import Saving
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.config import complete_config, load_config
@@ -42,70 +37,80 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
-    """Trains by `recipe` in all processes of the group, and writes the run directory.
+    """Train by `recipe` in all processes of the group, and write the run directory.
 
     Raises:
-        DynrankError: whatever of the recipe, model, data or directory cannot be run; nothing is written then.
+        DynrankError: what of the recipe, model, data or directory cannot be run; nothing is written then.
     """
-    trainer = build(recipe, resume, device)
+    trainer = set_up(recipe, resume, device)
     try:
-        _run(trainer)
+        saving = Saving(trainer)
+        if _loop(trainer, saving):
+            _finish(trainer, saving.save_last())
     finally:
-        trainer.run.unlock()
+        trainer.directory.unlock()
 
 
-def build(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
-    """Everything of a run, at its beginning or where it stopped; raises what `train` does."""
-    run = RunDirectory(Path(recipe.output.dir))
-    check_output(run.path, resume)
-    before = run.about() if resume else None
+def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
+    """Build everything of a run, at step 0 or as its newest checkpoint has it.
+
+    Raises:
+        DynrankError: as `train`.
+    """
+    directory = RunDirectory(Path(recipe.output.dir))
+    check_output(directory.path, resume)
+    before = directory.metadata() if resume else None
     recipe = agree_on_dtype(recipe, before and before["recipe"], device)
-    config = complete_config(
-        load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16"),
-        recipe.train.micro_batch_size,
-        recipe.accumulation(processes.world_size()),
-        recipe.train.max_grad_norm,
-        recipe.model.dtype == "bf16",
-    )
+    config = _deepspeed_config(recipe)
     samples, pad_id = prepare_data(recipe)
-    dataset, held_out = split_held_out(samples, recipe)
-    collator = PackedCollator() if recipe.data.packing else PaddedCollator(pad_id)
-    total_steps = recipe.total_steps(len(dataset))
-    now = identity(recipe, samples)
-    about = {
+    data = TrainingData(
+        *split_held_out(samples, recipe), PackedCollator() if recipe.data.packing else PaddedCollator(pad_id)
+    )
+    identity = fingerprints(recipe, samples)
+    with ExitStack() as on_error:
+        on_error.callback(directory.unlock)
+        lock_directory(directory, resume, identity, device)
+        checkpoint = find_checkpoint(directory, recipe, identity, device) if resume else None
+        total_steps = recipe.total_steps(len(data.samples))
+        engine, method = _engine(recipe, config, checkpoint, total_steps, device)
+        check_loss(engine.evaluate, data.samples, data.collator, recipe.model.dtype, device)
+        progress = checkpoint.progress if checkpoint else Progress()
+        if processes.rank() == 0:
+            directory.create(recipe, identity, processes.world_size())
+            directory.cut_logs(progress.step, progress.batch)
+            if checkpoint:
+                logger.info("resumed from %s", checkpoint.path)
+        on_error.pop_all()  # the directory stays locked while it trains
+    metadata = {
         "method": recipe.method.name,
         "base_model": recipe.model.path,
         "recipe": recipe.model_dump(mode="json"),
-        "identity": now,
+        "identity": identity,
     }
-    with ExitStack() as failing:
-        failing.callback(run.unlock)
-        _enter(run, resume, now, device)
-        restored = _restored(run, recipe, now, device) if resume else None
-        engine, method = _engine(recipe, config, restored, total_steps, device)
-        check_loss(engine.evaluate, dataset, collator, recipe.model.dtype, device)
-        progress = restored.progress if restored else Progress()
-        if processes.rank() == 0:
-            run.create(recipe, now, processes.world_size())
-            run.cut_logs(progress.step, progress.batch)
-            if restored:
-                logger.info("resumed from %s", restored.path)
-        failing.pop_all()  # the directory stays locked while it trains
-    return Trainer(
-        recipe, dataset, held_out, collator, engine, method, progress, total_steps, device, run, about
+    return Trainer(recipe, data, engine, method, directory, progress, metadata)
+
+
+def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    bf16 = recipe.model.dtype == "bf16"
+    return complete_config(
+        load_config(recipe.deepspeed.config, bf16),
+        recipe.train.micro_batch_size,
+        recipe.accumulation(processes.world_size()),
+        recipe.train.max_grad_norm,
+        bf16,
     )
 
 
 def _engine(
     recipe: Recipe,
     config: dict[str, Any],
-    restored: Checkpoint | None,
+    checkpoint: Checkpoint | None,
     total_steps: int,
     device: torch.device,
 ) -> tuple[ZeroEngine, Method]:
-    """The model with its adapters in DeepSpeed, and their method, at the beginning or as they were saved."""
+    """Return the model with its adapter in DeepSpeed, and its method, at step 0 or as they were saved."""
     model = load_model(recipe.model, recipe.train.activation_checkpointing)
-    modules = adapt(model, recipe, restored.factors() if restored else ())
+    modules = adapt(model, recipe, checkpoint.factors() if checkpoint else ())
     method = build_method(recipe.method, modules, total_steps, device)
     engine = ZeroEngine(
         SummedLoss(model),
@@ -123,70 +128,14 @@ def _engine(
         unit=type(decoder_layers(model)[0]),
     )
     method.start(engine.layout)
-    if restored:
-        restored.restore(engine, method)
+    if checkpoint:
+        checkpoint.restore(engine, method)
     return engine, method
 
 
-def _enter(run: RunDirectory, resume: bool, now: Mapping[str, str], device: torch.device) -> None:
-    """Locks the directory; what it holds cannot change from here on.
-
-    Raises:
-        RunError: on every process: another run is in it, or the processes do not hold the same model and data.
-    """
-    if not processes.agree(hashlib.sha256(json.dumps(now).encode()).hexdigest(), device):
-        raise RunError(
-            f"the processes hold different models, tokenizers or data: {', '.join(now)} must be the same on every node"
-        )
-    refused = torch.tensor(float(processes.rank() == 0 and not run.lock()), device=device)
-    if processes.all_reduce_sum(refused) > 0:
-        raise RunError(
-            f"output.dir {run.path} is in use by another run: wait for it or stop it, or give a new folder"
-        )
-    check_output(run.path, resume)
-
-
-def _restored(
-    run: RunDirectory, recipe: Recipe, now: Mapping[str, str], device: torch.device
-) -> Checkpoint | None:
-    """The newest whole checkpoint, if it is of this run; what is damaged or unfinished is put out of the way."""
-    folder, about = run.path, run.about()
-    whole = {kind: newest_whole(folder, kind) for kind in (STEP, BEST)}
-    # Each process has looked for itself: they must have seen the same folder, before anything is moved there.
-    seen = hashlib.sha256(f"{about} {whole}".encode()).hexdigest()
-    if not processes.agree(seen, device):
-        raise RunError(
-            f"the processes see different checkpoints in {folder}: output.dir must be on a disk that all of them share"
-        )
-    if about is None:
-        return None
-    found = [Checkpoint(path) for path in whole.values() if path]
-    if found:
-        restored = max(found, key=lambda checkpoint: checkpoint.progress.step)
-        refuse_changes(restored.path, restored.about, recipe, now)
-    elif finished(folder) or finished(folder, BEST):
-        raise RunError(
-            f"every checkpoint in {folder} is damaged: give a new output.dir, or remove them to begin anew"
-        )
-    elif (folder / "adapter").exists():
-        raise RunError(
-            f"{folder} holds the adapter of a run, and no checkpoint to go on from: give a new output.dir"
-        )
-    else:
-        restored = None
-        refuse_changes(folder, about, recipe, now)
-    processes.barrier()
-    if processes.rank() == 0:
-        checkpoint.remove(leftovers(folder))
-        for kind, path in whole.items():
-            checkpoint.set_aside(finished(folder, kind), path)
-    return restored
-
-
-def _run(trainer: Trainer) -> None:
-    """The loop with its progress bar and checkpoints, then the adapter."""
+def _loop(trainer: Trainer, saving: Saving) -> bool:
+    """Train with a progress bar and checkpoints; return False where a signal stopped it before the last step."""
     first, progress = processes.rank() == 0, trainer.progress
-    saving = Saving(trainer)
     with tqdm(total=trainer.total_steps, initial=progress.step, unit="step", disable=not first) as bar:
 
         def after_step(result: StepResult) -> None:
@@ -202,28 +151,33 @@ def _run(trainer: Trainer) -> None:
             logger.warning(
                 "stopped at step %d by a signal; resume with the same command and resume=auto", progress.step
             )
-        return
-    last = saving.last()
-    if first:
-        _finish(trainer, last)
-    processes.barrier()
+        return False
+    return True
 
 
 def _finish(trainer: Trainer, last: Path) -> None:
-    """The adapters of the last checkpoint and the best, and what to know of the run."""
-    run, recipe, progress = trainer.run, trainer.recipe, trainer.progress
-    export_checkpoint(last, run.path / "adapter")
-    for best in finished(run.path, BEST)[:1]:
-        state = read_state(best)
-        export_checkpoint(best, run.path / "adapter-best")
-        logger.info(
-            "the lowest held-out loss, %.4f, was that of step %d: %s",
-            state["held_out_loss"],
-            state["step"],
-            run.path / "adapter-best",
-        )
+    """Export the adapter of the last checkpoint and of the best; all processes wait for the first one's work."""
+    if processes.rank() == 0:
+        directory = trainer.directory.path
+        export_checkpoint(last, directory / "adapter")
+        for best in complete_checkpoints(directory, BEST)[:1]:
+            state = read_state(best)
+            export_checkpoint(best, directory / "adapter-best")
+            logger.info(
+                "the lowest held-out loss, %.4f, was that of step %d: %s",
+                state["held_out_loss"],
+                state["step"],
+                directory / "adapter-best",
+            )
+        _log_summary(trainer)
+    processes.barrier()
+
+
+def _log_summary(trainer: Trainer) -> None:
+    directory, recipe, progress = trainer.directory, trainer.recipe, trainer.progress
+    adapter = directory.path / "adapter"
     logger.info(
-        "adapter written to %s; score it with\n    %s", run.path / "adapter", _eval_command(recipe, run.path)
+        "adapter written to %s; score it with\n    %s", adapter, _eval_command(recipe, directory.path)
     )
     if progress.batch > progress.step:
         logger.warning(
@@ -232,12 +186,8 @@ def _finish(trainer: Trainer, last: Path) -> None:
             progress.batch,
         )
     planned = trainer.method.planned_adjustments()
-    if planned and not any(a["pruned"] or a["added"] for a in run.adjustments()):
-        logger.warning(
-            "ranks never changed although %s planned %d adjustments",
-            recipe.method.name,
-            planned,
-        )
+    if planned and not any(line["pruned"] or line["added"] for line in directory.adjustments()):
+        logger.warning("ranks never changed although %s planned %d adjustments", recipe.method.name, planned)
 
 
 def _eval_command(recipe: Recipe, run: Path) -> str:

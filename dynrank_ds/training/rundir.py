@@ -71,8 +71,8 @@ class RunDirectory:
         replace_text(self.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
         (self.path / "checkpoints").mkdir(exist_ok=True)
 
-    def about(self) -> dict[str, Any] | None:
-        """The recipe and identity of the run that is there, as far as it came."""
+    def metadata(self) -> dict[str, Any] | None:
+        """Return the recipe and fingerprints of the run in this directory, as far as they were written."""
         if not (self.path / RECIPE).is_file():
             return None
         environment = self.path / ENVIRONMENT

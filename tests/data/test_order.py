@@ -10,7 +10,7 @@ from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.data.collating import Collator, PackedCollator, PaddedCollator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.recipe import check_recipe
-from dynrank_ds.training.prepare import prepare_data, split_held_out
+from dynrank_ds.training.samples import prepare_data, split_held_out
 from tests.support.tiny import WORDS, write_model
 
 N_ROWS, N_HELD_OUT, BATCH, MICRO_BATCH, SEED = 31, 5, 12, 2, 3

@@ -11,7 +11,7 @@ import pytest
 from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.prepare import prepare_data
+from dynrank_ds.training.samples import prepare_data
 from tests.support.tiny import write_model
 
 PAPER = "llama2_7b_metamathqa_pe_dyra"

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from dynrank_eval.sanitizing import sanitize
 from dynrank_eval.tasks import get_task
-from dynrank_eval.tasks.sanitizing import sanitize
 
 PROMPT = 'from typing import List\n\n\ndef total(numbers: List[int]) -> int:\n    """Their sum."""\n'
 BODY = "    result = 0\n    for number in numbers:\n        result += number\n    return result\n"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynrank_ds.checkpoints import FORMAT, seal
+from dynrank_ds.checkpoint.files import FORMAT, write_sums
 
 LAYERS = 13
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -95,7 +95,7 @@ def save_checkpoint(
     save_file(tensors, checkpoint / "state.safetensors")
     state = dict(format=FORMAT, step=int(checkpoint.name.split("-")[1]), method=method, base_model=str(base))
     (checkpoint / "state.json").write_text(json.dumps(state | {"blocks": shapes}))
-    seal(checkpoint)
+    write_sums(checkpoint)
 
 
 def uneven_ranks() -> dict[str, int]:

@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from dynrank_ds.checkpoints import seal
+from dynrank_ds.checkpoint.files import write_sums
 from dynrank_ds.errors import RunError
 from dynrank_ds.export import export_adapter, export_checkpoint
 
@@ -129,7 +129,7 @@ def test_a_value_that_is_not_finite_is_named(tmp_path, factor):
 
 
 def test_a_missing_or_damaged_checkpoint_is_told(tmp_path):
-    with pytest.raises(RunError, match="no finished checkpoint"):
+    with pytest.raises(RunError, match="no complete checkpoint"):
         export_adapter(tmp_path, tmp_path / "adapter", "peft")
     with pytest.raises(RunError, match="is damaged"):
         export_checkpoint(tmp_path, tmp_path / "adapter")
@@ -146,7 +146,7 @@ def test_a_missing_or_damaged_checkpoint_is_told(tmp_path):
 
 def rewrite_state(checkpoint, state):
     (checkpoint / "state.json").write_text(json.dumps(state))
-    seal(checkpoint)
+    write_sums(checkpoint)
 
 
 def test_a_checkpoint_that_disagrees_with_its_description_is_refused(tmp_path):

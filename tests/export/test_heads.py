@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.initial import lora_factors
 from dynrank_ds.adapters.inject import inject
-from dynrank_ds.checkpoints import FORMAT, seal
+from dynrank_ds.checkpoint.files import FORMAT, write_sums
 from dynrank_ds.export import export_checkpoint, merge_adapter
 
 from .conftest import save_base
@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
     save_file(tensors, checkpoint / "state.safetensors")
     about = {"format": FORMAT, "step": 4, "method": "ard_lora", "base_model": str(base), "blocks": entries}
     (checkpoint / "state.json").write_text(json.dumps(about))
-    seal(checkpoint)
+    write_sums(checkpoint)
     return base, model, checkpoint
 
 

@@ -19,7 +19,7 @@ from dynrank_ds.adapters.initial import module_generator, svd_factors
 from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.data.collating import PaddedCollator
 from dynrank_ds.recipe import Recipe, load_recipe
-from dynrank_ds.training.prepare import prepare_data
+from dynrank_ds.training.samples import prepare_data
 from tests.support.launch import train
 from tests.support.recipes import STEPS, lines, write_recipe
 

@@ -12,8 +12,7 @@ from dynrank_ds.methods import build_method
 from dynrank_ds.methods.base import MicroBatch
 from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.loss import SummedLoss
-from dynrank_ds.training.model import load_model
-from dynrank_ds.training.prepare import adapt
+from dynrank_ds.training.model import adapt, load_model
 from tests.support.recipes import write_recipe
 
 

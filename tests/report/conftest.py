@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dynrank_ds.checkpoints import FORMAT, seal
+from dynrank_ds.checkpoint.files import FORMAT, write_sums
 
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 START = {f"model.layers.{layer}.{module}": 4 for layer in range(12) for module in MODULES}
@@ -39,7 +39,7 @@ def write_run(run: Path, final: dict[str, int], method: str) -> Path:
     state = dict(format=FORMAT, step=30, method=method, base_model="<tiny>", blocks=shapes)
     (checkpoint / "state.json").write_text(json.dumps(state))
     (checkpoint / "state.safetensors").touch()
-    seal(checkpoint)
+    write_sums(checkpoint)
     write_lines(run / "metrics.jsonl", [metric(step, 3.0 - step / 30) for step in range(1, 31)])
     return run
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from dynrank_ds.methods import build_method
 from dynrank_ds.ranking.plan import RankState
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.training.prepare import adapt
+from dynrank_ds.training.model import adapt
 from tests.support.recipes import STEPS, lines
 
 

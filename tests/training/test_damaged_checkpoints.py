@@ -12,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dynrank_ds.checkpoints import FORMAT, check, newest_checkpoint, newest_whole, read_state, seal
+from dynrank_ds.checkpoint.files import (
+    FORMAT,
+    check,
+    newest_checkpoint,
+    newest_undamaged,
+    read_state,
+    write_sums,
+)
 from dynrank_ds.errors import RunError
 
 FILES = ("state.safetensors", "state.json", "SHA256SUMS")
@@ -28,12 +35,12 @@ def run(tmp_path: Path) -> Path:
         (checkpoint / "state.json").write_text(
             f'{{"format": {FORMAT}, "step": {step}, "about": "{"-" * 99}"}}'
         )
-        seal(checkpoint)
+        write_sums(checkpoint)
     return tmp_path
 
 
 def step_taken(run: Path) -> int:
-    whole = newest_whole(run)
+    whole = newest_undamaged(run)
     assert whole is not None
     return int(read_state(whole)["step"])
 
@@ -45,7 +52,7 @@ def test_the_newest_is_taken_when_it_is_whole_and_names_that_are_no_checkpoints_
         shutil.copytree(run / "checkpoints/step-10", run / "checkpoints" / name)
     assert step_taken(run) == 10
     assert newest_checkpoint(run).name == "step-10"
-    assert newest_whole(run / "elsewhere") is None
+    assert newest_undamaged(run / "elsewhere") is None
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -82,6 +89,6 @@ def test_the_sums_are_those_of_sha256sum(run: Path) -> None:
 def test_a_checkpoint_of_another_format_is_refused_not_passed_over(run: Path) -> None:
     newest = run / "checkpoints/step-10"
     (newest / "state.json").write_text('{"format": 1}')
-    seal(newest)
+    write_sums(newest)
     with pytest.raises(RunError, match=f"has format 1: this version reads format {FORMAT}"):
-        newest_whole(run)
+        newest_undamaged(run)

@@ -19,8 +19,8 @@ from dynrank_ds.methods import build_method
 from dynrank_ds.methods.base import MicroBatch
 from dynrank_ds.recipe import check_recipe
 from dynrank_ds.training.loss import SummedLoss
-from dynrank_ds.training.model import load_model
-from dynrank_ds.training.prepare import adapt, prepare_data
+from dynrank_ds.training.model import adapt, load_model
+from dynrank_ds.training.samples import prepare_data
 from tests.support.tiny import write_data, write_model
 
 METHODS = {

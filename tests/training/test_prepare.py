@@ -18,9 +18,9 @@ from dynrank_ds.cli import main
 from dynrank_ds.data import store
 from dynrank_ds.errors import DataError, MachineError, ModelError
 from dynrank_ds.recipe import Recipe, check_recipe
-from dynrank_ds.training import prepare as prepare_module
+from dynrank_ds.training import samples as samples_module
 from dynrank_ds.training.model import fetch_model
-from dynrank_ds.training.prepare import prepare_data
+from dynrank_ds.training.samples import prepare_data
 from tests.support.tiny import write_data, write_model
 
 
@@ -54,7 +54,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         entries.append(entry)
         real(entry, *arguments)
 
-    monkeypatch.setattr(prepare_module.store, "write", noting)
+    monkeypatch.setattr(samples_module.store, "write", noting)
     return entries
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dynrank_ds.checkpoints import finished, leftovers
+from dynrank_ds.checkpoint import files
+from dynrank_ds.checkpoint.files import complete_checkpoints, incomplete_checkpoints
 from dynrank_ds.errors import RunError
-from dynrank_ds.training import checkpoint
 from dynrank_ds.training.rundir import RunDirectory, _environment, check_output
 
 
@@ -51,11 +51,11 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_no_checkpoint_any_
 
     for name in ("step-2", "step-4.old.tmp", "step-6"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
-    checkpoint.remove([*finished(tmp_path)[1:], *leftovers(tmp_path)])
+    monkeypatch.setattr(files.shutil, "rmtree", busy)
+    files.remove([*complete_checkpoints(tmp_path)[1:], *incomplete_checkpoints(tmp_path)])
     monkeypatch.undo()
-    assert finished(tmp_path) == [tmp_path / "checkpoints" / "step-6"]
-    left = sorted(path.name for path in leftovers(tmp_path))
+    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoints" / "step-6"]
+    left = sorted(path.name for path in incomplete_checkpoints(tmp_path))
     assert left == ["step-2.old.tmp", "step-4.old.tmp"]
     assert caplog.text.count("could not be removed") == 2
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynrank_ds.checkpoints import check, finished
+from dynrank_ds.checkpoint.files import check, complete_checkpoints
 from tests.support.launch import Started, errors_told, start_processes, train, train_command, wait, wait_until
 from tests.support.recipes import STEPS, lines, write_recipe
 
@@ -34,7 +34,7 @@ def with_a_checkpoint(recipe: Path, run: Path) -> list[Started]:
     """Processes of a run that has written one."""
     command = train_command(recipe, f"output.dir={run}", *OPTIONS)
     processes = start_processes(2, command, recipe.parent / "logs")
-    wait_until(lambda: finished(run), processes)
+    wait_until(lambda: complete_checkpoints(run), processes)
     return processes
 
 
@@ -44,7 +44,7 @@ def assert_told_and_whole(processes: list[Started], run: Path, why: str) -> None
     [told] = errors_told(processes)
     assert "could not be written" in told and why in told
     assert "Traceback" not in processes[0].output + processes[1].output
-    left = finished(run)
+    left = complete_checkpoints(run)
     assert left and not [path for path in run.rglob("*.tmp")]
     for checkpoint in left:
         check(checkpoint)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dynrank_ds.data.collating import PaddedCollator
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.prepare import prepare_data, split_held_out
+from dynrank_ds.training.samples import prepare_data, split_held_out
 from tests.support.launch import train
 from tests.support.recipes import lines, write_recipe
 

@@ -26,7 +26,7 @@ class Kill:
     step: int
     process: int
     resumes_at: int
-    """The step of the newest checkpoint that was finished before."""
+    """The step of the newest checkpoint that was complete before."""
 
 
 # Adjustments are at steps 4, 7, 10, 13 and 16; only the first process writes.

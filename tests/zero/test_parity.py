@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dynrank_ds.adapters.initial import lora_factors, module_generator, svd_factors
 from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.prepare import prepare_data
+from dynrank_ds.training.samples import prepare_data
 from tests.support.launch import train
 from tests.support.reference import Reference, Settings, Triple
 from tests.support.tiny import write_data, write_model

@@ -69,7 +69,7 @@ def test_each_step_is_logged_once(resumed: tuple[int, Path]) -> None:
 
 def test_another_run_than_the_checkpoints_is_refused_in_one_sentence(uninterrupted: Path) -> None:
     told = refused(uninterrupted, "run", "train.learning_rate=1e-4", "train.micro_batch_size=3")
-    assert "train.learning_rate is 0.0001, was 0.005. Set that back" in told
+    assert "train.learning_rate is 0.0001, was 0.005. Set these back" in told
 
 
 def refused(uninterrupted: Path, name: str, *overrides: str) -> str:
@@ -93,7 +93,7 @@ def test_a_run_without_a_checkpoint_is_begun_anew_by_its_own_recipe_and_model_on
     run = uninterrupted / "unsaved"
     shutil.copytree(uninterrupted / "run", run)
     shutil.rmtree(run / "checkpoints")
-    assert "holds the adapter of a run, and no checkpoint" in refused(uninterrupted, "unsaved")
+    assert "holds the adapter of a run but no checkpoint" in refused(uninterrupted, "unsaved")
     shutil.rmtree(run / "adapter")
     told = refused(uninterrupted, "unsaved", "train.seed=1")
     assert f"{run} cannot be gone on with" in told and "train.seed is 1, was 0" in told

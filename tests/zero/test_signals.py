@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dynrank_ds.checkpoints import check, finished
+from dynrank_ds.checkpoint.files import check, complete_checkpoints
 from tests.support.launch import ROOT
 from tests.support.recipes import lines, write_recipe
 
@@ -79,7 +79,7 @@ def the_launch_of_a_node(launcher: psutil.Process) -> psutil.Process:
 
 def saved(folder: Path) -> bool:
     """Whether the run stopped after a step that it saved."""
-    found = finished(folder / "run")
+    found = complete_checkpoints(folder / "run")
     for checkpoint in found:
         check(checkpoint)
     last = lines(folder / "run" / "metrics.jsonl")[-1]["step"]

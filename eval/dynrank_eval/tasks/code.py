@@ -14,9 +14,9 @@ from typing import Any
 from dynrank_eval import sandbox
 from dynrank_eval.protocols import Protocol
 from dynrank_eval.sandbox import Limits, Outcome, Program, Result
+from dynrank_eval.sanitizing import sanitize
 from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict
 from dynrank_eval.tasks.programs import program
-from dynrank_eval.tasks.sanitizing import sanitize
 from dynrank_eval.transcriptions import evalplus, pissa
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from dynrank_eval.answers.reply import final_reply
-from dynrank_eval.tasks.sanitizing import NOT_PYTHON, longest_valid
+from dynrank_eval.sanitizing import NOT_PYTHON, longest_valid
 
 _LONGEST_REPLY = 50_000
 _FENCE = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^`\s]*)[^`]*$")

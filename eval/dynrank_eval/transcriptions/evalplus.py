@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterable, Iterator, Sequence
 
-from dynrank_eval.tasks.sanitizing import identifiers, longest_valid
+from dynrank_eval.sanitizing import identifiers, longest_valid
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -10,7 +10,7 @@ import torch
 
 from dynrank_ds.bench.checkpoint import cost
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.run import build
+from dynrank_ds.training.run import set_up
 from tests.support.watching import main, write
 
 M_MMAP_THRESHOLD = -3
@@ -22,7 +22,7 @@ def measure(folder: Path) -> None:
     recipe = load_recipe(
         str(folder / "recipe.yaml"), ["train.global_batch_size=2", "train.micro_batch_size=1"]
     )
-    trainer = build(recipe, False, torch.device("cpu"))
+    trainer = set_up(recipe, False, torch.device("cpu"))
     trainer.train(lambda _: setattr(trainer, "total_steps", trainer.progress.step))  # one step
     cost(trainer)  # what is allocated once
     write(folder, "cost", asdict(cost(trainer)))

@@ -90,7 +90,7 @@ class Counted(Trainer):
 
     def train(self, after_step: Any) -> bool:
         finished = super().train(after_step)
-        write(self.run.path, "collectives", self.steps)
+        write(self.directory.path, "collectives", self.steps)
         return finished
 
 

@@ -13,9 +13,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from dynrank_ds.checkpoint import files, writing
 from dynrank_ds.export import folder
 from dynrank_ds.tensorfile import TensorFileWriter
-from dynrank_ds.training import checkpoint, run, rundir, saving
+from dynrank_ds.training import run, rundir
 from dynrank_ds.training.loop import Trainer
 from dynrank_ds.zero import engine, peer_failure
 from tests.support.launch import ROOT, run_script
@@ -75,10 +76,10 @@ def half_removed(checkpoints: Iterable[Path]) -> None:
         aside = path.with_name(f"{path.name}.old.tmp")
         path.rename(aside)
         die()
-        checkpoint_remove([aside])
+        files_remove([aside])
 
 
-checkpoint_remove, rundir_replace_text = checkpoint.remove, rundir.replace_text
+files_remove, rundir_replace_text = files.remove, rundir.replace_text
 
 POINTS: dict[str, Callable[[], Any]] = {
     "before the model is loaded": lambda: before(run, "load_model"),
@@ -89,14 +90,14 @@ POINTS: dict[str, Callable[[], Any]] = {
     "with changed modules gathered": lambda: after(engine, "migrate"),
     "before the engine is rebuilt": lambda: before(engine.ZeroEngine, "_build"),
     "after an adjustment": lambda: after(engine.ZeroEngine, "resize"),
-    "with a checkpoint's folder made": lambda: after(checkpoint._Writer, "_open"),
+    "with a checkpoint's folder made": lambda: after(writing._Writer, "_open"),
     "with one tensor written": lambda: after(TensorFileWriter, "write"),
-    "with all tensors written": lambda: before(checkpoint._Writer, "publish"),
-    "before the sums": lambda: before(checkpoint, "seal"),
-    "before the rename": lambda: after(checkpoint, "seal"),
-    "after the rename": lambda: after(checkpoint._Writer, "publish"),
-    "after the checkpoint": lambda: after(saving.checkpoint, "save"),
-    "while an old checkpoint is removed": lambda: setattr(checkpoint, "remove", half_removed),
+    "with all tensors written": lambda: before(writing._Writer, "publish"),
+    "before the sums": lambda: before(files, "write_sums"),
+    "before the rename": lambda: after(files, "write_sums"),
+    "after the rename": lambda: after(writing._Writer, "publish"),
+    "after the checkpoint": lambda: after(writing, "save"),
+    "while an old checkpoint is removed": lambda: setattr(files, "remove", half_removed),
     "with half a line logged": lambda: setattr(rundir.RunDirectory, "_append", half_a_line),
     "with half a recipe written": lambda: setattr(rundir, "replace_text", half_a_text),
     "with the adapter written but not renamed": lambda: after(folder, "sync"),

@@ -47,7 +47,7 @@ class Penalised(Trainer):
             else:
                 (expected,) = torch.autograd.grad(coefficient * penalty(whole), whole)
             errors.append(float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)))
-        write(self.run.path, "errors", errors)
+        write(self.directory.path, "errors", errors)
         self.stop_request.received = True  # one step is all that is asked
         return super()._reduce(loss, gradients)
 

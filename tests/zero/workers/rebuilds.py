@@ -57,7 +57,7 @@ class Counted(Trainer):
 
     def train(self, after_step: Any) -> bool:
         finished = super().train(after_step)
-        write(self.run.path, "counts", self.counts)
+        write(self.directory.path, "counts", self.counts)
         return finished
 
 

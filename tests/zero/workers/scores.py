@@ -116,7 +116,7 @@ class Scored(Trainer):
 
     def train(self, after_step: Any) -> bool:
         finished = super().train(after_step)
-        write(self.run.path, "scores", {"errors": self.errors, "plans": self.plans})
+        write(self.directory.path, "scores", {"errors": self.errors, "plans": self.plans})
         return finished
 
 

@@ -63,13 +63,13 @@ class Sized(Trainer):
 
     def train(self, after_step: Any) -> bool:
         finished = super().train(after_step)
-        write(self.run.path, "held", self.held)
+        write(self.directory.path, "held", self.held)
         whole = {
             f"{module}.{factor}": whole_of(p, safe_get_local_fp32_param)
             for (module, factor), p in adapter_parameters(self).items()
         }
         if self.is_first:
-            save_file(whole, self.run.path / "trained.safetensors")
+            save_file(whole, self.directory.path / "trained.safetensors")
         return finished
 
 
@@ -103,7 +103,7 @@ class Disagreeing(Trainer):
             try:
                 super()._adjust(scores)
             finally:
-                write(self.run.path, "changed", differing(before, snapshot(self)))
+                write(self.directory.path, "changed", differing(before, snapshot(self)))
 
 
 class Poisoned(Trainer):
@@ -152,7 +152,7 @@ class Poisoned(Trainer):
 
     def train(self, after_step: Any) -> bool:
         finished = super().train(after_step)
-        write(self.run.path, "steps", self.seen)
+        write(self.directory.path, "steps", self.seen)
         return finished
 
 

@@ -48,7 +48,7 @@ class Watching(Saving):
                 "files": len(os.listdir("/proc/self/fd")),
                 "threads": threading.active_count(),
                 "hooks": sum(len(getattr(module, kind)) for module in modules for kind in HOOKS),
-                "checkpoints": len(list((trainer.run.path / "checkpoints").glob("step-*"))),
+                "checkpoints": len(list((trainer.directory.path / "checkpoints").glob("step-*"))),
                 "seconds": now - self.before,
             }
         )
@@ -57,9 +57,9 @@ class Watching(Saving):
         if processes.all_reduce_sum(over) > 0:
             trainer.total_steps = min(trainer.total_steps, trainer.progress.step + 2)
 
-    def last(self) -> Path:
+    def save_last(self) -> Path:
         write(Path(sys.argv[1]), "cycles", self.cycles)
-        return super().last()
+        return super().save_last()
 
 
 def soak(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from dynrank_ds.bench.step import Timing
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.run import build
+from dynrank_ds.training.run import set_up
 from tests.support.watching import main, write
 
 
@@ -25,7 +25,7 @@ def slowed(call: Callable[..., None]) -> Callable[..., None]:
 
 
 def watch(folder: Path) -> None:
-    trainer = build(load_recipe(str(folder / "recipe.yaml")), False, torch.device("cpu"))
+    trainer = set_up(load_recipe(str(folder / "recipe.yaml")), False, torch.device("cpu"))
     timing = Timing(trainer)
     seen: list[Any] = []
     method = trainer.method

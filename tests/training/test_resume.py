@@ -1,4 +1,4 @@
-"""Which changes a run may be gone on with, and which are refused."""
+"""Which changes a run may be resumed with, and which are refused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dynrank_ds.errors import RunError
-from dynrank_ds.recipe import Recipe, check_recipe, load_recipe
-from dynrank_ds.training.identity import MAY_CHANGE, identity, refuse_changes
-from dynrank_ds.training.prepare import prepare_data
+from dynrank_ds.recipe import VALUES_BEFORE_KEYS_EXISTED, Recipe, check_recipe, load_recipe
+from dynrank_ds.training.resume import MAY_CHANGE, fingerprints, refuse_changes
+from dynrank_ds.training.samples import prepare_data
 from tests.support.recipes import lines, write_recipe
 
 
@@ -30,7 +30,7 @@ def about(folder: Path) -> dict[str, Any]:
     recipe = load_recipe(str(folder / "recipe.yaml"))
     recorded = {
         "recipe": recipe.model_dump(mode="json"),
-        "identity": identity(recipe, prepare_data(recipe)[0]),
+        "identity": fingerprints(recipe, prepare_data(recipe)[0]),
     }
     return json.loads(json.dumps(recorded))
 
@@ -39,7 +39,7 @@ def refused(folder: Path, about: dict[str, Any], *overrides: str) -> str:
     """What is said of going on with these overrides; nothing if it may be."""
     recipe = load_recipe(str(folder / "recipe.yaml"), overrides)
     try:
-        refuse_changes(Path("run/step-5"), about, recipe, identity(recipe, prepare_data(recipe)[0]))
+        refuse_changes(Path("run/step-5"), about, recipe, fingerprints(recipe, prepare_data(recipe)[0]))
     except RunError as error:
         return str(error)
     return ""
@@ -82,14 +82,14 @@ def test_where_things_lie_and_how_they_are_computed_may_change(
         ("method.k=3", "method.k is 3, was 5"),
         ("model.dtype=bf16", "model.dtype is 'bf16', was 'fp32'"),
         ("data.packing=true", "data.packing is True, was False"),
-        ("data.limit=20", "data.limit is 20, was None; the tokenised data is another"),
+        ("data.limit=20", "data.limit is 20, was None; the tokenised data is a different one"),
     ],
 )
 def test_what_shapes_the_result_may_not_change_and_is_named(
     override: str, sentence: str, folder: Path, about: dict[str, Any]
 ) -> None:
     message = refused(folder, about, override)
-    assert message.startswith("run/step-5 cannot be gone on with")
+    assert message.startswith("run/step-5 cannot be resumed")
     assert sentence in message and "give a new output.dir" in message
 
 
@@ -111,22 +111,49 @@ def test_model_tokenizer_and_data_may_move_but_not_change(
     weights = load_file(model / "model.safetensors")
     changed = {name: value * 1.01 for name, value in weights.items()}
     save_file(changed, model / "model.safetensors", {"format": "pt"})
-    assert "the base model is another" in refused(folder, about, *moved)
+    assert "the base model is a different one" in refused(folder, about, *moved)
     save_file(weights, model / "model.safetensors", {"format": "pt"})
 
     settings = json.loads((model / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{{ messages }}"
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    assert "the tokenizer is another" in refused(folder, about, *moved)
+    assert "the tokenizer is a different one" in refused(folder, about, *moved)
 
     rows = lines(data)
     for row in rows:  # the same words, so that lengths stay
         row["response"] = " ".join(reversed(row["response"].split()))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "the tokenised data is another" in refused(folder, about, *moved)
+    assert "the tokenised data is a different one" in refused(folder, about, *moved)
 
 
 def test_every_key_that_may_change_is_one_of_the_recipe() -> None:
     for section, keys in MAY_CHANGE.items():
         assert keys <= set(Recipe.model_fields[section].annotation.model_fields)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("section", "key"), [("model", "attention"), ("data", "packing"), ("method", "mix")])
+def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(
+    section: str, key: str, folder: Path, about: dict[str, Any]
+) -> None:
+    before = json.loads(json.dumps(about))
+    del before["recipe"][section][key]
+    assert refused(folder, before) == ""
+
+
+def test_a_section_that_an_old_checkpoint_does_not_know_counts_as_its_defaults(
+    folder: Path, about: dict[str, Any]
+) -> None:
+    before = json.loads(json.dumps(about))
+    del before["recipe"]["adapter"]
+    assert "adapter.rank is 4" not in refused(folder, before)  # the default of adapter.rank is 4
+    assert "adapter.alpha is 16.0, was 8.0" in refused(folder, before)
+
+
+def test_a_key_whose_default_is_not_the_former_behaviour_counts_as_that(
+    folder: Path, about: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads(json.dumps(about))
+    del before["recipe"]["data"]["packing"]
+    monkeypatch.setitem(VALUES_BEFORE_KEYS_EXISTED, "data.packing", True)
+    assert "data.packing is False, was True" in refused(folder, before)

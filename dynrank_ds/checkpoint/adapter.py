@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 
 from dynrank_ds.adapters.linear import Part
-from dynrank_ds.checkpoints import check_tensors, read_state
+from dynrank_ds.checkpoint.files import check_tensors, read_state
 from dynrank_ds.errors import RunError
 from dynrank_ds.tensorfile import TensorFileReader
 

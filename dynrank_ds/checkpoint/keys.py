@@ -1,0 +1,28 @@
+"""Names and shapes of the tensors in a checkpoint's `state.safetensors`."""
+
+from __future__ import annotations
+
+from dynrank_ds.ranking.layout import ModuleShape
+
+MASTER = "master"
+"""The state that holds the fp32 weights; the others are the moments and the statistics of each element."""
+
+
+def factor_key(state: str, module: str, factor: str) -> str:
+    """Return the name of one state of one factor, such as `master/model.layers.0.self_attn.q_proj.lora_A`."""
+    return f"{state}/{module}.{factor}"
+
+
+def factor_shape(factor: str, rank: int, shape: ModuleShape) -> tuple[int, ...]:
+    """Return the shape of every state of a factor at this rank."""
+    return (rank,) if factor == "lora_E" else (rank, shape.row_length(factor))
+
+
+def partial_key(statistic: str, process: int | str) -> str:
+    """Return the name of one process's part of a statistic that is a sum over processes."""
+    return f"statistics/{statistic}/{process}"
+
+
+def replicated_key(name: str) -> str:
+    """Return the name of a tensor that all processes hold alike, such as a gate."""
+    return f"replicated/{name}"

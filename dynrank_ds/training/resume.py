@@ -1,0 +1,176 @@
+"""Resuming a run: its directory is locked, the newest undamaged checkpoint found, and what shapes the result compared.
+
+A run is the same run while nothing that shapes its result has changed: model, tokenizer and data are compared by
+fingerprints of their content, the recipe key by key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynrank_ds.checkpoint import files
+from dynrank_ds.checkpoint.files import BEST, STEP
+from dynrank_ds.checkpoint.reading import Checkpoint
+from dynrank_ds.data.store import tokenizer_hash
+from dynrank_ds.data.tokenising import TokenisedDataset
+from dynrank_ds.errors import RunError
+from dynrank_ds.recipe import Recipe, value_before_key_existed
+from dynrank_ds.training.model import fetch_model, load_tokenizer
+from dynrank_ds.training.rundir import RunDirectory, check_output
+from dynrank_ds.zero import processes
+
+MAY_CHANGE = {
+    "model": {"path", "attention"},
+    "data": {"source", "split", "revision", "streaming", "max_dropped"},
+    "train": {
+        "micro_batch_size",
+        "activation_checkpointing",
+        "checkpoint_interval",
+        "checkpoints_kept",
+        "held_out_interval",
+    },
+    "deepspeed": {"config", "timeout"},
+    "output": {"dir"},
+    "eval": {"tasks", "data_dir"},
+}
+"""Keys of the recipe that say where things lie or how they are computed, not what: model and data are compared by
+content instead."""
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def fingerprints(recipe: Recipe, dataset: TokenisedDataset) -> dict[str, str]:
+    """Return SHA-256 hashes of the base model, the tokenizer and the tokenised data, independent of their paths."""
+    return {
+        "base model": model_hash(fetch_model(recipe.model.path)),
+        "tokenizer": tokenizer_hash(load_tokenizer(recipe.model.path)),
+        "tokenised data": data_hash(dataset),
+    }
+
+
+def model_hash(folder: Path) -> str:
+    """Hash config.json, and of every weight file its size and 64 samples of 4 KiB: a 70B model takes a second."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(number * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def data_hash(dataset: TokenisedDataset) -> str:
+    """Hash every sample's length and number of targets, and at most a million tokens."""
+    digest = hashlib.sha256()
+    for values in (
+        dataset.lengths,
+        dataset.target_counts,
+        dataset.tokens[:: len(dataset.tokens) // 2**20 + 1],
+    ):
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
+
+
+def lock_directory(
+    directory: RunDirectory, resume: bool, current: Mapping[str, str], device: torch.device
+) -> None:
+    """Lock the run directory: from here on no other run changes it.
+
+    current: `fingerprints` of this run.
+
+    Raises:
+        RunError: on every process: another run uses the directory, or the processes hold different models or data.
+    """
+    if not processes.agree(hashlib.sha256(json.dumps(current).encode()).hexdigest(), device):
+        raise RunError(
+            f"the processes hold different models, tokenizers or data: {', '.join(current)} must be the same on every "
+            "node"
+        )
+    refused = torch.tensor(float(processes.rank() == 0 and not directory.lock()), device=device)
+    if processes.all_reduce_sum(refused) > 0:
+        raise RunError(
+            f"output.dir {directory.path} is in use by another run: wait for it or stop it, or give a new folder"
+        )
+    check_output(directory.path, resume)
+
+
+def find_checkpoint(
+    directory: RunDirectory, recipe: Recipe, current: Mapping[str, str], device: torch.device
+) -> Checkpoint | None:
+    """Return the newest undamaged checkpoint of this run, None where it has not written one yet.
+
+    Damaged checkpoints are renamed, incomplete ones removed.
+
+    Raises:
+        RunError: the directory holds a run that differs from this one, or only damaged checkpoints, or is not shared.
+    """
+    folder, metadata = directory.path, directory.metadata()
+    undamaged = {kind: files.newest_undamaged(folder, kind) for kind in (STEP, BEST)}
+    # Each process has looked for itself: they must have seen the same folder before anything is renamed in it.
+    seen = hashlib.sha256(f"{metadata} {undamaged}".encode()).hexdigest()
+    if not processes.agree(seen, device):
+        raise RunError(
+            f"the processes see different checkpoints in {folder}: output.dir must be on a disk that all of them share"
+        )
+    if metadata is None:
+        return None
+    found = [Checkpoint(path) for path in undamaged.values() if path]
+    checkpoint = max(found, key=lambda checkpoint: checkpoint.progress.step, default=None)
+    if checkpoint is None:
+        _refuse_without_checkpoint(folder)
+    before = metadata if checkpoint is None else checkpoint.metadata
+    refuse_changes(folder if checkpoint is None else checkpoint.path, before, recipe, current)
+    processes.barrier()
+    if processes.rank() == 0:
+        files.remove(files.incomplete_checkpoints(folder))
+        for kind, path in undamaged.items():
+            files.rename_damaged(files.complete_checkpoints(folder, kind), path)
+    return checkpoint
+
+
+def _refuse_without_checkpoint(folder: Path) -> None:
+    if files.complete_checkpoints(folder) or files.complete_checkpoints(folder, BEST):
+        raise RunError(
+            f"every checkpoint in {folder} is damaged: give a new output.dir, or remove them to start from step 0"
+        )
+    if (folder / "adapter").exists():
+        raise RunError(
+            f"{folder} holds the adapter of a run but no checkpoint to resume from: give a new output.dir"
+        )
+
+
+def refuse_changes(path: Path, before: Mapping[str, Any], recipe: Recipe, current: Mapping[str, str]) -> None:
+    """Compare the recipe and fingerprints that a checkpoint, or a run without one, holds with those of this run.
+
+    A key that the recipe did not have then counts as the value that runs had then.
+
+    Raises:
+        RunError: naming everything that differs.
+    """
+    old, new = before["recipe"], recipe.model_dump(mode="json")
+    differing = []
+    for section, values in new.items():
+        known = old.get(section, {})
+        for key in sorted({*values, *known} - MAY_CHANGE.get(section, set())):
+            then = known[key] if key in known else value_before_key_existed(recipe, section, key)
+            if values.get(key) != then:
+                differing.append(f"{section}.{key} is {values.get(key)!r}, was {then!r}")
+    differing += [
+        f"the {what} is a different one"
+        for what, digest in current.items()
+        if before["identity"].get(what, digest) != digest
+    ]
+    if differing:
+        raise RunError(
+            f"{path} cannot be resumed, since this run differs from it: {'; '.join(differing)}. "
+            "Set these back, or give a new output.dir"
+        )
