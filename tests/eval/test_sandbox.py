@@ -127,7 +127,7 @@ def test_it_runs_where_the_package_lies_in_tmp() -> None:
 
 def test_all_escapes_are_held_by_four_workers() -> None:
     report = attempt_all(4, namespaces())
-    assert len(report.attempts) >= 40
+    assert len(report.attempts) >= 130
     assert [attempt for attempt in report.attempts if not attempt.held] == []
     assert report.harm == []
 
@@ -213,6 +213,10 @@ def test_an_attempt_that_succeeds_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     # Writing shows in the harm only.
     assert [attempt.name for attempt in report.attempts if attempt.held] == ["exit", "write-file"]
     assert report.harm == ["a file outside was made: written"]
+    battery = [e for e in ESCAPES if e.name in ("socket-inet", "widen-cpus", "mounts")]
+    assert {
+        attempt.held for attempt in attempt_all(2, NOTHING, battery).attempts if "mand" not in attempt.name
+    } == {False}
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     killing = [escape for escape in ESCAPES if escape.kills]
     report = attempt_all(2, NOTHING, killing)
@@ -422,3 +426,64 @@ def test_outcomes_keep_the_order_of_the_programs() -> None:
     programs = [Program(solution, TESTS, ("f",)) for solution in solutions]
     assert [result.outcome for result in sandbox.run_programs(programs, SHORT)] == expected
     assert sandbox.run_programs([]) == []
+
+
+RESULTS_THAT_ITERATE = {
+    "{4: 1, 5: 2}.keys()": "f() == {4, 5} and f() == {5: 0, 4: 0}.keys()",
+    "{4: 1, 5: 2}.items()": "f() == {(4, 1), (5, 2)}",
+    "{'a': 5, 'b': 4}.values()": "f() != [5, 4]",
+    "collections.deque([5, 4])": "f() != [5, 4] and f() == __import__('collections').deque([5, 4])",
+    "collections.UserList([5, 4])": "f() == [5, 4]",
+    "array.array('i', [5, 4])": "f()[1] == 4",
+    "numpy.array([5, 4])": "(f() == [5, 4]).all()",
+    "Own([5, 4])": "f() == [5, 4] and f() != [5] and 4 in f() and f()[1] == 4 and f() == Own([5, 4])",
+    "Bare([5, 4])": "f() != [5, 4]",
+    "map(int, '54')": "True",
+}
+OWN_CLASSES = """
+import array, collections
+import numpy
+class Bare:
+    def __init__(self, items): self.items = items
+    def __iter__(self): return iter(self.items)
+class Own(Bare):
+    def __len__(self): return len(self.items)
+    def __getitem__(self, place): return self.items[place]
+    def __eq__(self, other): return list(self) == list(other)
+"""
+
+
+def test_results_that_iterate_are_what_they_are_in_plain_python() -> None:
+    programs = []
+    for value, test in RESULTS_THAT_ITERATE.items():
+        members = "len(list(f())) == 2 and set(map(str, f())) and sorted(map(str, f())) == sorted(map(str, list(f())))"
+        programs.append(
+            Program(OWN_CLASSES + f"def f(): return {value}", (f"assert {members} and {test}",), ("f", "Own"))
+        )
+    results = sandbox.run_programs(programs, Limits())
+    missed = [
+        v for v, r in zip(RESULTS_THAT_ITERATE, results, strict=True) if r.outcome is not Outcome.PASSED
+    ]
+    assert missed == []
+
+
+def test_an_object_that_claims_to_equal_all_equals_no_data() -> None:
+    liar = "class L:\n    __eq__ = lambda a, b: True\n    __iter__ = lambda a: iter([7])\ndef f(): return L()"
+    program = Program(liar, ("assert f() != [1] and f() != 1 and f() != {1} and f() == [7]",), ("f",))
+    assert sandbox.run_programs([program], SHORT)[0].outcome is Outcome.PASSED
+
+
+def test_a_tolerant_program_is_judged_by_what_it_defined_before_it_ended() -> None:
+    for end in ("import sys\nsys.exit(3)", "x = input()", "1 / 0"):
+        program = Program(f"def f(x): return x + 1\n{end}\n", TESTS, ("f",))
+        tolerant = Program(program.solution, TESTS, ("f",), tolerant=True)
+        strict, lenient = sandbox.run_programs([program, tolerant], SHORT)
+        assert (strict.outcome, lenient.outcome) == (Outcome.FAILED, Outcome.PASSED)
+    early = Program("import sys\nsys.exit(0)\ndef f(x): return x + 1\n", TESTS, ("f",), tolerant=True)
+    assert sandbox.run_programs([early], SHORT)[0].outcome is Outcome.FAILED
+
+
+def test_the_tests_that_passed_before_the_end_are_counted() -> None:
+    tests = ("assert f(1) == 2", "assert f(2) == 3", "assert f(3) == 0")
+    result = sandbox.run_programs([Program("def f(x): return x + 1", tests, ("f",))], SHORT)[0]
+    assert (result.outcome, result.passed_tests) == (Outcome.FAILED, 2)

@@ -69,13 +69,18 @@ class Isolation:
         return str(folder) if self.bwrap is None else _OWN
 
     def confinement(self, folder: Path) -> dict[str, Any]:
-        """What the process has to do itself: inside/confine.py's settings."""
+        """Return what the process has to do itself: inside/confine.py's settings.
+
+        In namespaces Landlock closes /proc: command lines and mounts there show paths of the host.
+        """
         landlock = None
-        if self.bwrap is None and self.landlock:
+        if self.landlock:
             readable = [*_interpreter_folders(), *_SYSTEM, *_DEVICES]
+            alone = self.bwrap is None
             landlock = {
                 "readable": [path for path in readable if os.path.exists(path)],
-                "writable": [str(folder), "/dev/null"],
+                "writable": [str(folder), "/dev/null"] if alone else [_OWN, "/dev/shm", "/dev/null"],
+                "everything": not alone,
             }
         filter_ = None
         if self.seccomp:

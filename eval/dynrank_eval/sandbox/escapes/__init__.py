@@ -11,9 +11,11 @@ of the evaluator's user whose environment holds the secret), @EVALUATOR@ (proces
 
 from dynrank_eval.sandbox.escapes.base import Escape
 from dynrank_eval.sandbox.escapes.exhausting import EXHAUST, STAY
+from dynrank_eval.sandbox.escapes.kernel import DESCRIPTORS, LABEL, MACHINE, NAMESPACES, SOCKETS
 from dynrank_eval.sandbox.escapes.reaching import NETWORK, OUTSIDE, PRIVILEGE
 from dynrank_eval.sandbox.escapes.scoring import SCORE
 
 __all__ = ["ESCAPES", "Escape"]
 
-ESCAPES = [*SCORE, *EXHAUST, *STAY, *OUTSIDE, *NETWORK, *PRIVILEGE]
+ESCAPES = [*SCORE, *LABEL, *EXHAUST, *STAY, *OUTSIDE, *NETWORK, *PRIVILEGE]
+ESCAPES += [*SOCKETS, *NAMESPACES, *DESCRIPTORS, *MACHINE]

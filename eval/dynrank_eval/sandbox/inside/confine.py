@@ -56,13 +56,18 @@ def relocate(folder: str, moved: dict[str, str]) -> str:
     return folder if home is None else moved[home] + folder[len(home) :]
 
 
-def confine_files(readable: list[str], writable: list[str]) -> None:
-    """Landlock: these may be read and executed, those be written too, and no other file be opened."""
+def confine_files(readable: list[str], writable: list[str], everything: bool) -> None:
+    """Restrict the process by Landlock: read and execute these, write those as well, open no other file.
+
+    everything: in the writable folders all kinds of files may be made, moved and removed.
+    """
     from landlockpy import AccessFS, Ruleset, Scope
 
     read = AccessFS.READ_FILE | AccessFS.READ_DIR | AccessFS.EXECUTE
     write = AccessFS.WRITE_FILE | AccessFS.TRUNCATE | AccessFS.MAKE_REG | AccessFS.MAKE_DIR
     write |= AccessFS.REMOVE_FILE | AccessFS.REMOVE_DIR | AccessFS.MAKE_SYM
+    if everything:
+        write |= AccessFS.MAKE_SOCK | AccessFS.MAKE_FIFO | AccessFS.REFER
     with Ruleset(scoped=Scope.SIGNAL | Scope.ABSTRACT_UNIX_SOCKET) as rules:
         for path in readable:
             rules.allow_path(path, read if os.path.isdir(path) else AccessFS.READ_FILE | AccessFS.EXECUTE)
