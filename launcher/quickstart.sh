@@ -35,14 +35,16 @@ if [ -n "$short" ]; then
     overrides+=(train.steps=6 method.t_i=1 method.interval=2 method.t_f=1)
     limit=(--limit 8)
 fi
+# deepspeed's own port, 29500, would make a second run on this machine fail.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 if [ "$DYNRANK_DEVICE" = gpu ]; then
     # The recipe's batch of 8 is shared out evenly.
     gpus=$DYNRANK_PROCESSES
     while ((8 % gpus)); do gpus=$((gpus - 1)); done
-    launch=(deepspeed --num_gpus "$gpus")
+    launch=(deepspeed --master_port "$port" --num_gpus "$gpus")
     overrides+=(train.micro_batch_size=$((gpus > 2 ? 8 / gpus : 4)))
 else
-    launch=(deepspeed --num_accelerators "$DYNRANK_PROCESSES")
+    launch=(deepspeed --master_port "$port" --num_accelerators "$DYNRANK_PROCESSES")
     # One thread a process: two processes share two cores.
     launch=(env OMP_NUM_THREADS=1 "${launch[@]}")
 fi
@@ -51,7 +53,12 @@ stage() { # stage NAME TITLE command...: runs it with its output on the screen a
     local name=$1 title=$2 start=$SECONDS
     shift 2
     printf '\n== %s\n' "$title"
-    if ! "$@" 2>&1 | tee "$logs/$name.log"; then
+    local status=0
+    "$@" 2>&1 | tee "$logs/$name.log" || status=$?
+    if [ "$status" = 75 ]; then
+        printf '\nquickstart: "%s" was stopped before its end and has saved; the same command resumes it\n' "$title" >&2
+        exit 75
+    elif [ "$status" != 0 ]; then
         printf '\nquickstart: "%s" failed; its output is in %s\n' "$title" "$logs/$name.log" >&2
         printf 'quickstart: mend what it says, then run the same command again: finished stages are kept.\n' >&2
         exit 1
@@ -69,6 +76,8 @@ score() { # score NAME MODEL: in the dtype that training chose for this machine,
 train() {
     [ -d "$run/adapter" ] && { printf 'kept: %s\n' "$run"; return; }
     "${launch[@]}" launcher/train.py --recipe quickstart "${overrides[@]}"
+    # A training that a signal stopped has saved and ended without an error, and without an adapter.
+    [ -d "$run/adapter" ] || return 75
 }
 
 make_data() {

@@ -14,7 +14,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -22,19 +21,12 @@ from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.ranking.layout import Fragment, FragmentOf, ModuleShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import processes
+from dynrank_ds.zero.deepspeed_internals import release_engine, release_parameter, trace_of_training_kept
 from dynrank_ds.zero.migrate import NewRows, gather_modules, migrate, portions
 from dynrank_ds.zero.shards import MOMENTS, Shards, Zero2Shards, Zero3Shards
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer with RowAgedAdamW's `set_state` and `discard`."""
-
-
-# DeepSpeed wraps it once more, for a profiler.
-_PARAMS_TO_RELEASE = (
-    PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release.__closure__[
-        0
-    ].cell_contents
-)
 
 
 class ZeroEngine:
@@ -89,15 +81,10 @@ class ZeroEngine:
     @torch.no_grad()
     def evaluate(self, **batch: Tensor) -> Tensor:
         """The model's forward outside training, between steps."""
-        offload = getattr(self._engine.optimizer, "parameter_offload", None)  # of stage 3
-        coordinator = offload.get_param_coordinator() if offload else None
-        recording = coordinator is not None and not coordinator.is_complete_trace()
-        self._engine.eval()
-        result = self._engine(**batch)
-        self._engine.train()
-        if coordinator is not None and recording and not coordinator.is_invalid_trace():
-            # DeepSpeed would take the order of this forward for that of a whole step, and prefetch nothing ever after.
-            coordinator._invalidate_trace()
+        with trace_of_training_kept(self._engine):
+            self._engine.eval()
+            result = self._engine(**batch)
+            self._engine.train()
         return result
 
     def backward(self, loss: Tensor) -> None:
@@ -165,8 +152,7 @@ class ZeroEngine:
         for index, factors in whole.items():
             module = self.modules[index]
             for replaced in module.factors().values():
-                # Its functions of DeepSpeed refer to it: a circle, which holds its engine's 16-bit weights too.
-                replaced.__dict__.clear()
+                release_parameter(replaced)
             module.set_factors(factors if plan.ranks[index] else {})
             kept = self.births[index][list(plan.keep[index])]
             self.births[index] = torch.cat([kept, kept.new_full((plan.new[index],), self.updates)])
@@ -220,23 +206,7 @@ class ZeroEngine:
                 view.copy_(value)
 
     def _close(self) -> None:
-        engine = self._engine
-        engine.destroy()
-        # DeepSpeed's destroy leaves these two on the module at every rebuild.
-        engine.module_forward_pre_hook.remove()
-        engine.module_forward_post_hook.remove()
-        # It makes these once a module and would use them for ever: the first engine would go on driving
-        # backward's fetches, unseen by the new one, whose trace would end with forward and prefetch nothing more.
-        for module in self._model.modules():
-            module.__dict__.pop("pre_bwd_fn", None)
-            module.__dict__.pop("post_bwd_fn", None)
-        # Parameters point to their optimizer, whose gradient hooks hold them from within autograd: a circle that no
-        # collector sees, and that would keep the engine for ever with the parameters that were replaced.
-        for param in self._model.parameters():
-            for name in ("_z3_optimizer", "_zero_optimizer", "_hp_mapping"):
-                param.__dict__.pop(name, None)
-        # A cache of the class, keyed by the coordinator of an engine: it would keep the one of every engine for ever.
-        _PARAMS_TO_RELEASE.cache_clear()
+        release_engine(self._engine, self._model)
         del self._engine, self._shards
 
 

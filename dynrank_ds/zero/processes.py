@@ -13,31 +13,31 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import groups
 from torch import Tensor
 
 from dynrank_ds.errors import MachineError
+from dynrank_ds.zero import deepspeed_internals
 
 _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 
 
 def start(timeout: float = 1800) -> torch.device:
-    """Joins the process group, started by `deepspeed`, `torchrun`, bare `srun` or alone.
+    """Join the process group, started by `deepspeed`, `torchrun`, bare `srun` or alone.
 
     timeout: seconds for which a collective waits for a process.
 
     Returns this process's device.
 
     Raises:
-        MachineError: under srun, the address of the first node is not set; or not all processes came in time.
+        MachineError: under srun, the address of the first node is not set; the port is in use; not all processes came
+            in time; or the installed DeepSpeed lacks what this package uses of it.
     """
     if "RANK" not in os.environ:
         os.environ.update(_rank_without_launcher())
     # DeepSpeed calls collectives by names that torch has renamed: a warning per call, per process.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # An all-reduce for inference on CPU that training never calls: building it takes a minute of g++, and a run
-    # killed meanwhile leaves a lock on which every later run waits for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_internals.check()
+    deepspeed_internals.disable_shared_memory_op()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         # Under srun a process may be shown its own device alone.
@@ -45,15 +45,21 @@ def start(timeout: float = 1800) -> torch.device:
     backend = accelerator.communication_backend_name()
     try:
         deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout), verbose=False)
-        # DeepSpeed would make this group when the model is loaded, waiting for torch's half an hour for a process that
-        # died meanwhile: made now, all meet at once.
-        groups._WORLD_GROUP = dist.new_group(range(world_size()), timedelta(seconds=timeout))
+        deepspeed_internals.set_world_group(world_size(), timeout)
     except dist.DistError as error:
-        place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
-        raise MachineError(
-            f"the {os.environ['WORLD_SIZE']} processes did not all meet at {place} within {timeout:g} s: {error}"
-        ) from error
+        raise MachineError(_rendezvous_failure(error, timeout)) from error
     return torch.device(accelerator.current_device_name())
+
+
+def _rendezvous_failure(error: dist.DistError, timeout: float) -> str:
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return (
+            f"port {port} of {address} is in use, perhaps by another run: give a free port with --master_port of "
+            "deepspeed or torchrun, or with MASTER_PORT"
+        )
+    size = os.environ["WORLD_SIZE"]
+    return f"the {size} processes did not all meet at {address}:{port} within {timeout:g} s: {error}"
 
 
 def _rank_without_launcher() -> dict[str, str]:

@@ -63,11 +63,21 @@ class Started:
             raise TimeoutError(f"a process ran for more than {timeout} s:\n{self.output[-4000:]}")
 
 
-def start_processes(world_size: int, command: Sequence[str], logs: Path) -> list[Started]:
-    """Starts `command` (what follows `python`) as `world_size` gloo processes that write to files in `logs`."""
+def free_port() -> str:
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return str(probe.getsockname()[1])
+
+
+def start_processes(
+    world_size: int, command: Sequence[str], logs: Path, port: str | None = None
+) -> list[Started]:
+    """Start `command` (what follows `python`) as `world_size` gloo processes that write to files in `logs`.
+
+    port: that they meet at, by default a free one.
+    """
+    port = port or free_port()
     before = dict(os.environ)
     os.environ.update(_ENVIRONMENT)
     try:
@@ -75,7 +85,7 @@ def start_processes(world_size: int, command: Sequence[str], logs: Path) -> list
     finally:
         os.environ.clear()
         os.environ.update(before)
-    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     logs.mkdir(parents=True, exist_ok=True)
     return [
         Started(

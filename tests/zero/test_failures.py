@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,16 @@ def test_a_run_whose_steps_are_all_discarded_ends_with_the_samples_named(tmp_pat
     assert "Traceback" not in first + second and "discarded" not in second
     logged = lines(tmp_path / "run" / "metrics.jsonl")
     assert [(line["step"], line["discarded"], line["loss"]) for line in logged] == [(0, True, None)] * 9
+
+
+def test_a_port_that_is_in_use_is_named_at_once_with_the_option_that_changes_it(tmp_path: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        [process] = start_processes(1, train_command(write_recipe(tmp_path)), tmp_path / "logs", port=port)
+        wait([process], timeout=120)
+    assert process.returncode == 2
+    assert f"error: port {port} of 127.0.0.1 is in use" in process.output
+    assert "--master_port" in process.output and "MASTER_PORT" in process.output
+    assert not (tmp_path / "run").exists()
