@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynrank_ds.errors import DynrankError
+from dynrank_ds.errors import DataError, DynrankError, ModelError
 from dynrank_ds.files import DISK_FULL
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.command(arguments)
     except DynrankError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_origin(arguments, error)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", help="section.key=value")
 
     export = _command(commands, "export", _export, "write a run's newest checkpoint as an adapter")
-    export.epilog = "example: dynrank export --run runs/quickstart --output adapter --format padded"
+    export.epilog = "example: dynrank export --run runs/quickstart/run --output adapter --format padded"
     export.add_argument("--run", required=True, type=Path, help="run directory")
     export.add_argument("--output", required=True, type=Path, help="folder to make")
     export.add_argument(
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--output", required=True, type=Path, help="folder to make")
 
     report = _command(commands, "report", _report, "write a page and pictures of what the ranks did")
-    report.epilog = "example: dynrank report --run runs/quickstart"
+    report.epilog = "example: dynrank report --run runs/quickstart/run"
     report.add_argument("--run", required=True, type=Path, help="run directory")
     return parser
 
@@ -83,6 +83,16 @@ def _command(
     parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     parser.set_defaults(command=run)
     return parser
+
+
+def _origin(arguments: argparse.Namespace, error: DynrankError) -> str:
+    """Return which command makes the model and data of the shipped recipe that lacks them, as the end of a message."""
+    of_quickstart = str(getattr(arguments, "recipe", "")).startswith("quickstart")
+    if of_quickstart and isinstance(error, DataError | ModelError):
+        return (
+            "; `bash launcher/quickstart.sh` makes model and data of the quickstart's recipes, for its folder"
+        )
+    return ""
 
 
 def _validate(arguments: argparse.Namespace) -> None:

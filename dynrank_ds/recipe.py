@@ -44,12 +44,14 @@ class ModelSection(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the device computes it natively, else fp32; a resumed run keeps what it began with."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel of transformers; flash_attention_2 needs a GPU, bf16 and the flash-attn package."""
 
 
 class DataSection(Section):
     source: str
     """JSONL or Parquet file, folder, hub id of a data set, or `generated:gsm_symbolic`."""
     split: str | None = None
+    """Split of a folder or hub data set; by default train."""
     revision: str | None = None
     """Commit, tag or branch of a hub data set; a commit makes sure that it never changes."""
     streaming: bool = False
@@ -59,6 +61,7 @@ class DataSection(Section):
     limit: int | None = Field(default=None, ge=1)
     """Take only the first rows, of those that pass the filter."""
     format: str = "metamathqa"
+    """Which fields of a row are prompt and answer, and the prompt's template: dynrank_ds/data/README.md."""
     max_length: int = Field(default=512, ge=2)
     """Longest sample in tokens, prompt and answer together; longer rows are dropped and counted."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
@@ -71,7 +74,9 @@ class DataSection(Section):
 
 class AdapterSection(Section):
     rank: int = Field(default=4, ge=1)
+    """Triples of each adapted module when training begins."""
     alpha: float = Field(default=8.0, gt=0)
+    """Numerator of the scale."""
     scaling: Literal["rank", "root_rank"] = "rank"
     """The scale of every module, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
     targets: tuple[str, ...] = Field(default=LLAMA_LINEARS, min_length=1)
@@ -90,27 +95,37 @@ class AdapterSection(Section):
 
 class TrainSection(Section):
     steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; give either steps or epochs."""
     epochs: float | None = Field(default=None, gt=0)
-    """Exactly one of steps and epochs."""
+    """Passes over the data, a fraction too."""
     global_batch_size: int = Field(ge=1)
+    """Samples of an optimizer step, over all processes."""
     micro_batch_size: int = Field(default=1, ge=1)
+    """Samples of a forward on one process; accumulation follows from it and the number of processes."""
     learning_rate: float = Field(gt=0)
+    """Highest learning rate of the schedule."""
     lora_b_rate: float = Field(default=1.0, gt=0)
     """What lora_B's learning rate is multiplied by: 1, or about 16 for LoRA+ (Hayou et al., 2024)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after warm-up: to 0 linearly or as a half cosine, or not."""
     warmup: int | float = Field(default=0, ge=0)
     """Steps, or a fraction of training below 1, over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's term in the denominator."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """0 does not clip."""
+    """Norm of the global batch's gradient above which it is scaled down; 0 does not clip."""
     seed: int = Field(default=0, ge=0)
+    """Of initial values, new triples, the order of samples and held-out samples."""
     activation_checkpointing: bool = False
+    """Recompute each decoder layer's activations in backward instead of keeping them."""
     checkpoint_interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; the last step always writes one."""
     checkpoints_kept: int = Field(default=2, ge=1)
-    """The newest are kept, so many; a second one is there to go on from should the newest be damaged."""
+    """How many of the newest checkpoints are kept; a second one serves where the newest is damaged."""
     held_out_interval: int | None = Field(default=None, ge=1)
     """Steps between losses of data.held_out, after each of which the best checkpoint is kept; the last step has one."""
 
@@ -119,16 +134,19 @@ class DeepSpeedSection(Section):
     config: str = "zero3"
     """Name of a shipped configuration, or a path."""
     timeout: float = Field(default=1800, gt=0)
-    """Seconds for which a process may keep the others waiting before it is taken for hung and the run ends."""
+    """Seconds that processes wait for one of them before the run ends."""
 
 
 class OutputSection(Section):
     dir: LocalPath
+    """The run directory: logs, checkpoints, adapter."""
 
 
 class EvalSection(Section):
     tasks: tuple[str, ...] = ()
+    """Tasks of dynrank-eval, for a script that scores the run; training does not read them."""
     data_dir: str | None = None
+    """Folder of their data files."""
 
 
 class Recipe(Section):

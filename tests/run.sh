@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # The test suite, on a machine that needs nothing but python3, venv and g++ (launcher/environment.sh installs the rest).
-#   bash tests/run.sh [pytest args]    everything but the tests marked slow: within 20 minutes on 2 cores
+#   bash tests/run.sh [pytest args]    everything but the tests marked slow or soak: within 20 minutes on 2 cores
 #   bash tests/run.sh --all [...]      the slow ones too: within 80 minutes
+#   bash tests/run.sh --soak [...]     the tests marked soak alone: longer; each can be run by its name
 # It runs in the project's folder whatever the working directory: paths in the arguments start there.
 # Tests on real data run where DYNRANK_DATA_DIR names its folder, and are skipped elsewhere.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launcher/environment.sh"
 
-choice=(-m "not slow")
-if [ "${1-}" = --all ]; then
-    choice=()
-    shift
-fi
+choice="not slow and not soak"
+case ${1-} in
+--all) choice="not soak"; shift ;;
+--soak) choice=soak; export DYNRANK_SOAK_MINUTES="${DYNRANK_SOAK_MINUTES:-60}"; shift ;;
+esac
 
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 cd "$DYNRANK_ROOT"
-exec python -m pytest "${choice[@]}" "$@"
+exec python -m pytest -m "$choice" "$@"

@@ -55,7 +55,8 @@ def test_wheel_holds_every_module_recipe_configuration_and_protocol(
 ) -> None:
     expected = _expected(pattern)
     assert expected, f"the source tree has no {pattern}"
-    assert not expected - set(wheel.namelist()), "add them to packages or package-data in pyproject.toml"
+    missing = expected - set(wheel.namelist())
+    assert not missing, f"add {', '.join(sorted(missing))} to packages or package-data in pyproject.toml"
 
 
 def test_wheel_holds_nothing_but_the_packages_and_its_metadata(wheel: zipfile.ZipFile) -> None:

@@ -30,6 +30,7 @@ class PEDyRAConfig(ReallocationConfig):
     """Triples pruned and added at each adjustment. `auto` (ours; the paper names it as future work) moves up to
     `k_max` triples at a time toward the allocation of Theorem 3.1, and none once that gains nothing."""
     k_max: int = Field(default=12, ge=1)
+    """Most triples that move at an adjustment with `k: auto`."""
     moves: Literal["both", "prune", "expand"] = "both"
     """The paper's ablations: only prune, or only expand; the total rank is then not kept."""
     conserve: Literal["ranks", "parameters"] = "ranks"

@@ -123,12 +123,12 @@ def test_a_run_killed_at_nine_planned_instants_ends_bit_for_bit_as_the_uninterru
     go_through(PLANNED, uninterrupted, uninterrupted / "killed")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_killed_at_twenty_more_planned_instants_does_too(uninterrupted: Path) -> None:
     go_through(MORE, uninterrupted, uninterrupted / "killed-more")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_killed_at_ten_random_instants_does_too(uninterrupted: Path, seed: int) -> None:
     print("seed", seed)

@@ -1,8 +1,8 @@
 """A long run leaves nothing behind: memory, open files, hooks and the time of a step stay flat.
 
-DYNRANK_SOAK_MINUTES says how long, 3 by default; 60 is the full length. DYNRANK_SOAK_MODEL is a folder with a real
-model to take in place of the random one of a few KiB, such as .cache/smollm2-135m-instruct. It is trained in fp32: in
-bf16 on CPU oneDNN keeps a kernel for every new shape, up to a thousand, and memory grows for long.
+DYNRANK_SOAK_MINUTES says how long, 3 by default; tests/run.sh --soak takes 60. DYNRANK_SOAK_MODEL is a folder with a
+real model to take in place of the random one of a few KiB, such as .cache/smollm2-135m-instruct. It is trained in fp32:
+in bf16 on CPU oneDNN keeps a kernel for every new shape, up to a thousand, and memory grows for long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODEL = os.environ.get("DYNRANK_SOAK_MODEL")
 CYCLES_A_MINUTE = 1 if MODEL else 20
 MIB = 2**20
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from dynrank_ds.methods import METHODS
 from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training import run
 from dynrank_ds.training.loop import StepResult, Trainer
-from tests.methods.test_new_method import GREEDY, Greedy
+from tests.methods.test_new_method import GREEDY
+from tests.support.documented_method import Greedy
 from tests.support.watching import main, train_watched
 
 

@@ -1,0 +1,270 @@
+"""The documents do not go stale: their commands run or parse, their recipes load, their links lead somewhere.
+
+Commands that a CPU runs in seconds are run, in a folder with a tiny model, data and a finished run under the names that
+the documents use. Of the others the arguments are parsed, and recipes are loaded with the overrides. The quickstart and
+the test suite are run by .ci/run; here their scripts must exist and be valid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dynrank_ds.cli
+import dynrank_eval.cli
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.recipe import load_recipe, shipped_recipes
+from tests.support.launch import train
+from tests.support.recipe_keys import page
+from tests.support.recipes import write_recipe
+from tests.support.tiny import write_data
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", ".github/*.md", "*/README.md", "dynrank_ds/*/README.md")
+    for path in ROOT.glob(pattern)
+)
+_PROGRAMS = "dynrank|dynrank-eval|python|bash|deepspeed|pytest|pip|pre-commit"
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) [^`]*)`")
+_LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return [body for kind, body in _BLOCK.findall((ROOT / document).read_text()) if kind == language]
+
+
+def commands(document: str) -> Iterator[str]:
+    """Every command of its bash blocks and of its text, without comments."""
+    for body in blocks(document, "bash"):
+        for line in body.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;", re.sub(r"(^| )#.*", "", line)):
+                if part.strip():
+                    yield part.strip()
+    prose = re.sub(r"\s*\n\s*", " ", _BLOCK.sub("", (ROOT / document).read_text()))
+    yield from (command for command in _INLINE.findall(prose) if "..." not in command)
+
+
+def help_examples() -> list[str]:
+    """The example of every command of `dynrank` and `dynrank-eval`."""
+    found = []
+    for parser in (dynrank_ds.cli._parser(), dynrank_eval.cli._parser()):
+        (subparsers,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for one in (parser, *subparsers.choices.values()):
+            assert one.epilog, one.prog
+            examples = one.epilog.split("example:", 1)[1].split(";")
+            found += [text.strip() for text in examples if re.match(r"\s*dynrank(?! COMMAND)", text)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what the documents name: a recipe R and my.yaml, its model and data, a finished run RUN."""
+    folder = tmp_path_factory.mktemp("docs")
+    recipe = yaml.safe_load(write_recipe(folder).read_text())
+    recipe["output"]["dir"] = str(folder / "RUN")
+    for name in ("my.yaml", "R", "FILE"):
+        (folder / name).write_text(yaml.safe_dump(recipe))
+    train(1, folder / "my.yaml")
+    shutil.copytree(folder / "RUN", folder / "runs/quickstart/run")
+    return folder
+
+
+@pytest.fixture
+def workspace(finished: Path, tmp_path: Path) -> Path:
+    """A copy for one test: commands write into it."""
+    return shutil.copytree(finished, tmp_path / "workspace")
+
+
+def run_dynrank(words: list[str], workspace: Path) -> None:
+    if words[-1] == "quickstart" or "quickstart" in words or "NAME" in words:
+        _check_recipe("quickstart", [w for w in words[1:] if "=" in w])
+        dynrank_ds.cli._parser().parse_args(words)
+    elif len(words) == 1:
+        assert f"{words[0]} " in dynrank_ds.cli._parser().format_help()
+    else:
+        assert dynrank_ds.cli.main(words) == 0
+
+
+def run_dynrank_eval(words: list[str], workspace: Path) -> None:
+    dynrank_eval.cli._parser().parse_args(words)
+
+
+def run_deepspeed(words: list[str], workspace: Path) -> None:
+    after = words[words.index("launcher/train.py") + 1 :]
+    assert after[0] == "--recipe"
+    _check_recipe(after[1], [word for word in after[2:] if not word.startswith("resume=")])
+
+
+def _check_recipe(name: str, overrides: list[str]) -> None:
+    load_recipe(name, overrides)
+
+
+def run_python(words: list[str], workspace: Path) -> None:
+    if words[0] != "-m":
+        assert (ROOT / words[0]).is_file()
+        if words[0] == "launcher/train.py":
+            run_deepspeed(words, workspace)
+        return
+    assert importlib.util.find_spec(words[1]) is not None
+    if words[1] == "dynrank_ds.bench" and len(words) > 2:
+        from dynrank_ds.bench.cli import BENCHMARKS
+
+        assert words[2] in BENCHMARKS
+    if words[1] == "pytest":
+        run_pytest(words[2:], workspace)
+
+
+def run_bash(words: list[str], workspace: Path) -> None:
+    script = ROOT / words[0]
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    assert all(word in text for word in words[1:] if word.startswith("--"))
+
+
+def run_pytest(words: list[str], workspace: Path) -> None:
+    for word in words:
+        if not word.startswith("-") and "/" in word:
+            assert (ROOT / word.split("::")[0]).exists(), word
+            assert all(
+                f"def {name}" in (ROOT / word.split("::")[0]).read_text() for name in word.split("::")[1:]
+            )
+
+
+def run_pip(words: list[str], workspace: Path) -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extras in re.findall(r"\[(.*?)\]", " ".join(words)):
+        assert set(extras.split(",")) <= set(known)
+
+
+def run_pre_commit(words: list[str], workspace: Path) -> None:
+    assert (ROOT / ".pre-commit-config.yaml").is_file()
+
+
+def run_source(words: list[str], workspace: Path) -> None:
+    assert words == [".venv/bin/activate"]
+
+
+RULES: dict[str, Callable[[list[str], Path], None]] = {
+    "dynrank": run_dynrank,
+    "dynrank-eval": run_dynrank_eval,
+    "deepspeed": run_deepspeed,
+    "python": run_python,
+    "bash": run_bash,
+    "pytest": run_pytest,
+    "pip": run_pip,
+    "pre-commit": run_pre_commit,
+    "source": run_source,
+}
+
+
+def run_as_documented(command: str, workspace: Path) -> None:
+    words = shlex.split(command.split(" > ")[0])
+    while "=" in words[0]:
+        words.pop(0)
+    assert words[0] in RULES, f"no rule says how to check '{command}'"
+    RULES[words[0]](words[1:], workspace)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_of_a_document_run_or_parse(
+    document: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    for command in commands(document):
+        print(command)
+        run_as_documented(command, workspace)
+
+
+def test_examples_of_the_help_run_or_parse(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    examples = help_examples()
+    assert len(examples) > 10
+    for example in examples:
+        print(example)
+        run_as_documented(example, workspace)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_recipes_of_a_document_load(document: str, workspace: Path, tmp_path: Path) -> None:
+    for body in blocks(document, "yaml"):
+        values = yaml.safe_load(body)
+        base = {} if "output" in values else {"base": str(workspace / "my.yaml")}
+        file = tmp_path / "documented.yaml"
+        file.write_text(yaml.safe_dump({**base, **values}))
+        load_recipe(str(file))
+
+
+def test_the_readmes_recipe_validates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe,) = blocks("README.md", "yaml")
+    assert len(recipe.splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(recipe)
+    write_data(Path("train.jsonl"), samples=400)
+    assert dynrank_ds.cli.main(["validate", "--recipe", "my.yaml", f"model.path={workspace / 'model'}"]) == 0
+    assert "pe_dyra: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_to_files_lead_to_files(document: str) -> None:
+    for target in _LINK.findall((ROOT / document).read_text()):
+        if not target.startswith("http"):
+            assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_keys_of_recipes_are_documented_as_the_schema_has_them() -> None:
+    stored = (ROOT / "recipes/README.md").read_text()
+    assert page() == stored, "run: python -m tests.support.recipe_keys > recipes/README.md"
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("quickstart")])
+def test_a_quickstart_recipe_without_model_names_the_command_that_makes_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dynrank_ds.cli.main(["validate", "--recipe", name]) == 2
+    assert "`bash launcher/quickstart.sh` makes" in capsys.readouterr().err
+
+
+def test_quickstart_recipes_name_what_the_quickstart_makes() -> None:
+    script = (ROOT / "launcher/quickstart.sh").read_text()
+    assert "model=$DYNRANK_ROOT/.cache/smollm2-135m-instruct\n" in script
+    assert "output=${output:-$DYNRANK_ROOT/runs/quickstart" in script and "data=$output/data\n" in script
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        if name.startswith("quickstart"):
+            assert recipe.model.path == ".cache/smollm2-135m-instruct"
+            assert recipe.data.source == "runs/quickstart/data/train.jsonl"
+
+
+def test_a_documented_mistake_is_found(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks above can fail."""
+    monkeypatch.chdir(workspace)
+    with pytest.raises(RecipeError):
+        run_as_documented("deepspeed launcher/train.py --recipe my.yaml train.learning_rat=1", workspace)
+    with pytest.raises(AssertionError):
+        run_as_documented("dynrank export --run MISSING --output there", workspace)
+    with pytest.raises(SystemExit):
+        run_as_documented("dynrank-eval run --modle x --task gsm8k --output y", workspace)
+    with pytest.raises(AssertionError):
+        run_as_documented("bash launcher/quickstart.sh --shrot", workspace)
+    with pytest.raises(AssertionError):
+        run_as_documented("make all", workspace)
