@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -36,6 +37,24 @@ Scalar = str | int | float | bool
 def _inconsistent(sentence: str) -> PydanticCustomError:
     """Return the error of keys that are valid one by one but not together; its message is `sentence` alone."""
     return PydanticCustomError("inconsistent", "{sentence}", {"sentence": sentence})
+
+
+def _check_targets(targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise PydanticCustomError(
+                "pattern",
+                "no regular expression ({error}); names are given as a list",
+                {"error": str(error)},
+            ) from error
+    elif not targets:
+        raise PydanticCustomError("empty", "an empty list adapts nothing: name at least one linear layer")
+    return targets
+
+
+Targets = Annotated[tuple[str, ...] | str, AfterValidator(_check_targets)]
 
 
 class ModelSection(Section):
@@ -79,7 +98,10 @@ class AdapterSection(Section):
     """Numerator of the scale."""
     scaling: Literal["rank", "root_rank"] = "rank"
     """The scale of every module, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
-    targets: tuple[str, ...] = Field(default=LLAMA_LINEARS, min_length=1)
+    targets: Targets = LLAMA_LINEARS
+    """Names of linear layers; or a regular expression that matches whole full names; or all-linear."""
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    """Numbers of the decoder layers that alone are adapted; by default all."""
     max_rank: int | None = Field(default=None, ge=1)
     """Upper limit of a module's rank; by default min(in, out, 512)."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -14,36 +14,22 @@ from dynrank_ds.errors import RecipeError
 
 def inject(
     model: nn.Module,
-    targets: Sequence[str],
+    linears: Mapping[str, nn.Linear],
     rank: int,
     scale: float,
     init: FactorInit,
     seed: int,
     splits: Mapping[str, HeadSplit] | None = None,
 ) -> dict[str, AdaptedModule]:
-    """Freezes `model` and replaces every `nn.Linear` whose last name is in `targets` by an adapted one.
+    """Freeze `model` and replace the linear layers `linears`, by their full names, by adapted ones.
 
     Factors are created in the dtype of the base weight. `splits` names the linears, by their last names, that fall
-    into one module a head. Returns the modules by their full module names, in the model's order.
+    into one module a head. Returns the modules by their full module names, in the order of `linears`.
 
     Raises:
-        RecipeError: a target matches no linear of the model, or the rank exceeds a linear's sides.
+        RecipeError: the rank exceeds a linear's sides.
     """
     model.requires_grad_(False)
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets
-    }
-    found = {name.rsplit(".", 1)[-1] for name in linears}
-    for target in targets:
-        if target not in found:
-            known = sorted(
-                {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-            )
-            raise RecipeError(
-                f"adapter.targets names '{target}', but the model has no linear of that name; it has {', '.join(known)}"
-            )
     modules: dict[str, AdaptedModule] = {}
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")

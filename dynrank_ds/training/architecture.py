@@ -11,6 +11,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from dynrank_ds.adapters.targets import TextDecoder
 from dynrank_ds.errors import ModelError
 
 
@@ -57,17 +58,31 @@ def check_layers(model: PreTrainedModel, path: str) -> None:
         )
 
 
-def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     """The layers of the text decoder: the longest list of modules that is in no other (lists of experts are)."""
     outermost: dict[str, nn.ModuleList] = {}
     for name, module in model.get_decoder().named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{o}.") for o in outermost):
             outermost[name] = module
-    return max(outermost.values(), key=len, default=None)
+    return max(outermost.items(), key=lambda item: len(item[1]), default=None)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of the text decoder of a model that `check_layers` let through."""
-    layers = find_decoder_layers(model)
-    assert layers is not None
-    return layers
+    found = find_decoder_layers(model)
+    assert found is not None
+    return found[1]
+
+
+def text_decoder(model: PreTrainedModel) -> TextDecoder:
+    """Where adapters may go in a model that `check_layers` let through."""
+    found = find_decoder_layers(model)
+    assert found is not None
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    return TextDecoder(
+        names[decoder],
+        f"{names[decoder]}.{found[0]}",
+        len(found[1]),
+        names[head] if head is not None else None,
+    )

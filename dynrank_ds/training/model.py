@@ -25,10 +25,11 @@ from transformers import (
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import AdaptedModule
+from dynrank_ds.adapters.targets import describe_targets, find_linears, lost_in_peft
 from dynrank_ds.errors import ModelError
 from dynrank_ds.methods import method_class
 from dynrank_ds.recipe import ModelSection, Recipe
-from dynrank_ds.training.architecture import check_config, check_layers
+from dynrank_ds.training.architecture import check_config, check_layers, text_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -155,10 +156,17 @@ def adapt(
     """
     section = recipe.adapter
     method = method_class(recipe.method)
-    splits = head_splits(model.config) if method.per_head else {}
-    modules = inject(
-        model, section.targets, section.rank, section.scale, method.init, recipe.train.seed, splits
-    )
+    splits = head_splits(model.config.get_text_config()) if method.per_head else {}
+    linears = find_linears(model, section.targets, text_decoder(model), section.layers, section.rank)
+    logger.info("adapters in %s", describe_targets(model, linears))
+    # qwen2_moe itself is not on PEFT's list of models that are like qwen2_moe.
+    if model.config.model_type != "qwen2_moe" and (lost := lost_in_peft(model, linears)):
+        logger.warning(
+            "PEFT 0.21 takes %s and %d more for experts and would load the adapter without them: merge it instead",
+            lost[0],
+            len(lost) - 1,
+        )
+    modules = inject(model, linears, section.rank, section.scale, method.init, recipe.train.seed, splits)
     for name, factors in restored:
         modules[name].set_factors(factors)
     return modules

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank_ds.adapters.heads import HeadedLinear, HeadSplit, head_splits
 from dynrank_ds.adapters.initial import lora_factors, module_generator, svd_factors
-from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import AdaptedLinear, AdaptedModule, ModuleBackward, Part
 from dynrank_ds.errors import ModelError, RecipeError
+from tests.support.named import inject_named
 
 SCALE, HEADS = 1.7, 3
 SIDES = {"rows": (5, 12), "columns": (12, 5)}
@@ -164,7 +164,7 @@ def llama(**changes: int) -> LlamaForCausalLM:
 def test_grouped_query_attention_has_fewer_key_and_value_heads() -> None:
     model = llama()
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
-    modules = inject(model, targets, 2, 1.5, lora_factors, 0, head_splits(model.config))
+    modules = inject_named(model, targets, 2, 1.5, lora_factors, 0, head_splits(model.config))
     prefix = "model.layers.1.self_attn"
     names = [name for name in modules if name.startswith("model.layers.1.")]
     assert names == [
@@ -188,7 +188,7 @@ def test_grouped_query_attention_has_fewer_key_and_value_heads() -> None:
 
 def test_a_head_of_its_own_size_is_cut_by_the_number_of_heads() -> None:
     model = llama(head_dim=6)
-    modules = inject(model, ["q_proj", "o_proj"], 2, 1.0, svd_factors, 0, head_splits(model.config))
+    modules = inject_named(model, ["q_proj", "o_proj"], 2, 1.0, svd_factors, 0, head_splits(model.config))
     assert modules["model.layers.0.self_attn.q_proj.blocks.3"].part.stop == 24
     assert modules["model.layers.0.self_attn.o_proj.blocks.0"].in_features == 6
 
@@ -197,7 +197,7 @@ def test_a_model_of_adapted_heads_with_zero_b_is_the_base_model() -> None:
     tokens = torch.randint(50, (2, 7))
     model = llama()
     before = model(tokens).logits
-    inject(
+    inject_named(
         model, ["q_proj", "k_proj", "v_proj", "o_proj"], 2, 1.0, lora_factors, 0, head_splits(model.config)
     )
     assert torch.equal(model(tokens).logits, before)
@@ -210,4 +210,4 @@ def test_what_cannot_be_cut_into_heads_is_refused() -> None:
         head_splits(SimpleNamespace())  # type: ignore[arg-type]
     model = llama()
     with pytest.raises(RecipeError, match=r"adapter.rank is 9, but .*q_proj.blocks.0 is 8 x 32: at most 8"):
-        inject(model, ["q_proj"], 9, 1.0, lora_factors, 0, head_splits(model.config))
+        inject_named(model, ["q_proj"], 9, 1.0, lora_factors, 0, head_splits(model.config))

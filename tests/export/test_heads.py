@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM
 
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.initial import lora_factors
-from dynrank_ds.adapters.inject import inject
 from dynrank_ds.checkpoint.files import FORMAT, write_sums
 from dynrank_ds.export import export_checkpoint, merge_adapter
+from tests.support.named import inject_named
 
 from .conftest import save_base
 
@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("heads")
     base = save_base(root / "base", num_hidden_layers=2)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    modules = inject(model, TARGETS, 1, 0.7, lora_factors, 0, head_splits(model.config))
+    modules = inject_named(model, TARGETS, 1, 0.7, lora_factors, 0, head_splits(model.config))
     generator = torch.Generator().manual_seed(3)
     entries, tensors = {}, {}
     for index, (name, module) in enumerate(modules.items()):

@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.initial import lora_factors, module_generator
-from dynrank_ds.adapters.inject import inject
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.ard_lora import ARDLoRA, ARDLoRAConfig, alpha_of_modules
@@ -23,6 +22,7 @@ from dynrank_ds.ranking.plan import RankPlan, RankState
 from tests.methods.regression import SCALE, Regression, live
 from tests.methods.small import CPU, make_modules, step_view
 from tests.ranking.pretend import PretendProcess, run_pretend
+from tests.support.named import inject_named
 
 RATES = [0.3, 0.7, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
 
@@ -377,7 +377,7 @@ def test_the_heads_of_a_group_share_an_alpha_where_it_is_one_per_head() -> None:
     )
     model = LlamaForCausalLM(config)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
-    heads = inject(model, targets, 2, 1.0, lora_factors, 0, head_splits(config))
+    heads = inject_named(model, targets, 2, 1.0, lora_factors, 0, head_splits(config))
     shared = alpha_of_modules(heads)
     # q 0 1 | 2 3, k 0 | 1, v 0 | 1, o 0 1 | 2 3, up
     layer = [0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 2]
