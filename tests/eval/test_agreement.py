@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from dynrank_eval import sandbox, verification
+from dynrank_eval.answers.grading import without_math_verify
+from dynrank_eval.answers.mathvalues import normal_answer
 from dynrank_eval.equivalence import equivalent
 from dynrank_eval.extraction import Rule, find_answer, parse_number
 from dynrank_eval.sandbox import Program
@@ -123,6 +125,21 @@ def test_math_graders_disagree_only_one_way(data_dir: Path) -> None:
     print(only_string)
     assert set(table["gold"]) == set(table["display fractions"]) == {(True, True)}
     assert len(only_string) <= 0.01 * len(pairs)
+
+
+@pytest.mark.slow
+def test_the_guarded_grader_on_the_same_answers(data_dir: Path) -> None:
+    """The second table of eval/README.md: equal, different, left to math-verify, by form."""
+    golds = [problem.reference["answer"] for problem in get_task("math").load(data_dir)]
+    table = {}
+    for form, change in MATH_FORMS.items():
+        found = [without_math_verify(normal_answer(gold), normal_answer(change(gold))) for gold in golds]
+        table[form] = Counter(None if grade is None else grade.equality for grade in found)
+        print(f"{form:<20} {dict(table[form])}")
+    for form in ("gold", "display fractions", "no left and right", "spaces", "decimal point"):
+        assert table[form] == {Equality.EQUAL: 500}
+    assert table["last digit changed"][Equality.EQUAL] == 11, "answers without a digit"
+    assert table["sign changed"][Equality.EQUAL] == 7
 
 
 OPERATORS: dict[type, type] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Mod: ast.FloorDiv}

@@ -28,7 +28,7 @@ class Grade:
 
 def grade(pairs: Sequence[tuple[str, str]]) -> list[Grade]:
     """Grade (gold, answer) pairs."""
-    grades = [_without_math_verify(normal_answer(gold), normal_answer(answer)) for gold, answer in pairs]
+    grades = [without_math_verify(normal_answer(gold), normal_answer(answer)) for gold, answer in pairs]
     open_ = [place for place, found in enumerate(grades) if found is None]
     asked = verification.compare([(normal_answer(pairs[p][0]), normal_answer(pairs[p][1])) for p in open_])
     for place, equality in zip(open_, asked, strict=True):
@@ -38,7 +38,8 @@ def grade(pairs: Sequence[tuple[str, str]]) -> list[Grade]:
     return [found for found in grades if found is not None]
 
 
-def _without_math_verify(gold: str, answer: str) -> Grade | None:
+def without_math_verify(gold: str, answer: str) -> Grade | None:
+    """Return the grade of two answers in normal form by text or value; None where only math-verify can tell."""
     gold, answer = without_name(gold, answer)
     if _as_text(gold) == _as_text(answer):
         return Grade(Equality.EQUAL, "text")

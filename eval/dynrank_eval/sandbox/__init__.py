@@ -23,8 +23,8 @@ Not covered:
 - side channels (timing, load), and memory and CPU of the machine up to the limits times the workers;
 - without bubblewrap: other files' names and sizes (stat), which Landlock leaves open; solutions that start
   processes are refused there and judged wrong, with bubblewrap they may pass;
-- with bubblewrap but without pyseccomp: AF_VSOCK, a wider CPU set, and memory in file systems that the program mounts in
-  a namespace of its own; without Landlock, paths of the host in /proc;
+- with bubblewrap but without pyseccomp: AF_VSOCK, a wider CPU set, and memory in file systems that the program mounts
+  in a namespace of its own; without Landlock, paths of the host in /proc;
 - with neither (run only with --allow-network): what the user may read, write and reach stays reachable, an ordinary
   user's orphaned processes outlive the run, and such a user's program may reach its judge's process.
 
