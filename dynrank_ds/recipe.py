@@ -24,7 +24,7 @@ from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHODS, AnyMethodConfig
 from dynrank_ds.methods.base import MethodConfig
 from dynrank_ds.ranking.schedule import resolve_steps
-from dynrank_ds.section import Section
+from dynrank_ds.section import Section, inconsistent
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -32,11 +32,6 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Scalar = str | int | float | bool
-
-
-def _inconsistent(sentence: str) -> PydanticCustomError:
-    """Return the error of keys that are valid one by one but not together; its message is `sentence` alone."""
-    return PydanticCustomError("inconsistent", "{sentence}", {"sentence": sentence})
 
 
 def _check_targets(targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
@@ -98,6 +93,8 @@ class AdapterSection(Section):
     """Numerator of the scale."""
     scaling: Literal["rank", "root_rank"] = "rank"
     """The scale of every module, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which an element of an adapter's input is 0 in training; masks do not depend on world size."""
     targets: Targets = LLAMA_LINEARS
     """Names of linear layers; or a regular expression that matches whole full names; or all-linear."""
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
@@ -105,14 +102,14 @@ class AdapterSection(Section):
     max_rank: int | None = Field(default=None, ge=1)
     """Upper limit of a module's rank; by default min(in, out, 512)."""
 
+    def largest_rank(self, in_features: int, out_features: int) -> int:
+        """Return the upper limit of the rank of a module of these sides."""
+        return min(in_features, out_features, self.max_rank or max(512, self.rank))
+
     @property
     def scale(self) -> float:
         """s in y = W x + s B^T diag(g) A x."""
         return self.alpha / (self.rank if self.scaling == "rank" else self.rank**0.5)
-
-    def largest_rank(self, in_features: int, out_features: int) -> int:
-        """The largest rank that a module of these sides may grow to."""
-        return min(in_features, out_features, self.max_rank or max(512, self.rank))
 
 
 class TrainSection(Section):
@@ -187,9 +184,9 @@ class Recipe(Section):
     def _refuse_max_rank_below_the_ranks_of_the_run(self) -> Recipe:
         limit, mean = self.adapter.max_rank, self.method.final_mean_rank(self.adapter.rank)
         if limit is not None and limit < self.adapter.rank:
-            raise _inconsistent(f"adapter.max_rank {limit} is below adapter.rank {self.adapter.rank}")
+            raise inconsistent(f"adapter.max_rank {limit} is below adapter.rank {self.adapter.rank}")
         if limit is not None and mean is not None and limit < mean:
-            raise _inconsistent(
+            raise inconsistent(
                 f"adapter.max_rank {limit} is below {mean}, the mean rank that {self.method.name} ends with"
             )
         return self

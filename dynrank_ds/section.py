@@ -8,6 +8,11 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 
+def inconsistent(sentence: str) -> PydanticCustomError:
+    """Return the error of keys that are valid one by one but not together; its message is `sentence` alone."""
+    return PydanticCustomError("inconsistent", "{sentence}", {"sentence": sentence})
+
+
 class Section(BaseModel):
     """Unknown keys, infinite numbers, and true or false in place of a number are refused."""
 

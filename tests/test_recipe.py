@@ -250,3 +250,17 @@ def test_a_module_may_grow_to_512_or_the_rank_it_begins_with_or_what_the_recipe_
     max_rank: int | None, rank: int, sides: tuple[int, int], expected: int
 ) -> None:
     assert AdapterSection(max_rank=max_rank, rank=rank).largest_rank(*sides) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("moves: prune", "method.k is auto with method.moves prune and method.module_mean after: it prunes"),
+        ("module_mean: before", "method.k is auto with method.moves both and method.module_mean before: it"),
+        ("conserve: parameters", "method.conserve is parameters with method.moves both and method.k auto"),
+    ],
+)
+def test_options_that_k_auto_would_ignore_are_refused(method: str, sentence: str, tmp_path: Path) -> None:
+    key, value = method.split(": ")
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe("quickstart", ["method.k=auto", f"method.{key}={value}"])

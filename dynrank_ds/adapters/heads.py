@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from dynrank_ds.adapters.dropout import InputFactors
 from dynrank_ds.adapters.linear import AdaptedModule, BackwardHook, ModuleBackward, Part, wide_dtype
 from dynrank_ds.errors import ModelError
 
@@ -58,6 +59,7 @@ class _Heads:
     in_features: int
     out_features: int
     scale: float
+    dropout: InputFactors | None
     hooks: Sequence[BackwardHook | None]
 
 
@@ -74,7 +76,8 @@ class HeadUpdate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, heads: _Heads, *tensors: Any) -> Tensor:
         n = len(heads.hooks)
         lora_a, gates, lora_b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        hidden = _onto(x, lora_a, heads.columns)
+        used = x if heads.dropout is None else x * heads.dropout(x)
+        hidden = _onto(used, lora_a, heads.columns)
         ctx.save_for_backward(x, hidden, *tensors)
         ctx.heads = heads
         return _back(
@@ -92,7 +95,9 @@ class HeadUpdate(torch.autograd.Function):
         through_b = _onto(grad_y, lora_b, heads.rows)
         grad_hidden = through_b * scaled
         ranks = [len(a) for a in lora_a]
-        grad_a = _factor_gradients(grad_hidden, x, heads.columns, ranks)
+        factors = None if heads.dropout is None else heads.dropout(x)
+        used = x if factors is None else x * factors
+        grad_a = _factor_gradients(grad_hidden, used, heads.columns, ranks)
         grad_b = _factor_gradients(hidden * scaled, grad_y, heads.rows, ranks)
         grad_gates: Sequence[Tensor | None] = [None] * n
         if gates[0] is not None:
@@ -102,11 +107,12 @@ class HeadUpdate(torch.autograd.Function):
             if hook is not None:
                 shown_x = x if heads.columns is None else x[:, heads.columns[i]]
                 shown_y = grad_y if heads.rows is None else grad_y[:, heads.rows[i]]
-                factors = (lora_a[i], lora_b[i], gates[i], grad_a[i], grad_b[i], grad_gates[i])
-                hook(ModuleBackward(shown_x, shown_y, heads.scale, *factors))
+                of_head = (lora_a[i], lora_b[i], gates[i], grad_a[i], grad_b[i], grad_gates[i])
+                hook(ModuleBackward(shown_x, shown_y, heads.scale, *of_head))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _back(grad_hidden, lora_a, heads.columns, heads.in_features)
+            grad_x = grad_x if factors is None else grad_x.mul_(factors)
         wanted = ctx.needs_input_grad[2 + n : 2 + 2 * n]
         gate_gradients = [
             g.to(gate.dtype) if g is not None and wants else None
@@ -192,6 +198,7 @@ class HeadedLinear(nn.Module):
             in_features=self.base.in_features,
             out_features=self.base.out_features,
             scale=self.scale,
+            dropout=present[0].dropout if self.training else None,
             hooks=[module.on_backward for module in present],
         )
         tensors = [

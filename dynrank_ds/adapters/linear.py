@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynrank_ds.adapters.dropout import InputFactors
+
 FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
@@ -31,7 +33,7 @@ class ModuleBackward:
     """
 
     x: Tensor
-    """(n, in), the input before anything is done to it."""
+    """(n, in), the input before dropout."""
     grad_y: Tensor
     """(n, out), gradient of the loss by the module's output."""
     scale: float
@@ -70,10 +72,12 @@ class TripleUpdate(torch.autograd.Function):
         lora_b: Tensor,
         scale: float,
         on_backward: BackwardHook | None,
+        dropout: InputFactors | None,
     ) -> Tensor:
-        hidden = F.linear(x, lora_a)
+        used = x if dropout is None else x * dropout(x.flatten(0, -2)).view_as(x)
+        hidden = F.linear(used, lora_a)
         ctx.save_for_backward(x, hidden, lora_a, gate, lora_b)
-        ctx.scale, ctx.on_backward = scale, on_backward
+        ctx.scale, ctx.on_backward, ctx.dropout = scale, on_backward, dropout
         gated = hidden * scale if gate is None else hidden * (gate * scale).to(hidden.dtype)
         return gated @ lora_b
 
@@ -85,7 +89,9 @@ class TripleUpdate(torch.autograd.Function):
         scaled_gate = ctx.scale if gate is None else (gate * ctx.scale).to(hidden.dtype)
         through_b = grad_y @ lora_b.T
         grad_hidden = through_b * scaled_gate
-        grad_a = grad_hidden.T @ flat_x
+        # Drawn once more instead of kept: it would be as large as x.
+        factors = None if ctx.dropout is None else ctx.dropout(flat_x)
+        grad_a = grad_hidden.T @ (flat_x if factors is None else flat_x * factors)
         grad_b = (flat_hidden * scaled_gate).T @ grad_y
         grad_gate = None
         if gate is not None:
@@ -95,10 +101,13 @@ class TripleUpdate(torch.autograd.Function):
             ctx.on_backward(
                 ModuleBackward(flat_x, grad_y, ctx.scale, lora_a, lora_b, gate, grad_a, grad_b, grad_gate)
             )
-        grad_x = (grad_hidden @ lora_a).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            by_used = grad_hidden @ lora_a
+            grad_x = (by_used if factors is None else by_used.mul_(factors)).view_as(x)
         if grad_gate is not None:
             grad_gate = grad_gate.to(gate.dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_a, grad_gate, grad_b, None, None
+        return grad_x, grad_a, grad_gate, grad_b, None, None, None
 
 
 @dataclass(frozen=True)
@@ -131,10 +140,14 @@ class AdaptedModule(nn.Module):
         self.part: Part | None = None
         self.initial_rank = 0
         """Its rank when the run began, in a resumed run too; injection sets it."""
+        self.max_rank = min(in_features, out_features)
+        """The largest rank that it may get."""
         self.gate: Tensor | None = None
         """(r,) or (1,) of `wide_dtype(dtype)`, set by the method in place of a trained lora_E."""
         self.on_backward: BackwardHook | None = None
         """What every backward calls; a method that overrides `Method.on_backward` sets it."""
+        self.dropout: InputFactors | None = None
+        """Dropout of the input in training; the heads of a linear share it."""
         for factor in FACTORS:
             self.register_parameter(factor, None)
 
@@ -153,7 +166,10 @@ class AdaptedModule(nn.Module):
         if self.lora_A is None or self.lora_B is None:
             return None
         gate = self.lora_E if self.lora_E is not None else self.gate
-        update: Tensor = TripleUpdate.apply(x, self.lora_A, gate, self.lora_B, self.scale, self.on_backward)
+        dropout = self.dropout if self.training else None
+        update: Tensor = TripleUpdate.apply(
+            x, self.lora_A, gate, self.lora_B, self.scale, self.on_backward, dropout
+        )
         return update
 
 

@@ -1,4 +1,6 @@
-"""AdaLoRA (Zhang et al., 2023): start above the target rank, mask the lowest triples, remove them at the end.
+"""AdaLoRA: start above the target rank, mask the triples of lowest score, remove them at the end.
+
+Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (Zhang et al., 2023), https://arxiv.org/abs/2303.10512.
 
 The formulas are those of the authors' code, which PEFT's allocator repeats. Its `global_step` counts the optimizer
 steps from 0, ours from 1: global_step = step - 1 throughout. Until the final mask a masked triple keeps A, B and
@@ -28,7 +30,7 @@ class AdaLoRAConfig(SensitivityConfig):
 
     name: Literal["adalora"] = "adalora"
     target_rank: int | None = Field(default=None, ge=1)
-    """Mean rank per module at the end; by default two thirds of adapter.rank, the paper's ratio."""
+    """Mean rank per module at the end; adapter.rank prunes nothing; by default two thirds of it, the paper's ratio."""
     t_i: Steps
     """Initial steps without masks."""
     interval: Steps
@@ -62,10 +64,17 @@ class AdaLoRA(SensitivityMethod):
         initial = next(iter(modules.values())).initial_rank
         target = config.final_mean_rank(initial)
         self.target_total = target * len(modules)
-        if target >= initial:
+        self.prunes = target < initial
+        if target > initial or (config.target_rank is None and target == initial):
             raise RecipeError(
                 f"method.target_rank {target} is not below adapter.rank {initial}: nothing would be pruned"
             )
+
+    def adjusts_at(self, step: int) -> bool:
+        return self.prunes and super().adjusts_at(step)
+
+    def planned_adjustments(self) -> int:
+        return len(self.schedule) if self.prunes else 0
 
     def budget(self, step: int, initial_total: int) -> int:
         """Triples that stay unmasked at an adjustment: cubic from `initial_total` to the target (paper eq. 12)."""

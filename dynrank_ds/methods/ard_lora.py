@@ -1,5 +1,8 @@
 """ARD-LoRA: every attention head of every linear has a rank of its own, r0 times a learned factor alpha.
 
+ARD-LoRA: Dynamic Rank Allocation for Parameter-Efficient Fine-Tuning of Foundation Models with Heterogeneous
+Adaptation Needs (Shinwari and Usama, 2025), https://arxiv.org/abs/2506.18267.
+
 Of the paper only the abstract and second-hand summaries are public to us. From them: r_lh(t) =
 max(1, round(r0 alpha_lh(t))), the loss L_task + lambda R(alpha) with R an l1 term and beta times a total variation, one
 learning rate for the adapters and one for alpha. All else is ours and said at each place: how a rank of whole numbers

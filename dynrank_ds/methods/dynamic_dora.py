@@ -1,4 +1,7 @@
-"""Dynamic DoRA (Mao et al., 2024): single-rank components, the least important masked, more and more of them.
+"""Dynamic DoRA of Mao et al.: single-rank components, the least important of them masked, more at each adjustment.
+
+DoRA: Enhancing Parameter-Efficient Fine-Tuning with Dynamic Rank Distribution (Mao et al., 2024),
+https://arxiv.org/abs/2405.17357.
 
 Not weight-decomposed DoRA, which shares its short name. The components' coefficients c are lora_E. Where the paper's
 schedule (eq. 9) is garbled in print, the authors' code decides; what differs from it is said at each place.
@@ -28,8 +31,8 @@ class DynamicDoRAConfig(MethodConfig):
 
     name: Literal["dynamic_dora"] = "dynamic_dora"
     target_rank: int | None = Field(default=None, ge=1)
-    """Mean rank per module at the end; by default two thirds of adapter.rank, rounded down (the paper starts at
-    1.5 times the target, rounded up)."""
+    """Mean rank per module at the end; adapter.rank prunes nothing (the paper's Table 6); by default two thirds of it,
+    rounded down (the paper starts at 1.5 times the target, rounded up)."""
     t_i: Steps = 0.15
     """Initial steps without masks; the first mask is at step t_i."""
     interval: Steps = 10
@@ -100,7 +103,7 @@ class DynamicDoRA(Method):
         target = config.final_mean_rank(initial)
         self.surplus = (initial - target) * len(modules)
         """Triples that are removed by the end."""
-        if target >= initial:
+        if target > initial or (config.target_rank is None and target == initial):
             raise RecipeError(
                 f"method.target_rank {target} is not below adapter.rank {initial}: nothing would be pruned"
             )
@@ -134,6 +137,12 @@ class DynamicDoRA(Method):
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
         return view.layout.by_module(self.smoothed)
+
+    def adjusts_at(self, step: int) -> bool:
+        return self.surplus > 0 and super().adjusts_at(step)
+
+    def planned_adjustments(self) -> int:
+        return len(self.schedule) if self.surplus else 0
 
     def masked_at(self, step: int) -> int:
         """Triples masked at an adjustment: surplus ((t - t_i) / span)^3 rounded down, at least one.

@@ -1,4 +1,7 @@
-"""ElaLoRA: move triples from the modules that lose least by it to those whose weakest triples score highest.
+"""ElaLoRA: prune the triples of lowest score, add as many to the modules whose lowest triples score highest.
+
+ElaLoRA: Elastic & Learnable Low-Rank Adaptation for Efficient Model Fine-Tuning (Chang et al., 2025),
+https://arxiv.org/abs/2504.00254.
 
 The score, the penalty and the smoothing are AdaLoRA's (methods/sensitivity.py). The authors' code differs from their
 paper in places and has some slips; what is decided here is said in README.md.

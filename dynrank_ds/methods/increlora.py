@@ -1,4 +1,7 @@
-"""IncreLoRA (Zhang et al., 2023): start small and give the highest modules more triples until the budget is spent.
+"""IncreLoRA: start small and add triples to the modules of highest score until a total is reached.
+
+IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning (Zhang et al., 2023),
+https://arxiv.org/abs/2308.12043.
 
 A module's score is |dW * dL/dW| summed over the full-size product, so every step forms the dense gradient of
 every adapted linear. What the authors' code does otherwise is said in README.md.
@@ -68,7 +71,7 @@ class IncreLoRA(OrthogonalMethod):
         self.add_rank = config.add_rank or config.target_rank // 2
         self.target_total = config.target_rank * len(modules)
         self.total_rank = self.initial_total = sum(module.initial_rank for module in modules.values())
-        self._refuse(next(iter(modules.values())).initial_rank)
+        self._refuse(next(iter(modules.values())).initial_rank, sum(b.max_rank for b in modules.values()))
 
         sizes = [s.in_features * s.out_features for s in self.shapes]
         self._sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
@@ -77,7 +80,7 @@ class IncreLoRA(OrthogonalMethod):
         )
         self.replicated_state |= {"sensitivity": self.smoothed, "uncertainty": self.uncertainty}
 
-    def _refuse(self, initial: int) -> None:
+    def _refuse(self, initial: int, largest_total: int) -> None:
         """Raise RecipeError for what would do nothing, fall short of the target, or need too much memory."""
         config, base = self.config, sum(s.in_features * s.out_features for s in self.shapes)
         if base > LARGEST_BASE:
@@ -89,6 +92,11 @@ class IncreLoRA(OrthogonalMethod):
         if config.target_rank <= initial:
             raise RecipeError(
                 f"method.target_rank {config.target_rank} is not above adapter.rank {initial}: nothing would grow"
+            )
+        if largest_total < self.target_total:
+            raise RecipeError(
+                f"method.target_rank {config.target_rank} x {len(self.shapes)} modules is {self.target_total} triples, "
+                f"but the modules' largest ranks add up to {largest_total}: lower it or raise adapter.max_rank"
             )
         if len(self.schedule) < self.planned_adjustments():
             raise RecipeError(

@@ -1,4 +1,10 @@
-"""LoRA (Hu et al., 2021): fixed rank, the baseline that every dynamic method is compared with."""
+"""LoRA: fixed ranks, the baseline that every dynamic method is compared with.
+
+LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), https://arxiv.org/abs/2106.09685.
+`adapter.scaling: root_rank` is rsLoRA's: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski,
+2023), https://arxiv.org/abs/2312.03732; `train.lora_b_rate` is LoRA+'s: LoRA+: Efficient Low Rank Adaptation of Large
+Models (Hayou et al., 2024), https://arxiv.org/abs/2402.12354.
+"""
 
 from __future__ import annotations
 

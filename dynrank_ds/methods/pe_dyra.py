@@ -1,5 +1,8 @@
 """PE-DyRA: prune the lowest triples of all modules, expand the best modules, keep the total rank.
 
+PE-DyRA: Dynamic Rank Adaptation for Parameter-Efficient Fine-Tuning via Importance-Aware Pruning and Expansion (Zhao
+et al., submitted to ICLR 2026), https://openreview.net/forum?id=Lla4eFlDJu; no arXiv number is known to us.
+
 No code of the authors is public. What the paper leaves open is decided here and said at each place;
 silent points follow AdaLoRA's code, on which the paper's figures show it to be built.
 """
@@ -10,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
-from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import MicroBatch, StepView
 from dynrank_ds.methods.sensitivity import ReallocationConfig, ReallocationMethod, refuse_rank_one
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples, spread_over_modules
 from dynrank_ds.ranking.statistics import InputEnergy
+from dynrank_ds.section import inconsistent
 
 
 class PEDyRAConfig(ReallocationConfig):
@@ -51,6 +54,20 @@ class PEDyRAConfig(ReallocationConfig):
     importance: Literal["scores", "random"] = "scores"
     """`random` draws every score anew at each adjustment: the ablation that shows what scores are worth."""
 
+    @model_validator(mode="after")
+    def _refuse_what_would_be_ignored(self) -> PEDyRAConfig:
+        if self.conserve == "parameters" and (self.moves != "both" or self.k == "auto"):
+            raise inconsistent(
+                f"method.conserve is parameters with method.moves {self.moves} and method.k {self.k}: it needs "
+                "moves: both and a number k"
+            )
+        if self.k == "auto" and (self.moves != "both" or self.module_mean != "after"):
+            raise inconsistent(
+                f"method.k is auto with method.moves {self.moves} and method.module_mean {self.module_mean}: it prunes "
+                "and adds by the sum of each module's scores, so give moves: both and leave module_mean out"
+            )
+        return self
+
 
 class PEDyRA(ReallocationMethod):
     """PE-DyRA (paper sections 3.2 to 3.4) with physical rank changes."""
@@ -68,11 +85,6 @@ class PEDyRA(ReallocationMethod):
         self.config = config
         if config.moves != "expand":
             refuse_rank_one(config.name, modules)
-        if config.conserve == "parameters" and (config.moves != "both" or config.k == "auto"):
-            raise RecipeError(
-                f"method.conserve is parameters with method.moves {config.moves} and method.k {config.k}: it needs "
-                "moves: both and a number k"
-            )
         self.energy = InputEnergy(self.shapes, config.beta1, device, self.dtype)
         self.partial_statistics["input_energy"] = self.energy.smoothed
 

@@ -1,4 +1,6 @@
-"""WeightLoRA and WeightLoRA+: a trained weight per adapter, and only the K adapters of largest weight stay.
+"""WeightLoRA and WeightLoRA+: a trained weight per adapter, and only the K adapters of largest weight are kept.
+
+WeightLoRA: Keep Only Necessary Adapters (Veprikov et al., 2025), https://arxiv.org/abs/2506.02724.
 
 dW_b = w_b s B_b^T A_b. Until step T every adapter lives and w follows plain SGD, projected after each step onto
 vectors of at most K positive entries (StoIHT); at T the others leave model and optimizer, and w stands still.
@@ -75,7 +77,7 @@ def project(weights: Tensor, k: int) -> Tensor:
 
 
 class WeightLoRA(Method):
-    """WeightLoRA (its Algorithm 1, StoIHT for the first T steps)."""
+    """WeightLoRA: StoIHT on w for the first T steps."""
 
     config_class: ClassVar[type[MethodConfig]] = WeightLoRAConfig
     init = staticmethod(lora_factors)

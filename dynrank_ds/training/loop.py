@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dynrank_ds.adapters.dropout import TokenDropout
 from dynrank_ds.adapters.initial import module_generator
 from dynrank_ds.checkpoint.files import Progress
 from dynrank_ds.data.batching import GlobalBatches
@@ -52,6 +53,10 @@ class StepResult:
     """Some process was asked to stop."""
     applied: bool
     """False where loss or gradient was not finite and the step was discarded everywhere."""
+    gradient_norms: Mapping[str, float] = field(default_factory=dict)
+    """By factor, before clipping; {} where the step was discarded."""
+    penalty: float | None = None
+    """Value of the method's penalty, before the update; None where it has none."""
     tokens_per_second: float = 0.0
     """Tokens of the global batch, padding aside, by the step's whole time."""
     held_out_loss: float | None = None
@@ -94,7 +99,13 @@ class Trainer:
         self.adjustments = len(history)
         self.masked_triples = sum(map(len, history[-1]["masked"].values())) if history else 0
         """Triples whose gate the last adjustment set to zero."""
+        self.dropout: TokenDropout | None = None
+        if recipe.adapter.dropout:
+            self.dropout = TokenDropout(recipe.adapter.dropout, recipe.train.seed)
+            for shape, module in zip(engine.shapes, engine.modules, strict=True):
+                module.dropout = self.dropout.of_linear(module.part.linear if module.part else shape.name)
         self._discarded_in_a_row = 0
+        self._warned_of_replaced_triples = False
 
     def train(self, after_step: Callable[[StepResult], Any]) -> bool:
         """Runs to the last step; False where a signal ended it before.
@@ -175,14 +186,17 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, chosen in enumerate(micro_batches, start=1):
             batch = self.data.collator.collate(self.data.samples, chosen)
-            self.method.begin_micro_batch(
-                MicroBatch(
-                    token_mask=batch.attention_mask.to(self.device),
-                    packed=batch.packed,
-                    step=self.progress.step + 1,
-                    last=number == len(micro_batches),
-                )
+            micro_batch = MicroBatch(
+                token_mask=batch.attention_mask.to(self.device),
+                packed=batch.packed,
+                step=self.progress.step + 1,
+                last=number == len(micro_batches),
             )
+            self.method.begin_micro_batch(micro_batch)
+            if self.dropout:
+                self.dropout.begin_micro_batch(
+                    micro_batch.step, chosen.tolist(), micro_batch.sample_sizes, self.device
+                )
             summed = self.engine(**{name: value.to(self.device) for name, value in batch.inputs().items()})
             # The engine takes the mean over processes: this makes it the mean over all target tokens.
             self.engine.backward(summed * (processes.world_size() / targets))
@@ -193,14 +207,30 @@ class Trainer:
 
     def _reduce(self, loss: Tensor, gradients: Tensor) -> StepResult:
         """One collective, and the step's only wait for the device."""
-        norm = torch.linalg.vector_norm(gradients, dtype=torch.float64)
+        layout, penalty = self.engine.layout, self.method.penalty
+        squares = [
+            torch.linalg.vector_norm(layout.factor(gradients, factor), dtype=torch.float64).square()
+            for factor in layout.factors
+        ]
         stop = loss.new_tensor(float(self.stop_request.received))
-        total_loss, square, stops = processes.all_reduce_sum(
-            torch.stack([loss, norm.square(), stop])
+        # The penalty's value is the same on every process: the sum is divided by their number.
+        share = loss.new_zeros(()) if penalty is None else penalty / processes.world_size()
+        total_loss, stops, penalty_value, *squares_of_factors = processes.all_reduce_sum(
+            torch.stack([loss, stop, share, *squares])
         ).tolist()
+        square = sum(squares_of_factors)
         # DeepSpeed's ZeRO-3 looks for overflow in fp16 only: a NaN in bf16 would be applied.
         applied = math.isfinite(total_loss) and math.isfinite(square)
-        return StepResult(total_loss, math.sqrt(square) if applied else math.nan, stops > 0, applied)
+        if not applied:
+            return StepResult(total_loss, math.nan, stops > 0, applied)
+        return StepResult(
+            total_loss,
+            math.sqrt(square),
+            stops > 0,
+            applied,
+            gradient_norms=dict(zip(layout.factors, map(math.sqrt, squares_of_factors), strict=True)),
+            penalty=None if penalty is None else penalty_value,
+        )
 
     def _discard(self, indices: NDArray[Any]) -> None:
         self.method.discard_step()
@@ -238,6 +268,20 @@ class Trainer:
         self.adjustments += 1
         if self.is_first:
             self._log_adjustment(plan, before, scores)
+            self._warn_of_replaced_triples(plan, before)
+
+    def _warn_of_replaced_triples(self, plan: RankPlan, before: Sequence[int]) -> None:
+        """Warn, once in a run, of an adjustment that prunes triples without changing any rank."""
+        replaced = sum(plan.new)
+        if replaced and plan.ranks == tuple(before) and not self._warned_of_replaced_triples:
+            self._warned_of_replaced_triples = True
+            logger.warning(
+                "adjustment at step %d replaced %d of %d triples by new ones in the same modules and changed no rank: "
+                "lower the number of triples per adjustment (method.k, method.b), or raise adapter.max_rank",
+                self.progress.step,
+                replaced,
+                sum(before),
+            )
 
     def _new_rows(self, plan: RankPlan, module: int, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = self.engine.shapes[module].name
@@ -255,6 +299,8 @@ class Trainer:
             loss=result.loss if math.isfinite(result.loss) else None,
             learning_rate=learning_rate(self.recipe.train, max(1, self.progress.step), self.total_steps),
             grad_norm=result.gradient_norm if result.applied else None,
+            grad_norms=dict(result.gradient_norms),
+            penalty=result.penalty,
             discarded=not result.applied,
             tokens_per_second=result.tokens_per_second,
             total_rank_live=layout.total_rank - self.masked_triples,

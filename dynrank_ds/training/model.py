@@ -167,6 +167,8 @@ def adapt(
             len(lost) - 1,
         )
     modules = inject(model, linears, section.rank, section.scale, method.init, recipe.train.seed, splits)
+    for module in modules.values():
+        module.max_rank = section.largest_rank(module.in_features, module.out_features)
     for name, factors in restored:
         modules[name].set_factors(factors)
     return modules

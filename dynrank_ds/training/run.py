@@ -186,7 +186,9 @@ def _log_summary(trainer: Trainer) -> None:
             progress.batch,
         )
     planned = trainer.method.planned_adjustments()
-    if planned and not any(line["pruned"] or line["added"] for line in directory.adjustments()):
+    if planned and not any(
+        line["before"] != line["after"] or line["masked"] for line in directory.adjustments()
+    ):
         logger.warning("ranks never changed although %s planned %d adjustments", recipe.method.name, planned)
 
 

@@ -65,10 +65,16 @@ def test_the_target_is_two_thirds_of_the_initial_rank_unless_given() -> None:
     assert adalora(target_rank=None, rank=2).target_total == 1 * 3
 
 
+def test_a_target_of_the_initial_rank_means_no_pruning() -> None:
+    method = adalora(target_rank=6)
+    assert method.planned_adjustments() == 0
+    assert not any(map(method.adjusts_at, range(1, 31)))
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"target_rank": 6}, r"method.target_rank 6 is not below adapter.rank 6: nothing would be pruned"),
+        ({"target_rank": 7}, r"method.target_rank 7 is not below adapter.rank 6: nothing would be pruned"),
         ({"target_rank": None, "rank": 1}, r"method.target_rank 1 is not below adapter.rank 1"),
         ({"t_f": 0}, r"method.t_f is 0, 0 of the 30 steps: give at least 1"),
         ({"interval": 0}, r"method.interval is 0, 0 of the 30 steps: give at least 1"),

@@ -115,12 +115,18 @@ def test_every_plan_masks_the_exact_count_of_the_lowest(
     assert got == plan(made, scores, step)
 
 
+def test_a_target_of_the_initial_rank_means_no_pruning() -> None:
+    made = method(target_rank=6, interval=2)  # the paper's Table 6 has such runs
+    assert made.planned_adjustments() == 0
+    assert not any(map(made.adjusts_at, range(1, 21)))
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
         (
-            {"target_rank": 6, "interval": 2},
-            "method.target_rank 6 is not below adapter.rank 6: nothing would be pruned",
+            {"target_rank": 7, "interval": 2},
+            "method.target_rank 7 is not below adapter.rank 6: nothing would be pruned",
         ),
         ({"rank": 1, "interval": 2}, "method.target_rank 1 is not below adapter.rank 1"),
         ({"interval": 0}, "method.interval is 0, 0 of the 20 steps: give at least 1"),

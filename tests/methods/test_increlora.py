@@ -84,7 +84,7 @@ def test_a_resumed_run_knows_how_far_growth_has_come() -> None:
 
 
 def test_half_the_target_is_added_at_a_time_unless_given() -> None:
-    assert [increlora(target_rank=t).add_rank for t in (2, 4, 6, 8)] == [1, 2, 3, 4]
+    assert [increlora(target_rank=t).add_rank for t in (2, 3, 4, 5)] == [1, 1, 2, 2]
     assert increlora(add_rank=1, interval=1).add_rank == 1
 
 
@@ -97,6 +97,10 @@ def test_half_the_target_is_added_at_a_time_unless_given() -> None:
             {"interval": 12},
             r"method.top_h 2 modules by 2 triples reach the target of 12 triples after 3 adjustments, but "
             r"method.t_i 4 and method.interval 12 leave 2 before the last of 30 steps",
+        ),
+        (
+            {"target_rank": 6},
+            r"method.target_rank 6 x 3 modules is 18 triples, but the modules' largest ranks add up to 15",
         ),
         ({"interval": 40}, r"method.interval 40 leaves no adjustment before step 30"),
         ({"t_i": 24}, r"leave 1 before the last of 30 steps"),

@@ -41,6 +41,14 @@ def test_a_run_whose_ranks_never_changed_ends_with_a_warning(shards: Path) -> No
     assert "ranks never changed although pe_dyra planned 5 adjustments" in first
 
 
+def test_a_run_that_only_replaces_triples_warns_at_the_first_adjustment_and_at_the_end(shards: Path) -> None:
+    first, second = outcomes(shards / "replaced", "warnings", 2)
+    assert second == []
+    [warning] = [line for line in first if line.startswith("adjustment at step 4 replaced 5 of 56 triples")]
+    assert "changed no rank" in warning and "raise adapter.max_rank" in warning
+    assert "ranks never changed although pe_dyra planned 5 adjustments" in first
+
+
 @pytest.fixture(scope="module", params=["pe_dyra", "weightlora", "dynamic_dora"])
 def run(request: pytest.FixtureRequest, shards: Path) -> Path:
     """A run in which two global batches met a NaN."""

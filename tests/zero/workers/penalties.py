@@ -38,7 +38,9 @@ class Penalised(Trainer):
 
     def _reduce(self, loss: Tensor, gradients: Tensor) -> StepResult:
         penalty, coefficient = PENALTIES[self.recipe.method.name]
-        errors = []
+        errors: list[float] = []
+        squares: dict[str, float] = {}
+        value = 0.0
         for (_, factor), parameter in adapter_parameters(self).items():
             actual = whole_of(parameter, safe_get_local_grad).double()
             whole = whole_of(parameter, safe_get_local_fp32_param).double().requires_grad_()
@@ -46,10 +48,16 @@ class Penalised(Trainer):
                 expected = torch.zeros_like(whole)
             else:
                 (expected,) = torch.autograd.grad(coefficient * penalty(whole), whole)
+            squares[factor] = squares.get(factor, 0.0) + float(actual.square().sum())
+            if factor != "lora_E":
+                value += coefficient * float(penalty(whole.detach()))
             errors.append(float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)))
         write(self.directory.path, "errors", errors)
         self.stop_request.received = True  # one step is all that is asked
-        return super()._reduce(loss, gradients)
+        result = super()._reduce(loss, gradients)
+        norms = {factor: square**0.5 for factor, square in squares.items()}
+        write(self.directory.path, "penalty", [value, norms, result.penalty, dict(result.gradient_norms)])
+        return result
 
 
 def penalties(folder: Path) -> None:

@@ -175,14 +175,24 @@ def ranks_that_never_change(folder: Path) -> None:
     def plan(self: PEDyRA, scores: Sequence[Tensor], state: RankState) -> RankPlan:
         return RankPlan(tuple(tuple(range(rank)) for rank in state.ranks), (0,) * len(state.ranks))
 
+    with patch.object(PEDyRA, "plan", plan):
+        train_with_warnings(folder, "unchanged")
+
+
+def triples_that_are_only_replaced(folder: Path) -> None:
+    """Every module is at its largest rank, so that only those that were pruned have room."""
+    train_with_warnings(folder, "replaced", "adapter.max_rank=4")
+
+
+def train_with_warnings(folder: Path, name: str, *overrides: str) -> None:
+    """A run in FOLDER/NAME, with its warnings."""
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("dynrank_ds").addHandler(handler)
-    with patch.object(PEDyRA, "plan", plan):
-        train_watched(folder / "recipe.yaml", Trainer, f"output.dir={folder / 'unchanged'}")
+    train_watched(folder / "recipe.yaml", Trainer, f"output.dir={folder / name}", *overrides)
     logging.getLogger("dynrank_ds").removeHandler(handler)
-    write(folder / "unchanged", "warnings", warnings)
+    write(folder / name, "warnings", warnings)
 
 
 def disks_that_are_not_shared(folder: Path) -> None:
@@ -216,6 +226,7 @@ if __name__ == "__main__":
             sizes,
             disagreement,
             ranks_that_never_change,
+            triples_that_are_only_replaced,
             disks_that_are_not_shared,
             data_that_differ,
             nan_on_one_process,
