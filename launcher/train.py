@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value, or resume=auto|never")
     arguments = parser.parse_intermixed_args()
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    # A mistake that all see is told once a node: another node's files may be what is wrong.
+    # A mistake that all processes see is printed once a node: another node's files may be at fault.
     first_here = first or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID")) == "0"
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(levelname)s %(message)s")
     for noisy in ("DeepSpeed", "httpx", "torch.distributed"):
@@ -40,12 +40,12 @@ def main() -> int:
     except DynrankError as error:
         # What a machine lacks, such as room on its disk, may be seen by one process alone.
         if first_here or isinstance(error, MachineError):
-            _tell(error)
+            _print_error(error)
         return 2
 
 
 def _train(recipe: Recipe, resume: bool) -> int:
-    # Imported late: a mistake in the recipe is told before DeepSpeed loads.
+    # Imported late: a mistake in the recipe is printed before DeepSpeed loads.
     from dynrank_ds.training.run import train
     from dynrank_ds.zero import processes
     from dynrank_ds.zero.peer_failure import PeerFailureError, name_failed_peer
@@ -55,20 +55,21 @@ def _train(recipe: Recipe, resume: bool) -> int:
         with name_failed_peer():
             train(recipe, resume, device)
     except PeerFailureError as error:
-        if error.speaks:
-            _tell(f"{error}; go on with resume=auto")
+        if error.should_report:
+            _print_error(f"{error}; resume with resume=auto")
         return 1
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         raise MachineError(
-            f"{recipe.output.dir}: {error.strerror}; checkpoints are whole: make room, then go on with resume=auto"
+            f"{recipe.output.dir}: {error.strerror}; checkpoints are undamaged: free disk space, then resume with "
+            "resume=auto"
         ) from error
     processes.stop()
     return 0
 
 
-def _tell(error: object) -> None:
+def _print_error(error: object) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 

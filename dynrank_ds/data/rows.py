@@ -73,7 +73,7 @@ class Drops:
         """Rows dropped, for whatever reason."""
         return sum(self.counts.values())
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The counts and the first rows, for people."""
         reasons = "; ".join(f"{count}: {self.first[reason]}" for reason, count in self.counts.items())
         return f"{self.n_dropped} of {self.n_rows} rows cannot be trained on ({reasons})"
@@ -86,5 +86,5 @@ class Drops:
         """
         if self.n_dropped and (self.n_dropped == self.n_rows or self.n_dropped > max_dropped * self.n_rows):
             raise DataError(
-                f"{self.told()}, at most {max_dropped:.1%} may be: mend them, or raise data.max_dropped"
+                f"{self.summary()}, at most {max_dropped:.1%} may be: mend them, or raise data.max_dropped"
             )

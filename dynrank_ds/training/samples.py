@@ -52,7 +52,7 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
         raise DataError(f"{data.source}: the data set is empty, at least one row{chosen} is needed")
     drops.check(data.max_dropped)
     if drops.n_dropped:
-        logger.warning("%s and were dropped", drops.told())
+        logger.warning("%s and were dropped", drops.summary())
     # Not the padding token, which the model may have no embedding of (LLaMA-2); no other token ever sees padding.
     return dataset, tokenizer.eos_token_id
 

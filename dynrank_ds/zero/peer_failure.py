@@ -1,9 +1,10 @@
-"""Which process ended a run: where one dies, hangs or fails, the others' collectives fail, and say nothing of it.
+"""Detection of the process whose failure ended a run.
 
-A dead process closes its connections, so that its neighbours' next collective fails at once; one that hangs is waited
-for as long as the process group's timeout; those that wait for a neighbour that is well notice only when it leaves. So
-a thread of every process looks whether any has failed, at the store through which all found each other, and answers
-for its own: who does not answer is named. (NCCL's own watchdog ends a process that waits for too long, naming the
+When one process dies, hangs or fails, collectives fail on the others, whose errors do not say which one it was. A dead
+process closes its connections, so that its neighbours' next collective fails at once; a hanging one is waited for
+until the process group's timeout; processes that wait for a healthy neighbour notice only when that one exits. So a
+thread of every process polls the store of the rendezvous for a reported failure, and answers for its own process:
+those without an answer are the failed ones. (NCCL's own watchdog ends a process that waits for too long, naming the
 collective, before this is reached.)
 """
 
@@ -18,140 +19,145 @@ from datetime import timedelta
 import torch.distributed as dist
 
 GRACE = 5.0
-"""Seconds for which the roll call waits."""
-_PAUSE = 0.5
-"""Seconds between two looks at the store: all processes' looks are served by process 0."""
-_KEYS = ("called", "answer", "answers", "first", "lost", "verdict", "read")
-_CALLED, _ANSWER, _ANSWERS, _FIRST, _LOST, _VERDICT, _READ = (f"dynrank/{key}" for key in _KEYS)
+"""Seconds for which answers are waited for."""
+_INTERVAL = 0.5
+"""Seconds between two polls of the store: process 0 serves those of all processes."""
+_KEYS = ("failure_reported", "answer", "answers", "first_failure", "collective_failures", "cause", "read")
+_REPORTED, _ANSWER, _ANSWERS, _FIRST, _COLLECTIVE_FAILURES, _CAUSE, _READ = (
+    f"dynrank/{key}" for key in _KEYS
+)
 
 
 class PeerFailureError(RuntimeError):
     """Another process ended the run; the message says which.
 
-    speaks: whether this process is the one to tell, of all that know.
+    should_report: whether this process is the one, of all that know, that prints the message.
     """
 
-    def __init__(self, message: str, speaks: bool) -> None:
+    def __init__(self, message: str, should_report: bool) -> None:
         super().__init__(message)
-        self.speaks = speaks
+        self.should_report = should_report
 
 
 @contextmanager
 def name_failed_peer() -> Iterator[None]:
-    """Every process of the group runs its share of a run in this context.
+    """Run this process's share of a run; every process of the group must enter.
 
     Raises:
-        PeerFailureError: in place of what torch says of a collective that another process has not taken part in.
+        PeerFailureError: in place of torch's error of a collective in which another process did not take part.
     """
-    call = _PeerMonitor()
-    call.start()
+    monitor = _PeerMonitor()
+    monitor.start()
     try:
         yield
     except Exception as error:
-        lost = _of_a_collective(error)
-        call.run_failed(f"{type(error).__name__}: {error}", lost)
-        if not lost:
+        in_collective = _is_of_a_collective(error)
+        monitor.report_failure(f"{type(error).__name__}: {error}", in_collective)
+        if not in_collective:
             raise
-        raise PeerFailureError(*call.verdict()) from error
+        raise PeerFailureError(*monitor.cause()) from error
     finally:
-        call.run_over()
+        monitor.stop()
 
 
-def _of_a_collective(error: Exception) -> bool:
+def _is_of_a_collective(error: Exception) -> bool:
     """gloo's errors have no type of their own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 class _PeerMonitor(threading.Thread):
-    """One process's part in the roll call, taken even while its run waits in a collective.
+    """One process's part in finding the failed peer, active even while its run waits in a collective.
 
     It is a thread also because a store whose process hangs never answers.
     """
 
     def __init__(self) -> None:
-        super().__init__(name="roll call", daemon=True)
+        super().__init__(name="peer monitor", daemon=True)
         self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=GRACE))
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._failure = ""
-        self._lost = False
+        self._in_collective = False
         self._agreed: tuple[str, bool] | None = None
 
-    def run_failed(self, message: str, lost: bool) -> None:
-        """Calls the roll; returns when its verdict is there. lost: it failed for another process's sake."""
-        self._lost = lost
-        self._failure = message  # last: the thread looks at it first
-        self.run_over(2 * GRACE)
+    def report_failure(self, message: str, in_collective: bool) -> None:
+        """Report this process's failure to the others; return when the cause is agreed on.
 
-    def run_over(self, seconds: float = 1.0) -> None:
-        """The run needs no answers any more."""
-        self._over.set()
+        in_collective: it failed because another process did.
+        """
+        self._in_collective = in_collective
+        self._failure = message  # last: the thread looks at it first
+        self.stop(2 * GRACE)
+
+    def stop(self, seconds: float = 1.0) -> None:
+        """End the thread: the run needs no answers any more."""
+        self._stopped.set()
         self.join(seconds)
 
-    def verdict(self) -> tuple[str, bool]:
-        """What ended the run, and whether this process is to tell."""
-        first = "process 0 died or hung: it keeps the store that the others meet at, which does not answer"
-        return self._agreed or (first, self._rank == 1)
+    def cause(self) -> tuple[str, bool]:
+        """Return what ended the run, and whether this process should report it."""
+        store_failed = "process 0 died or hung: it serves the rendezvous store, which does not answer"
+        return self._agreed or (store_failed, self._rank == 1)
 
     def run(self) -> None:
         try:
-            called = False
-            while not called and not self._over.wait(_PAUSE):
-                called = self._store.check([_CALLED])
-            if called or self._failure:
-                self._meet()
+            reported = False
+            while not reported and not self._stopped.wait(_INTERVAL):
+                reported = self._store.check([_REPORTED])
+            if reported or self._failure:
+                self._agree_on_cause()
         except RuntimeError:
-            return  # the store is gone with its process: no verdict says so
+            return  # the store's process has ended: `cause` says so
 
-    def _meet(self) -> None:
-        """Answers, waits for the others' answers, and agrees with them on one verdict."""
-        store, told = self._store, False
+    def _agree_on_cause(self) -> None:
+        """Answer, wait for the others' answers, and agree with them on one cause."""
+        store, published = self._store, False
         store.set(f"{_ANSWER}/{self._rank}", "")
         store.add(_ANSWERS, 1)
         deadline = time.monotonic() + GRACE
         while True:
-            if self._failure and not told:
-                self._tell()
-                told = True
-            store.set(_CALLED, "")
+            if self._failure and not published:
+                self._publish_failure()
+                published = True
+            store.set(_REPORTED, "")
             all_answered = store.add(_ANSWERS, 0) == self._size
-            if all_answered and (store.check([_FIRST]) or store.add(_LOST, 0) == self._size):
+            if all_answered and (store.check([_FIRST]) or store.add(_COLLECTIVE_FAILURES, 0) == self._size):
                 break
             if time.monotonic() > deadline:
                 break
-            time.sleep(_PAUSE)
-        speaker, message = store.compare_set(_VERDICT, "", self._judge()).decode().split(" ", 1)
-        self._agreed = message, int(speaker) == self._rank
+            time.sleep(_INTERVAL)
+        reporter, message = store.compare_set(_CAUSE, "", self._find_cause()).decode().split(" ", 1)
+        self._agreed = message, int(reporter) == self._rank
         store.add(_READ, 1)
-        # The first process keeps the store: it stays until the others have read.
-        patience = time.monotonic() + 4 * _PAUSE
+        # Process 0 serves the store: it stays until the others have read.
+        deadline = time.monotonic() + 4 * _INTERVAL
         while (
-            self._rank == 0 and store.add(_READ, 0) < store.add(_ANSWERS, 0) and time.monotonic() < patience
+            self._rank == 0 and store.add(_READ, 0) < store.add(_ANSWERS, 0) and time.monotonic() < deadline
         ):
-            time.sleep(_PAUSE / 5)
+            time.sleep(_INTERVAL / 5)
 
-    def _tell(self) -> None:
-        if self._lost:
+    def _publish_failure(self) -> None:
+        if self._in_collective:
             self._store.set(f"{_ANSWER}/{self._rank}", self._failure)
-            self._store.add(_LOST, 1)
+            self._store.add(_COLLECTIVE_FAILURES, 1)
         else:
             self._store.compare_set(_FIRST, "", f"{self._rank} {self._failure}")
 
-    def _judge(self) -> str:
-        """The number of the process that is to tell, and what ended the run."""
+    def _find_cause(self) -> str:
+        """The number of the process that should report, and what ended the run."""
         store = self._store
-        present = [other for other in range(self._size) if store.check([f"{_ANSWER}/{other}"])]
-        failures = {other: store.get(f"{_ANSWER}/{other}").decode() for other in present}
-        lost = [other for other in present if failures[other]]
+        answering = [other for other in range(self._size) if store.check([f"{_ANSWER}/{other}"])]
+        failures = {other: store.get(f"{_ANSWER}/{other}").decode() for other in answering}
+        failed = [other for other in answering if failures[other]]
         if store.check([_FIRST]):
             first, failure = store.get(_FIRST).decode().split(" ", 1)
-            speaker = min(lost or [other for other in present if other != int(first)], default=int(first))
-            return f"{speaker} process {first} failed first: {failure}"
-        absent = [str(other) for other in range(self._size) if other not in present]
-        if absent:
-            names = f"process{'es' * (len(absent) > 1)} {', '.join(absent)}"
-            return f"{lost[0]} {names} died or hung: no answer within {GRACE:.0f} s"
-        well = [str(other) for other in present if other not in lost]
-        but = f" but {', '.join(well)}, which may hang" if well else ""
-        return f"{lost[0]} a collective failed in every process{but}: {failures[lost[0]]}"
+            reporter = min(failed or [o for o in answering if o != int(first)], default=int(first))
+            return f"{reporter} process {first} failed first: {failure}"
+        silent = [str(other) for other in range(self._size) if other not in answering]
+        if silent:
+            names = f"process{'es' * (len(silent) > 1)} {', '.join(silent)}"
+            return f"{failed[0]} {names} died or hung: no answer within {GRACE:.0f} s"
+        healthy = [str(other) for other in answering if other not in failed]
+        but = f" but {', '.join(healthy)}, which may hang" if healthy else ""
+        return f"{failed[0]} a collective failed in every process{but}: {failures[failed[0]]}"

@@ -36,7 +36,7 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 def refused(folder: Path, about: dict[str, Any], *overrides: str) -> str:
-    """What is said of going on with these overrides; nothing if it may be."""
+    """The refusal of a resume with these overrides; empty where it is allowed."""
     recipe = load_recipe(str(folder / "recipe.yaml"), overrides)
     try:
         refuse_changes(Path("run/step-5"), about, recipe, fingerprints(recipe, prepare_data(recipe)[0]))

@@ -86,5 +86,5 @@ def test_a_log_that_cannot_grow_is_told(tmp_path: Path) -> None:
     wait(processes)
     assert [process.returncode for process in processes] == [2, 1], [p.output for p in processes]
     first, second = (process.output for process in processes)
-    assert f"error: {tmp_path / 'run'}: File too large; checkpoints are whole: make room" in first
+    assert f"error: {tmp_path / 'run'}: File too large; checkpoints are undamaged: free disk space" in first
     assert "process 0" in second and "Traceback" not in first + second

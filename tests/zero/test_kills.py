@@ -66,7 +66,7 @@ MORE = [
 
 
 def start(uninterrupted: Path, run: Path, *kill: str) -> list[Started]:
-    """The run, gone on with, in two processes of which one may kill itself."""
+    """The resumed run, in two processes of which one may kill itself."""
     # One that is killed before the processes have met is waited for.
     options = (EVERY_TWO, "deepspeed.timeout=15", f"output.dir={run}", "resume=auto")
     _, *arguments = train_command(uninterrupted / "recipe.yaml", *options)
@@ -80,7 +80,7 @@ def resumed_at(processes: list[Started]) -> int:
 
 
 def killed(uninterrupted: Path, run: Path, kill: Kill) -> int:
-    """Kills the run as planned, and gives the step that it had gone on from."""
+    """Kill the run as planned, and return the step that it had resumed from."""
     processes = start(uninterrupted, run, kill.point, str(kill.step), str(kill.process))
     wait(processes)
     outputs = [process.output for process in processes]

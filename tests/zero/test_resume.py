@@ -73,7 +73,7 @@ def test_another_run_than_the_checkpoints_is_refused_in_one_sentence(uninterrupt
 
 
 def refused(uninterrupted: Path, name: str, *overrides: str) -> str:
-    """What going on with a run is refused with, which changes no file."""
+    """The refusal of a resume, which changes no file."""
     run = uninterrupted / name
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     options = (*overrides, f"output.dir={run}", "resume=auto")
@@ -96,7 +96,7 @@ def test_a_run_without_a_checkpoint_is_begun_anew_by_its_own_recipe_and_model_on
     assert "holds the adapter of a run but no checkpoint" in refused(uninterrupted, "unsaved")
     shutil.rmtree(run / "adapter")
     told = refused(uninterrupted, "unsaved", "train.seed=1")
-    assert f"{run} cannot be gone on with" in told and "train.seed is 1, was 0" in told
+    assert f"{run} cannot be resumed" in told and "train.seed is 1, was 0" in told
     environment = json.loads((run / "environment.json").read_text())
     environment["identity"]["base model"] = "another's"
     (run / "environment.json").write_text(json.dumps(environment))

@@ -1,4 +1,4 @@
-"""A checkpoint is gone on with at any world size and ZeRO stage."""
+"""A checkpoint resumes at any world size and ZeRO stage."""
 
 from __future__ import annotations
 

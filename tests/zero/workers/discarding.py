@@ -1,4 +1,4 @@
-"""Runs that discard a batch before a checkpoint and one after it, whole and gone on with from that checkpoint."""
+"""Runs that discard a batch before a checkpoint and one after it, whole and resumed from that checkpoint."""
 
 from __future__ import annotations
 
