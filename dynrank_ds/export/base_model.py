@@ -1,5 +1,6 @@
 """The frozen base of an adapter: where it lies and which files it has."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,3 +76,34 @@ def _shards(folder: Path) -> list[str]:
         if Path(name).name != name or not (folder / name).is_file():
             raise ModelError(f"{index} names the file {name}, which is not in {folder}")
     return names
+
+
+def loaded_names(folder: Path, stored: Sequence[str]) -> dict[str, str]:
+    """Return the name that transformers gives to each stored tensor of a model on loading it.
+
+    Raises:
+        ModelError: transformers knows no such model.
+    """
+    # transformers takes seconds to import, and most merges do not need it.
+    import torch
+    import transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        # Composite models are not among Auto's causal language models.
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder} is no model that transformers knows: {reason}") from error
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    known = model.state_dict()
+    return {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0]
+        for name in stored
+    }

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from dynrank_ds.errors import ModelError, RunError
-from dynrank_ds.export.base_model import BaseModel, find_base
+from dynrank_ds.export.base_model import BaseModel, find_base, loaded_names
 from dynrank_ds.export.folder import staged_folder
 from dynrank_ds.export.peft_adapter import PeftAdapter, Update
 from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter
@@ -44,7 +44,8 @@ def merge_adapter(adapter: Path, base: str | None, output: Path) -> None:
         if not name:
             raise RunError(f"{adapter} does not name its base model: name it with --base")
         model = find_base(name)
-        _check_targets(source, model)
+        modules = _modules_of(model, source)
+        _check_targets(source, model, modules)
         record = {
             "adapter": str(adapter.resolve()),
             "base": str(Path(name).resolve()) if Path(name).is_dir() else name,
@@ -56,16 +57,33 @@ def merge_adapter(adapter: Path, base: str | None, output: Path) -> None:
         with staged_folder(output, record, same, (adapter, model.folder)) as folder:
             for companion in model.companions:
                 shutil.copyfile(model.folder / companion, folder / companion)
-            _merge_shards(source, model, folder)
+            _merge_shards(source, model, modules, folder)
 
 
-def _check_targets(adapter: PeftAdapter, model: BaseModel) -> None:
+def _modules_of(model: BaseModel, adapter: PeftAdapter) -> dict[str, str]:
+    """Return the module of each stored tensor, by the name that it has once transformers has loaded it.
+
+    Composite models and old checkpoints are stored under names that transformers changes on loading; its own rules say
+    how. They are asked for, which takes a model without weights, only where a module is not found under its own name.
+    """
+    stored = []
+    for shard in model.shards:
+        with TensorFileReader(model.folder / shard) as reader:
+            stored += list(reader.entries)
+    modules = {name: name.removesuffix(".weight") for name in stored}
+    if not adapter.modules.keys() <= set(modules.values()):
+        names = loaded_names(model.folder, stored)
+        modules = {name: names[name].removesuffix(".weight") for name in stored}
+    return modules
+
+
+def _check_targets(adapter: PeftAdapter, model: BaseModel, modules: Mapping[str, str]) -> None:
     """Refuse, before anything is written, an adapter that does not fit the base."""
     missing = dict(adapter.modules)
     for shard in model.shards:
         with TensorFileReader(model.folder / shard) as reader:
             for entry in reader.entries.values():
-                shape = missing.pop(_module(entry.name), None)
+                shape = missing.pop(modules[entry.name], None)
                 if shape is not None:
                     _check_target(entry, shape, model)
     if missing:
@@ -92,34 +110,35 @@ def _check_target(entry: TensorEntry, shape: tuple[int, int], model: BaseModel) 
         )
 
 
-def _merge_shards(adapter: PeftAdapter, model: BaseModel, folder: Path) -> None:
+def _merge_shards(adapter: PeftAdapter, model: BaseModel, modules: Mapping[str, str], folder: Path) -> None:
     total = sum((model.folder / shard).stat().st_size for shard in model.shards)
     changed = 0
     with tqdm(total=total, desc="merge", unit="B", unit_scale=True) as bar:
         for shard in model.shards:
             with TensorFileReader(model.folder / shard) as reader:
-                changed += _merge_shard(adapter, reader, folder / shard, bar)
+                changed += _merge_shard(adapter, reader, modules, folder / shard, bar)
     if changed == 0:
         raise RunError(f"No weight of {model.folder} changes at its precision: the adapter changes nothing")
     _log.info("merged: %d of the adapter's %d modules changed their weight", changed, len(adapter.modules))
 
 
-def _merge_shard(adapter: PeftAdapter, reader: TensorFileReader, path: Path, bar: tqdm) -> int:
+def _merge_shard(
+    adapter: PeftAdapter, reader: TensorFileReader, modules: Mapping[str, str], path: Path, bar: tqdm
+) -> int:
     """Write the merged copy of one file; returns how many of its tensors differ from the base's."""
     changed = 0
     with TensorFileWriter(path, list(reader.entries.values()), reader.metadata) as writer:
         for entry in reader.entries.values():
-            changed += _merge_tensor(adapter, entry.name, reader, writer)
+            changed += _merge_tensor(adapter, entry.name, modules[entry.name], reader, writer)
             bar.update(entry.nbytes)
     return changed
 
 
 def _merge_tensor(
-    adapter: PeftAdapter, name: str, reader: TensorFileReader, writer: TensorFileWriter
+    adapter: PeftAdapter, name: str, module: str, reader: TensorFileReader, writer: TensorFileWriter
 ) -> bool:
     """Copy one tensor with what the adapter adds to it; returning frees it before the next one is read."""
     tensor = reader.read(name)
-    module = _module(name)
     changed = module in adapter.modules and _add(tensor, adapter.update(module))
     writer.write(name, tensor)
     return changed
@@ -141,7 +160,3 @@ def _slices(weight: torch.Tensor) -> Iterator[slice]:
     rows = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         yield slice(start, start + rows)
-
-
-def _module(name: str) -> str:
-    return name.removesuffix(".weight")

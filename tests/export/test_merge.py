@@ -9,12 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from dynrank_ds.errors import ModelError, RunError
 from dynrank_ds.export import export_adapter, merge_adapter
 
-from .conftest import save_base
+from .conftest import save_base, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +256,45 @@ def test_importing_the_room_does_not_import_deepspeed():
         "import sys, dynrank_ds.export; sys.exit('deepspeed' in sys.modules or 'transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model.model.", "model.language_model."])
+def test_names_that_transformers_changes_on_loading_are_found(prefix, tmp_path):
+    """A text model saved without its output layer's class, and a composite model of either layout."""
+    torch.manual_seed(0)
+    if prefix:
+        text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        tower = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48}
+        heads = {"num_attention_heads": 4, "num_hidden_layers": 1}
+        config = LlavaConfig(
+            text_config=text | heads | {"vocab_size": 64},
+            vision_config=tower | heads | {"image_size": 28, "patch_size": 14},
+        )
+        model, module = (
+            LlavaForConditionalGeneration(config),
+            "model.language_model.layers.0.self_attn.q_proj",
+        )
+        saved = (module, f"{prefix}layers.0.self_attn.q_proj")
+    else:
+        model = LlamaForCausalLM(tiny_config(num_hidden_layers=1, tie_word_embeddings=True))
+        module = "model.layers.0.self_attn.q_proj"
+        saved = (module, "layers.0.self_attn.q_proj")
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    old = "language_model.model." if prefix else "model."
+    tensors = {
+        (prefix + name.removeprefix(old) if name.startswith(old) else name): value
+        for name, value in tensors.items()
+    }
+    assert f"{saved[1]}.weight" in tensors
+    save_file(tensors, file, {"format": "pt"})
+    adapter = write_adapter(tmp_path / "adapter", {"target_modules": [module]}, factors(module, 32, 32))
+    merge_adapter(adapter, str(tmp_path / "base"), tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with_peft = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), adapter)
+    tokens = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        expected = with_peft(input_ids=tokens).logits
+        assert (merged(input_ids=tokens).logits - expected).abs().max() < 1e-5
+        assert (model(input_ids=tokens).logits - expected).abs().max() > 1e-3
