@@ -83,7 +83,8 @@ def peft_training(recipe: Recipe) -> tuple[list[float], dict[int, dict[str, list
         layer.lora_A["default"].data.copy_(drawn["lora_A"])
         layer.lora_B["default"].data.copy_(drawn["lora_B"].T)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.train.learning_rate, weight_decay=0.01)
+    rate, eps = recipe.train.learning_rate, recipe.train.eps
+    optimizer = torch.optim.AdamW(trained, lr=rate, eps=eps, weight_decay=0.01)
     batches = GlobalBatches(len(dataset), recipe.train.global_batch_size, 0)
     losses, masked = [], {}
     for global_step in range(STEPS):

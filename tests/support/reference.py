@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.recipes import EPS
+
 BETA = 0.85
 
 
@@ -129,7 +131,7 @@ class Reference:
         triples = [t for linear in self.linears.values() for t in linear.triples]
         others = [p for t in triples for p in (t.a, t.e) if p is not None]
         return torch.optim.AdamW(
-            [{"params": others}, {"params": [t.b for t in triples]}], lr=0.0, weight_decay=0.0
+            [{"params": others}, {"params": [t.b for t in triples]}], lr=0.0, eps=EPS, weight_decay=0.0
         )
 
     def step(

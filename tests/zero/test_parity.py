@@ -16,6 +16,7 @@ from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.samples import prepare_data
 from tests.support.launch import train
+from tests.support.recipes import EPS
 from tests.support.reference import Reference, Settings, Triple
 from tests.support.tiny import write_data, write_model
 
@@ -40,6 +41,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "learning_rate": LR,
             "warmup": 3,
             "schedule": "linear",
+            "eps": EPS,
         },
         "output": {"dir": str(folder / "run")},
     }
