@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction, name: str, run: object, what: str
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object, what: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     parser.set_defaults(command=run)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -215,7 +215,7 @@ def _layout(entries: Iterable[TensorEntry], metadata: dict[str, str]) -> tuple[b
     return head, {name: len(head) + offset for name, offset in relative.items()}
 
 
-def _read_header(file: BinaryIO) -> tuple[dict, int]:
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > _LARGEST_HEADER:
         raise ValueError(f"a header of {length} bytes")

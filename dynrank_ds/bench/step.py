@@ -22,8 +22,9 @@ STEPS_BETWEEN_ADJUSTMENTS = 100
 
 
 def measure_step(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
-    """(what, figure) of the recipe's method on one global batch, in 4 (quick) or 20 pairs of steps and 1 or 3
-    adjustments; intervals are of 95 %.
+    """Yield (what, figure) of the recipe's method on one global batch.
+
+    In 4 (quick) or 20 pairs of steps and 1 or 3 adjustments; intervals are of 95 %.
 
     Raises:
         RecipeError: the recipe's method never adjusts ranks.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -111,7 +112,7 @@ class TrainedAdapter:
         self._file.close()
 
 
-def _module(name: str, value: dict) -> _Module:
+def _module(name: str, value: dict[str, Any]) -> _Module:
     fields = {field: value[field] for field in ("rank", "scale", "in_features", "out_features")}
     part = value.get("part")
     return _Module(name, **fields, gate=value.get("gate"), part=Part(**part) if part else None)

@@ -123,7 +123,7 @@ def _merge_shards(adapter: PeftAdapter, model: BaseModel, modules: Mapping[str, 
 
 
 def _merge_shard(
-    adapter: PeftAdapter, reader: TensorFileReader, modules: Mapping[str, str], path: Path, bar: tqdm
+    adapter: PeftAdapter, reader: TensorFileReader, modules: Mapping[str, str], path: Path, bar: "tqdm[Any]"
 ) -> int:
     """Write the merged copy of one file; returns how many of its tensors differ from the base's."""
     changed = 0

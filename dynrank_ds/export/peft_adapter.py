@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -114,7 +115,7 @@ class PeftAdapter:
         self._file.close()
 
 
-def _read_config(folder: Path) -> dict:
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise RunError(f"{path} does not exist: name the folder of a PEFT adapter")
@@ -139,7 +140,7 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _by_pattern(pattern: dict | None, module: str, default: float) -> float:
+def _by_pattern(pattern: dict[str, Any] | None, module: str, default: float) -> float:
     """The value for `module` by PEFT's rule: the first key that matches the name or a dotted suffix of it."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):

@@ -31,8 +31,11 @@ _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module stands: its layer (-1 outside of layers), its linear's kind, e.g. `self_attn.q_proj`, and which of
-    its heads it is (-1 where it is the whole linear)."""
+    """The place of a module in the model.
+
+    Its layer (-1 outside of layers), its linear's kind, e.g. `self_attn.q_proj`, and which of its heads it is (-1 where
+    it is the whole linear).
+    """
 
     layer: int
     kind: str

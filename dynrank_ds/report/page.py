@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -32,8 +33,8 @@ class RunRecord:
     """
 
     name: str
-    metrics: list[dict]
-    adjustments: list[dict]
+    metrics: list[dict[str, Any]]
+    adjustments: list[dict[str, Any]]
     start: dict[str, int]
     end: dict[str, int]
     method: str
@@ -65,12 +66,12 @@ def read_run(run: Path) -> RunRecord:
     )
 
 
-def _lines_by_step(path: Path) -> list[dict]:
+def _lines_by_step(path: Path) -> list[dict[str, Any]]:
     """The lines in the order of their steps; of a step that a resumed run did again, the later line."""
     if not path.is_file():
         return []
     lines = path.read_text().splitlines()
-    found: dict[int, dict] = {}
+    found: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)

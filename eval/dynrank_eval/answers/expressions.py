@@ -246,7 +246,7 @@ class Expression:
         return self.variables[letter]
 
     def _argument(self, one_digit: bool = False) -> Value:
-        """Evaluate what a command or ^ applies to: a group, a letter, a command, or digits.
+        r"""Evaluate what a command or ^ applies to: a group, a letter, a command, or digits.
 
         LaTeX takes one digit; but "\\sqrt 12", "√12" and "2^10" mean the whole number, as people write them.
         """
