@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dynrank_ds.bench.figures import Figure
 from dynrank_ds.bench.memory import added_memory
 from dynrank_ds.checkpoint import files, writing
 from dynrank_ds.checkpoint.files import STEP, check, newest_checkpoint
@@ -34,7 +35,7 @@ class Cost:
     load_memory: int
 
 
-def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
+def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[Figure]:
     """(what, figure) of a checkpoint of the recipe's run at its beginning; the best of 2 (quick) or 5."""
     device = processes.start(recipe.deepspeed.timeout)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,10 +49,12 @@ def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]
     size = costs[0].nbytes
     save, load = min(c.save_seconds for c in costs), min(c.load_seconds for c in costs)
     memory = max(c.save_memory for c in costs), max(c.load_memory for c in costs)
-    yield "size", f"{size / MIB:.1f} MiB"
-    yield "writing, with its sums, on the disk", f"{save:.2f} s, {size / MIB / save:.0f} MiB/s"
-    yield "checking and reading", f"{load:.2f} s, {size / MIB / load:.0f} MiB/s"
-    yield "memory above training, writing and reading", f"{memory[0] / MIB:.1f} and {memory[1] / MIB:.1f} MiB"
+    yield Figure("size", f"{size / MIB:.1f} MiB")
+    yield Figure("writing, with its sums, on the disk", f"{save:.2f} s, {size / MIB / save:.0f} MiB/s")
+    yield Figure("checking and reading", f"{load:.2f} s, {size / MIB / load:.0f} MiB/s")
+    yield Figure(
+        "memory above training, writing and reading", f"{memory[0] / MIB:.1f} and {memory[1] / MIB:.1f} MiB"
+    )
 
 
 def cost(trainer: Trainer) -> Cost:

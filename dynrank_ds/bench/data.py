@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from dynrank_ds.bench.figures import Figure
 from dynrank_ds.data import store
 from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.data.collating import Collator, PackedCollator, PaddedCollator
@@ -24,7 +25,7 @@ from dynrank_ds.training.samples import prepare_data
 GLOBAL_BATCH, MICRO_BATCH, PROCESSES = 128, 4, 8
 
 
-def measure_data(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
+def measure_data(recipe: Recipe, quick: bool) -> Iterator[Figure]:
     """(what, figure) of the recipe's tokenizer and rows, which are repeated to 512 (quick) or 8,192."""
     data = recipe.data
     generated = store.cache_folder() / "generated"
@@ -33,7 +34,7 @@ def measure_data(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
     rows = list(islice(cycle(rows), 512 if quick else 8192))
     for parallel, cores in (("false", "one core"), ("true", f"{os.cpu_count()} cores")):
         with patch.dict(os.environ, {"TOKENIZERS_PARALLELISM": parallel}):
-            yield f"tokenising, {cores}", _tokenising_rate(recipe, rows)
+            yield Figure(f"tokenising, {cores}", _tokenising_rate(recipe, rows))
     dataset, pad_id = prepare_data(recipe)
     for name, collator in (("grouped by length", PaddedCollator(pad_id)), ("packed", PackedCollator())):
         yield from _collator_figures(name, collator, dataset, steps=5 if quick else 50)
@@ -50,7 +51,7 @@ def _tokenising_rate(recipe: Recipe, rows: list[Row]) -> str:
 
 def _collator_figures(
     name: str, collator: Collator, dataset: TokenisedDataset, steps: int
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[Figure]:
     batches = GlobalBatches(len(dataset), GLOBAL_BATCH, seed=0)
     tokens = computed = 0
     started = time.perf_counter()
@@ -66,8 +67,8 @@ def _collator_figures(
         computed += PROCESSES * int(np.max(sizes, axis=0).sum())
         tokens += int(dataset.lengths[indices].sum())
     seconds = time.perf_counter() - started
-    yield f"batches of {GLOBAL_BATCH}, {name}", f"{steps * GLOBAL_BATCH / seconds:,.0f} samples/s"
-    yield (
+    yield Figure(f"batches of {GLOBAL_BATCH}, {name}", f"{steps * GLOBAL_BATCH / seconds:,.0f} samples/s")
+    yield Figure(
         f"padding and waiting, {name}",
         f"{1 - tokens / computed:.2%} at {PROCESSES} processes x {MICRO_BATCH}",
     )

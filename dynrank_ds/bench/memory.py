@@ -17,6 +17,14 @@ def added_memory(work: Callable[[], None]) -> int:
     return max(0, _read("VmHWM") - before)
 
 
+def peak_memory() -> int:
+    """Bytes that this process has held at most, since its program began or `added_memory` was last called.
+
+    Everything resident counts: the interpreter, libraries, and mapped pages of files such as weights.
+    """
+    return _read("VmHWM")
+
+
 def _read(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
     assert found is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dynrank_ds.bench.figures import Figure
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
@@ -21,7 +22,7 @@ STEPS_BETWEEN_ADJUSTMENTS = 100
 """Over so many an adjustment's time is spread in the last figure."""
 
 
-def measure_step(recipe: Recipe, quick: bool) -> Iterator[tuple[str, str]]:
+def measure_step(recipe: Recipe, quick: bool) -> Iterator[Figure]:
     """Yield (what, figure) of the recipe's method on one global batch.
 
     In 4 (quick) or 20 pairs of steps and 1 or 3 adjustments; intervals are of 95 %.
@@ -46,15 +47,12 @@ class Timing:
     """Steps of one trainer, with its method at work or at rest, always on the first global batch."""
 
     def __init__(self, trainer: Trainer) -> None:
-        steps = range(1, trainer.total_steps + 1)
-        self.adjusting = [step for step in steps if trainer.method.adjusts_at(step)]
+        self.adjusting = adjusting_steps(trainer)
         if not self.adjusting:
             raise RecipeError(
                 f"method.name is {trainer.recipe.method.name}, which never adjusts ranks: give another"
             )
-        before = (step for step in range(1, self.adjusting[-1]) if step not in self.adjusting)
-        self.quiet = max(before, default=trainer.total_steps)
-        """The last step before an adjustment that is none itself; the run's last, where all before adjust."""
+        self.quiet = quiet_step(trainer)
         engine = trainer.engine
         modules = {shape.name: module for shape, module in zip(engine.shapes, engine.modules, strict=True)}
         self._trainer, self._method = trainer, trainer.method
@@ -89,6 +87,18 @@ class Timing:
         return inside.seconds
 
 
+def adjusting_steps(trainer: Trainer) -> list[int]:
+    """Return the steps of the run that end with an adjustment."""
+    return [step for step in range(1, trainer.total_steps + 1) if trainer.method.adjusts_at(step)]
+
+
+def quiet_step(trainer: Trainer) -> int:
+    """Return the last step before an adjustment that is none itself; the run's last, where all before adjust."""
+    adjusting = adjusting_steps(trainer)
+    before = (step for step in range(1, max(adjusting, default=1)) if step not in adjusting)
+    return max(before, default=trainer.total_steps)
+
+
 class _Inside:
     """Adds up the seconds of calls."""
 
@@ -111,7 +121,7 @@ class _Inside:
             torch.get_device_module(self._device).synchronize()
 
 
-def _figures(timing: Timing, pairs: int, adjustments: int) -> list[tuple[str, str]]:
+def _figures(timing: Timing, pairs: int, adjustments: int) -> list[Figure]:
     at_work, at_rest = (timing.quiet, True), (timing.quiet, False)
     timing.seconds([at_work, at_rest, at_work])  # DeepSpeed records the first
     times = timing.seconds([at_work, at_rest, at_rest, at_work] * (pairs // 2))
@@ -128,12 +138,14 @@ def _figures(timing: Timing, pairs: int, adjustments: int) -> list[tuple[str, st
     adjustment = statistics.median(costs) / step
     low, high = (added + sign * half + adjustment / STEPS_BETWEEN_ADJUSTMENTS for sign in (-1, 1))
     return [
-        ("with fixed ranks", f"{step:.2f} s"),
-        (
+        Figure("with fixed ranks", f"{step:.2f} s"),
+        Figure(
             "the method adds to it",
             f"{added:+.1%} [{added - half:+.1%}, {added + half:+.1%}], {len(ratios)} pairs",
         ),
-        ("of which timed inside backward and observation", f"{inside:.3f} s, {inside / step:+.1%}"),
-        ("one adjustment, the step after it included", f"{adjustment * step:.2f} s, {adjustment:.2f} steps"),
-        (f"added, adjusting every {STEPS_BETWEEN_ADJUSTMENTS} steps", f"[{low:+.1%}, {high:+.1%}]"),
+        Figure("of which timed inside backward and observation", f"{inside:.3f} s, {inside / step:+.1%}"),
+        Figure(
+            "one adjustment, the step after it included", f"{adjustment * step:.2f} s, {adjustment:.2f} steps"
+        ),
+        Figure(f"added, adjusting every {STEPS_BETWEEN_ADJUSTMENTS} steps", f"[{low:+.1%}, {high:+.1%}]"),
     ]
