@@ -100,7 +100,7 @@ def test_a_run_without_a_checkpoint_is_begun_anew_by_its_own_recipe_and_model_on
     environment = json.loads((run / "environment.json").read_text())
     environment["identity"]["base model"] = "another's"
     (run / "environment.json").write_text(json.dumps(environment))
-    assert "the base model is another" in refused(uninterrupted, "unsaved")
+    assert "the base model is a different one" in refused(uninterrupted, "unsaved")
 
 
 def test_a_run_keeps_others_out_of_its_directory_until_it_ends(uninterrupted: Path) -> None:
