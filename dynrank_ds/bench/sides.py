@@ -117,7 +117,7 @@ class Side:
     def close(self) -> None:
         """End the processes."""
         for connection in self._connections:
-            connection.close()  # whoever waits at the other end is told, and leaves
+            connection.close()  # ends the wait of the process at the other end
         for process in self._processes:
             process.join(10)
             if process.is_alive():

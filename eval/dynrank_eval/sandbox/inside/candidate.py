@@ -89,7 +89,7 @@ class Objects:
         try:
             return {"value": self._encode(action())}
         except Exception as error:
-            # The solution's, whatever it is: the judge is told, and its tests decide what it means.
+            # The solution's own, of any type: it is reported to the judge, whose tests decide what it means.
             return {"raised": [kind.__name__ for kind in type(error).__mro__]}
 
     def _encode(self, value: Any) -> Any:
