@@ -248,6 +248,11 @@ def _compare(args: argparse.Namespace) -> None:
         if args.output.is_dir():
             raise RunError(f"--output {args.output} is a folder; name a file.")
     comparisons = compare(args.first, args.second)
+    written = json.dumps({done.task: done.as_json() for done in comparisons}, indent=2) + "\n"
+    if args.output is not None and args.output.exists() and args.output.read_bytes() != written.encode():
+        raise RunError(
+            f"--output {args.output} is there and holds something else; name another file or remove it."
+        )
     print(
         f"{'task':<20} {'n':>5} {'difference':>10}  {'95% interval':<18} {'p':>9} "
         f"{'first':>6} {'second':>6} {'equal':>6}"
@@ -267,9 +272,7 @@ def _compare(args: argparse.Namespace) -> None:
         print("several completions per problem: means per problem, bootstrap interval, permutation test")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(
-            args.output, json.dumps({done.task: done.as_json() for done in comparisons}, indent=2) + "\n"
-        )
+        replace_file(args.output, written)
 
 
 def _sandbox_check(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from dynrank_ds.errors import RecipeError, RunError
 from dynrank_eval import identity, output
 from dynrank_eval.completions import read_completions
 from dynrank_eval.engines import Engine
-from dynrank_eval.generation import SAMPLES, SETTINGS, GenerationSettings, generate, resolve_dtype
+from dynrank_eval.generation import GenerationSettings, generate, resolve_dtype
 from dynrank_eval.jobs import Job, Selection, prepare
 from dynrank_eval.scoring import Sample, judge, summarize
 
@@ -69,6 +69,10 @@ def evaluate(
     if (generating is None) == (completions is None):
         raise RecipeError("give either `generating` or `completions`: one of them says what is scored.")
     jobs = check(selection, generating, output_dir, ks)
+    if output_dir is not None:
+        if completions is not None:
+            _check_not_over_completions(completions, output_dir)
+        output.check_same_evaluation(output_dir, jobs, completions)
     start = time.monotonic()
     details: dict[str, Any]
     if generating is not None:
@@ -79,11 +83,10 @@ def evaluate(
             **describe(generating, jobs),
             "generation_seconds": round(time.monotonic() - start, 3),
         }
-        source = output_dir / SAMPLES
+        source = output_dir / output.SAMPLES
     else:
         assert completions is not None
-        _check_not_over_completions(completions, output_dir)
-        details = {"generations": str(completions)}
+        details = {"generations": str(completions), "generations_sha256": output.sha256(completions)}
         source = completions
     given = read_completions(source, jobs)
     start = time.monotonic()
@@ -163,12 +166,10 @@ def _generate(settings: GenerationSettings, jobs: Sequence[Job], folder: Path, e
         generate(settings, jobs, folder, start=lambda chosen, spec: engine)
 
 
-def _check_not_over_completions(completions: Path, output_dir: Path | None) -> None:
-    """RunError where scores would replace completions: the model's others would be lost, or others in their place."""
-    if output_dir is None:
-        return
-    itself = completions.absolute() == (output_dir / SAMPLES).absolute()
-    if itself or (output_dir / SETTINGS).is_file():
+def _check_not_over_completions(completions: Path, output_dir: Path) -> None:
+    """Raise RunError where scores would replace completions that a model generated."""
+    itself = completions.absolute() == (output_dir / output.SAMPLES).absolute()
+    if itself or (output_dir / output.SETTINGS).is_file():
         raise RunError(
             f"--output {output_dir} holds completions of a model; name another folder for the scores."
         )

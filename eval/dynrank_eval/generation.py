@@ -15,11 +15,10 @@ from dynrank_eval.engines import Engine, Request, serving, start_engine
 from dynrank_eval.engines import model as models
 from dynrank_eval.jobs import Job
 from dynrank_eval.jsonl import read_rows
-from dynrank_eval.output import replace_file
+from dynrank_eval.output import SAMPLES, SETTINGS, replace_file
 from dynrank_eval.tasks import fingerprint
 
 log = logging.getLogger(__name__)
-SETTINGS, SAMPLES = "generation.json", "samples.jsonl"
 # An adapter must change the output on one of this many prompts.
 _PROBES = 8
 
