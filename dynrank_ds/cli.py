@@ -14,11 +14,11 @@ from dynrank_ds.files import DISK_FULL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 done, 2 the user's mistake in one sentence on stderr."""
+    """Runs one command; 0 done, 1 an adapter with defects, 2 the user's mistake in one sentence on stderr."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        arguments.command(arguments)
+        code: int | None = arguments.command(arguments)
     except DynrankError as error:
         print(f"error: {error}{_origin(arguments, error)}", file=sys.stderr)
         return 2
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--adapter", required=True, type=Path, help="PEFT adapter folder")
     merge.add_argument("--base", help="model folder or hub id; by default what the adapter names")
     merge.add_argument("--output", required=True, type=Path, help="folder to make")
+
+    inspect = _command(
+        commands, "inspect", _inspect, "show what a PEFT LoRA adapter holds; exit with 1 if it has a defect"
+    )
+    inspect.epilog = "example: dynrank inspect --adapter adapter"
+    inspect.add_argument("--adapter", required=True, type=Path, help="PEFT adapter folder")
+    inspect.add_argument("--base", help="model folder or hub id to compare with: modules, shapes and hash")
 
     report = _command(commands, "report", _report, "write a page and pictures of what the ranks did")
     report.epilog = "example: dynrank report --run runs/quickstart/run"
@@ -121,6 +128,14 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     merge_adapter(arguments.adapter, arguments.base, arguments.output)
     print(arguments.output)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from dynrank_ds.export.inspection import inspect_adapter
+
+    found = inspect_adapter(arguments.adapter, arguments.base)
+    print(found.text())
+    return 1 if found.defects else 0
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -219,7 +219,15 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > _LARGEST_HEADER:
         raise ValueError(f"a header of {length} bytes")
-    return json.loads(file.read(length)), _LENGTH_BYTES + length
+    header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+    return header, _LENGTH_BYTES + length
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a tensor is listed twice")
+    return found
 
 
 def file_sha256(path: Path) -> str:

@@ -46,6 +46,7 @@ class TrainedAdapter:
     Attributes:
         linears: the shape of every adapted linear by its module name, those of rank 0 too.
         base_model: folder or hub id of the frozen base.
+        base_model_hash: what `model_hash` gave for it; None in checkpoints of tests and old versions.
 
     Raises:
         RunError: if the checkpoint is missing or damaged.
@@ -54,6 +55,7 @@ class TrainedAdapter:
     def __init__(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
         self.base_model: str = state["base_model"]
+        self.base_model_hash: str | None = state.get("identity", {}).get("base model")
         self.step: int = state["step"]
         self.method: str = state["method"]
         self._modules: dict[str, list[_Module]] = {}

@@ -12,12 +12,11 @@ from dynrank_ds.checkpoint.adapter import TrainedAdapter
 from dynrank_ds.checkpoint.files import newest_checkpoint
 from dynrank_ds.errors import RunError
 from dynrank_ds.export.folder import staged_folder
+from dynrank_ds.export.peft_adapter import factor_key
+from dynrank_ds.export.peft_config import CONFIG, WEIGHTS
 from dynrank_ds.tensorfile import TensorEntry, TensorFileWriter
 
 _log = logging.getLogger(__name__)
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 AdapterWriter = Callable[[TrainedAdapter, Path], None]
 
@@ -50,6 +49,8 @@ def export_checkpoint(checkpoint: Path, output: Path, format: Literal["peft", "p
             "format": format,
             "method": adapter.method,
             "step": adapter.step,
+            "base_model": adapter.base_model,
+            "base_model_hash": adapter.base_model_hash,
         }
         source = _source(record)
         inputs = (checkpoint, checkpoint.parent, checkpoint.parent.parent)
@@ -171,8 +172,3 @@ def _write(
         raise RunError(
             f"Every lora_B of step {adapter.step} is zero: the adapter changes nothing; train for more steps"
         )
-
-
-def factor_key(module: str, side: str) -> str:
-    """PEFT's name of the factor `side` ("A" or "B") of the module `module`."""
-    return f"base_model.model.{module}.lora_{side}.weight"

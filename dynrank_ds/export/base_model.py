@@ -1,6 +1,7 @@
 """The frozen base of an adapter: where it lies and which files it has."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from dynrank_ds.errors import ModelError
 from dynrank_ds.files import read_json
 from dynrank_ds.hub import is_hub_id
+from dynrank_ds.tensorfile import TensorFileReader
 
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Configuration, tokenizer, chat template, licence: all that a model folder holds besides weights and code.
@@ -78,6 +81,23 @@ def _shards(folder: Path) -> list[str]:
     return names
 
 
+def stored_modules(model: BaseModel, wanted: Collection[str]) -> dict[str, str]:
+    """Return the module of each stored tensor, by the name that it has once transformers has loaded it.
+
+    Composite models and old checkpoints are stored under names that transformers changes on loading; its own rules say
+    how. They are asked for, which takes a model without weights, only where a module is not found under its own name.
+    """
+    stored = []
+    for shard in model.shards:
+        with TensorFileReader(model.folder / shard) as reader:
+            stored += list(reader.entries)
+    modules = {name: name.removesuffix(".weight") for name in stored}
+    if not set(wanted) <= set(modules.values()):
+        names = loaded_names(model.folder, stored)
+        modules = {name: names[name].removesuffix(".weight") for name in stored}
+    return modules
+
+
 def loaded_names(folder: Path, stored: Sequence[str]) -> dict[str, str]:
     """Return the name that transformers gives to each stored tensor of a model on loading it.
 
@@ -107,3 +127,16 @@ def loaded_names(folder: Path, stored: Sequence[str]) -> dict[str, str]:
         name: rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0]
         for name in stored
     }
+
+
+def model_hash(folder: Path) -> str:
+    """Hash config.json, and of every weight file its size and 64 samples of 4 KiB: a 70B model takes a second."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(number * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from dynrank_ds.errors import ModelError, RunError
-from dynrank_ds.export.base_model import BaseModel, find_base, loaded_names
+from dynrank_ds.export.base_model import BaseModel, find_base, stored_modules
 from dynrank_ds.export.folder import staged_folder
 from dynrank_ds.export.peft_adapter import PeftAdapter, Update
 from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter
@@ -44,7 +44,7 @@ def merge_adapter(adapter: Path, base: str | None, output: Path) -> None:
         if not name:
             raise RunError(f"{adapter} does not name its base model: name it with --base")
         model = find_base(name)
-        modules = _modules_of(model, source)
+        modules = stored_modules(model, source.modules)
         _check_targets(source, model, modules)
         record = {
             "adapter": str(adapter.resolve()),
@@ -58,23 +58,6 @@ def merge_adapter(adapter: Path, base: str | None, output: Path) -> None:
             for companion in model.companions:
                 shutil.copyfile(model.folder / companion, folder / companion)
             _merge_shards(source, model, modules, folder)
-
-
-def _modules_of(model: BaseModel, adapter: PeftAdapter) -> dict[str, str]:
-    """Return the module of each stored tensor, by the name that it has once transformers has loaded it.
-
-    Composite models and old checkpoints are stored under names that transformers changes on loading; its own rules say
-    how. They are asked for, which takes a model without weights, only where a module is not found under its own name.
-    """
-    stored = []
-    for shard in model.shards:
-        with TensorFileReader(model.folder / shard) as reader:
-            stored += list(reader.entries)
-    modules = {name: name.removesuffix(".weight") for name in stored}
-    if not adapter.modules.keys() <= set(modules.values()):
-        names = loaded_names(model.folder, stored)
-        modules = {name: names[name].removesuffix(".weight") for name in stored}
-    return modules
 
 
 def _check_targets(adapter: PeftAdapter, model: BaseModel, modules: Mapping[str, str]) -> None:

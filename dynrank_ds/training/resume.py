@@ -21,6 +21,7 @@ from dynrank_ds.checkpoint.reading import Checkpoint
 from dynrank_ds.data.store import tokenizer_hash
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import RunError
+from dynrank_ds.export.base_model import model_hash
 from dynrank_ds.recipe import Recipe, value_before_key_existed
 from dynrank_ds.training.model import fetch_model, load_tokenizer
 from dynrank_ds.training.rundir import RunDirectory, check_output
@@ -43,8 +44,6 @@ MAY_CHANGE = {
 """Keys of the recipe that say where things lie or how they are computed, not what: model and data are compared by
 content instead."""
 
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
-
 
 def fingerprints(recipe: Recipe, dataset: TokenisedDataset) -> dict[str, str]:
     """Return SHA-256 hashes of the base model, the tokenizer and the tokenised data, independent of their paths."""
@@ -53,19 +52,6 @@ def fingerprints(recipe: Recipe, dataset: TokenisedDataset) -> dict[str, str]:
         "tokenizer": tokenizer_hash(load_tokenizer(recipe.model.path)),
         "tokenised data": data_hash(dataset),
     }
-
-
-def model_hash(folder: Path) -> str:
-    """Hash config.json, and of every weight file its size and 64 samples of 4 KiB: a 70B model takes a second."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for number in range(_SAMPLES):
-                file.seek(number * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def data_hash(dataset: TokenisedDataset) -> str:
