@@ -20,6 +20,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
+from dynrank_ds.documents import DuplicateKeyError, parse_yaml
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHODS, AnyMethodConfig
 from dynrank_ds.methods.base import MethodConfig
@@ -29,7 +30,14 @@ from dynrank_ds.section import Section, inconsistent
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+def _expand(path: str) -> str:
+    """The path with `~`, `$VAR` and `${VAR}` replaced."""
+    if unset := [name for name in re.findall(r"\$\{?(\w+)\}?", path) if name not in os.environ]:
+        raise PydanticCustomError("unset", "the environment variable {name} is not set", {"name": unset[0]})
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+LocalPath = Annotated[str, AfterValidator(_expand)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Scalar = str | int | float | bool
 
@@ -62,8 +70,8 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    source: str
-    """JSONL or Parquet file, folder, hub id of a data set, or `generated:gsm_symbolic`."""
+    source: LocalPath
+    """File (JSON lines or array, CSV, Parquet; .gz too), folder, hub id of a data set, or `generated:gsm_symbolic`."""
     split: str | None = None
     """Split of a folder or hub data set; by default train."""
     revision: str | None = None
@@ -150,7 +158,7 @@ class TrainSection(Section):
 
 
 class DeepSpeedSection(Section):
-    config: str = "zero3"
+    config: LocalPath = "zero3"
     """Name of a shipped configuration, or a path."""
     timeout: float = Field(default=1800, gt=0)
     """Seconds that processes wait for one of them before the run ends."""
@@ -164,7 +172,7 @@ class OutputSection(Section):
 class EvalSection(Section):
     tasks: tuple[str, ...] = ()
     """Tasks of dynrank-eval, for a script that scores the run; training does not read them."""
-    data_dir: str | None = None
+    data_dir: LocalPath | None = None
     """Folder of their data files."""
 
 
@@ -296,7 +304,9 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if not path.is_file() and not shipped.is_file():
         raise RecipeError(f"recipe '{name}' is neither a file nor one of {', '.join(shipped_recipes())}")
     try:
-        values = yaml.safe_load(path.read_text() if path.is_file() else shipped.read_text())
+        values = parse_yaml(path.read_text() if path.is_file() else shipped.read_text())
+    except DuplicateKeyError as error:
+        raise RecipeError(f"{name}: {error}: remove one of the two") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -304,6 +314,7 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
+    base = os.path.expanduser(os.path.expandvars(str(base)))
     beside = path.parent / str(base)
     return _merged(_read(str(beside if path.is_file() and beside.is_file() else base), (*seen, name)), values)
 
@@ -329,7 +340,9 @@ def _apply(values: dict[str, Any], overrides: Sequence[str], name: str) -> dict[
         if not (equals and dot and field):
             raise RecipeError(f"override '{override}' is not of the form section.key=value")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
+        except DuplicateKeyError as error:
+            raise RecipeError(f"override '{override}': {error}: remove one of the two") from error
         except yaml.YAMLError as error:
             raise RecipeError(f"override '{override}': the value is not valid YAML") from error
         if isinstance(value, dict) and None in value.values():
@@ -351,23 +364,45 @@ def _number(text: str) -> str | float:
 
 
 def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
-    first = error.errors()[0]
-    path = _path(first)
-    where = ".".join(path)
-    others = len({tuple(_path(one)) for one in error.errors()}) - 1
-    more = f" (and {others} more)" if others else ""
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"], values)
+    """The first mistake, how many more there are, and the names of all keys that are missing."""
+    errors = {tuple(_path(one)): one for one in reversed(error.errors())}
+    missing = [key for key, one in reversed(errors.items()) if one["type"] == "missing"]
+    names = [f"'{name}'" for key in missing for name in _required_keys(key)]
+    train = values.get("train")
+    if names and not (isinstance(train, dict) and train.keys() & {"steps", "epochs"}):
+        names.append("'train.steps' or 'train.epochs'")
+    absent = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+    wrong = [one for one in reversed(errors.values()) if one["type"] != "missing"]
+    if not wrong:
+        return absent
+    first, others = wrong[0], len(wrong) - 1
+    more = (f" (and {others} more)" if others else "") + (f"; {absent}" if names else "")
+    return _mistake(first, values) + more
+
+
+def _required_keys(path: Sequence[str]) -> list[str]:
+    """The keys that a missing key stands for: those that a whole missing section must have."""
+    section = Recipe.model_fields[path[0]].annotation if len(path) == 1 else None
+    if path == ("method",):
+        return ["method.name"]
+    if not (isinstance(section, type) and issubclass(section, Section)):
+        return [".".join(path)]
+    return [f"{path[0]}.{name}" for name, field in section.model_fields.items() if field.is_required()]
+
+
+def _mistake(error: Any, values: dict[str, Any]) -> str:
+    path = _path(error)
+    where, message = ".".join(path), error["msg"]
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"], values)
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-        return f"unknown key '{where}': {hint}{more}"
-    if first["type"] == "missing":
-        return f"'{where}' is missing{more}"
-    if first["type"] == "unknown_method":
-        return f"method.name is {first['input'].get('name')!r}: {first['msg']}{more}"
-    if first["type"] == "inconsistent":
-        return f"{first['msg']}{more}"
-    return f"'{where}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+        return f"unknown key '{where}': {hint}"
+    if error["type"] == "unknown_method":
+        return f"method.name is {error['input'].get('name')!r}: {message}"
+    if error["type"] == "inconsistent":
+        return str(message)
+    return f"'{where}' is {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _path(error: Any) -> list[str]:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up. What is in one row may import only what is in the rows above it here.
 _LAYERS = (
-    ("dtypes", "errors", "hub", "prompts", "section"),
+    ("documents", "dtypes", "errors", "hub", "prompts", "section"),
     ("files", "ranking", "tensorfile"),
     ("adapters",),
     ("data", "methods", "zero"),

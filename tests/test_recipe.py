@@ -105,9 +105,68 @@ def test_a_mistake_is_told_by_file_key_value_and_what_would_be_right(
     assert "\n" not in str(error.value)
 
 
-def test_several_mistakes_are_counted() -> None:
-    with pytest.raises(RecipeError, match=r"'model' is missing \(and 4 more\)"):
+def test_all_missing_keys_are_named_at_once() -> None:
+    with pytest.raises(RecipeError) as error:
         check_recipe({}, "r.yaml")
+    assert str(error.value) == (
+        "r.yaml: 'model.path', 'data.source', 'method.name', 'train.global_batch_size', 'train.learning_rate', "
+        "'output.dir', 'train.steps' or 'train.epochs' are missing"
+    )
+    values = changed("train", {"lerning_rate": 1e-3, "seed": -1})
+    values["output"] = {}
+    with pytest.raises(RecipeError) as error:
+        check_recipe(values, "r.yaml")
+    assert str(error.value) == (
+        "r.yaml: 'train.seed' is -1: input should be greater than or equal to 0 (and 1 more); "
+        "'train.global_batch_size', 'train.learning_rate', 'output.dir', 'train.steps' or 'train.epochs' are missing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "train: {steps: 3}\ndata: {}\ntrain:\n  steps: 4",
+            "'train' stands twice in one mapping, in lines 1 and 3",
+        ),
+        (
+            "train:\n  steps: 3\n  seed: 1\n  steps: 4",
+            "'steps' stands twice in one mapping, in lines 2 and 4",
+        ),
+        ("data:\n  filter: {lang: a, lang: b}", "'lang' stands twice in one mapping, in lines 2 and 2"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_lines(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(path))
+    assert str(error.value) == f"{path}: the key {sentence}: remove one of the two"
+    with pytest.raises(RecipeError, match=r"override 'data.filter=.*: the key 'a' stands twice"):
+        load_recipe("quickstart", ["data.filter={a: 1, a: 2}"])
+
+
+def test_variables_in_paths_are_expanded_as_the_home_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    keys = ("model.path", "data.source", "output.dir", "deepspeed.config", "eval.data_dir")
+    for key in keys:
+        section, field = key.split(".")
+        for written, expected in (
+            ("$SCRATCH/x", f"{tmp_path}/x"),
+            ("~/${SCRATCH}", f"{Path.home()}/{tmp_path}"),
+        ):
+            recipe = load_recipe("quickstart", [f"{key}={written}"])
+            assert getattr(getattr(recipe, section), field) == expected
+        with pytest.raises(
+            RecipeError, match=rf"'{key}' is '\$NOWHERE/x': the environment variable NOWHERE is not set"
+        ):
+            load_recipe("quickstart", [f"{key}=$NOWHERE/x"])
+    base = tmp_path / "base.yaml"
+    write(base, VALUES)
+    assert load_recipe(write(tmp_path / "r.yaml", {"base": "$SCRATCH/base.yaml"})).train.steps == 20
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,19 @@
-"""Rows from JSONL and Parquet files, a folder, the hub, or a generator, one by one in the source's order."""
+"""Rows from files, a folder, the hub, or a generator, one by one in the source's order."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from dynrank_ds.data.reading import COMPRESSED, FILE_ENDINGS, read_file, without_absent
 from dynrank_ds.data.rows import Row
 from dynrank_ds.errors import DataError
 from dynrank_ds.hub import is_hub_id
 from dynrank_ds.tensorfile import file_sha256
 
-_FILE_ENDINGS = {".jsonl", ".json", ".parquet"}
 _GENERATED_ROWS = 3200
-_LONGEST_LINE = 1 << 26
 GENERATED = "generated:gsm_symbolic"
 
 
@@ -39,10 +37,10 @@ def open_source(
 ) -> Source:
     """The source that `source` names.
 
-    source: a JSONL file (one object a line, blank lines skipped) or a Parquet file; a folder, of which
-    `<split>.jsonl`, `<split>.parquet` or the shards `<split>-*.parquet` are read, also from its folder data/, and
-    which is given to `datasets.load_dataset` where it has none of these; the hub id of a data set; or
-    GENERATED, whose `n_generated` rows are written below the folder `generated`.
+    source: a file of JSON lines, a JSON array, CSV or Parquet, also compressed; a folder, of which `<split>` or the
+    shards `<split>-*` with these endings are read, also from its folder data/, and which is given to
+    `datasets.load_dataset` where it has none of these; the hub id of a data set; or GENERATED, whose `n_generated`
+    rows are written below the folder `generated`.
     split: which part of a folder or hub data set; "train" where None.
     revision: commit, tag or branch of a hub data set.
     streaming: whether `datasets` reads while downloading, instead of storing the whole first.
@@ -63,7 +61,7 @@ def open_source(
     if path.is_dir():
         files = _split_files(path, part)
         return FileSource(files) if files else FolderSource(path, part, streaming)
-    if is_hub_id(source) and path.suffix not in _FILE_ENDINGS:
+    if is_hub_id(source) and not source.endswith((*FILE_ENDINGS, *COMPRESSED)):
         return HubSource(source, part, revision, streaming)
     raise DataError(f"{source}: no such file or folder, and not a hub id either (owner/name)")
 
@@ -90,17 +88,28 @@ def _passes(row: Row, wanted: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class FileSource:
-    """JSONL and Parquet files, one after another."""
+    """Files of any form that `read_file` reads, one after another."""
 
     paths: tuple[Path, ...]
 
     def rows(self) -> Iterator[Row]:
         for path in self.paths:
-            yield from read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
+            yield from read_file(path)
 
     def identity(self) -> str:
         """The hash of the files' content, whatever their names."""
-        return "files:" + ",".join(file_sha256(path) for path in self.paths)
+        return "files:" + ",".join(_content_hash(path) for path in self.paths)
+
+
+def _content_hash(path: Path) -> str:
+    about = path.stat()
+    return _hash_of_version(path.absolute(), about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hash_of_version(path: Path, size: int, changed: int) -> str:
+    """A run asks twice, before its processes meet and after: large files are read once."""
+    return file_sha256(path)
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class FolderSource:
     def identity(self) -> str:
         """The hash of all files of the folder."""
         files = sorted(path for path in self.path.rglob("*") if path.is_file())
-        named = (f"{path.relative_to(self.path)}={file_sha256(path)}" for path in files)
+        named = (f"{path.relative_to(self.path)}={_content_hash(path)}" for path in files)
         return f"folder:{self.split}:" + ",".join(named)
 
 
@@ -138,56 +147,6 @@ class HubSource:
         return f"hub:{self.name}@{self.revision or 'main'}:{self.split}"
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
-    """The rows of a JSONL file; DataError with file and line for what is not a JSON object."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE), b""), start=1):
-                origin = f"{path}, line {number}"
-                if len(line) == _LONGEST_LINE:
-                    raise DataError(
-                        f"{origin}: longer than {_LONGEST_LINE:,} bytes, so hardly one JSON object a line"
-                    )
-                if line.strip():
-                    yield Row(_json_object(line, origin), origin)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _json_object(line: bytes, origin: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{origin}: not valid JSON ({error.msg} at column {error.colno}), each line must be one JSON object"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
-        raise DataError(f"{origin}: JSON that cannot be read ({error})") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{origin}: a {type(fields).__name__}, but each line must be one JSON object")
-    return fields
-
-
-def read_parquet(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, read a batch at a time; DataError with file and row."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
-                    yield Row(fields, f"{path}, row {number}")
-                    number += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"{path}, after row {number}: not a readable Parquet file ({_first(error)})"
-        ) from error
-
-
 def _load_with_datasets(source: str, split: str, revision: str | None, streaming: bool) -> Iterator[Row]:
     import datasets
 
@@ -197,7 +156,7 @@ def _load_with_datasets(source: str, split: str, revision: str | None, streaming
     try:
         dataset = datasets.load_dataset(source, split=split, revision=revision, streaming=streaming)
         for fields in dataset:
-            yield Row(fields, f"{source}, {split} row {number}")
+            yield Row(without_absent(fields), f"{source}, {split} row {number}")
             number += 1
     # Its loaders let through whatever their readers, decompressors and HTTP client raise.
     except Exception as error:
@@ -208,9 +167,11 @@ def _load_with_datasets(source: str, split: str, revision: str | None, streaming
 
 def _split_files(folder: Path, split: str) -> tuple[Path, ...]:
     for place in (folder, folder / "data"):
-        for pattern in (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet"):
-            if found := tuple(sorted(place.glob(pattern))):
-                return found
+        for ending in FILE_ENDINGS:
+            for pattern in (f"{split}{ending}", f"{split}-*{ending}"):
+                for compressed in ("", *COMPRESSED):
+                    if found := tuple(sorted(place.glob(pattern + compressed))):
+                        return found
     return ()
 
 

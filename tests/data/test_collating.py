@@ -12,8 +12,8 @@ from transformers import LlamaTokenizer
 from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.data.collating import IGNORED, Collator, PackedCollator, PaddedCollator
 from dynrank_ds.data.formats import FORMATS
+from dynrank_ds.data.reading import read_file
 from dynrank_ds.data.rows import Row
-from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.data.tokenising import TokenisedDataset
 from tests.data.conftest import tokenised
 
@@ -155,7 +155,7 @@ def gsm8k_lengths(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> N
     (folder / "tokenizer.model").symlink_to(data_dir / "tokenizers" / "llama2-tokenizer.model")
     rows = [
         Row({"query": row.fields["question"], "response": row.fields["answer"]}, row.origin)
-        for row in islice(read_jsonl(data_dir / "gsm8k" / "train.jsonl"), 1280)
+        for row in islice(read_file(data_dir / "gsm8k" / "train.jsonl"), 1280)
     ]
     tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
     return tokenised(rows, tokenizer, FORMATS["metamathqa"]).lengths

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dynrank_ds.data.formats import FORMATS
+from dynrank_ds.data.reading import read_file
 from dynrank_ds.data.rows import Row, UnfitRowError
-from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.errors import ModelError
 from dynrank_ds.prompts import PROMPTS
 from dynrank_eval.protocols import load_protocol
@@ -177,9 +177,9 @@ def test_the_real_rows_of_both_papers_data_sets_fit(
         ("metamathqa/metamathqa.transcribed.jsonl", "metamathqa", 5),
         ("codefeedback/codefeedback-filtered-instruction.excerpt.jsonl", "codefeedback", 1),
     ):
-        assert len(tokenised(read_jsonl(data_dir / name), tokenizer, FORMATS[format])) == count
+        assert len(tokenised(read_file(data_dir / name), tokenizer, FORMATS[format])) == count
     upstream = [
-        line.fields for line in read_jsonl(data_dir / "codefeedback" / "codefeedback-upstreams.excerpt.jsonl")
+        line.fields for line in read_file(data_dir / "codefeedback" / "codefeedback-upstreams.excerpt.jsonl")
     ]
     assert len(FORMATS["chat"].text(row(**upstream[0]["row"]), _with_template(tokenizer)).prompts) == 2
 

@@ -14,8 +14,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from dynrank_ds.data.collating import IGNORED, PackedCollator, PaddedCollator
 from dynrank_ds.data.formats import FORMATS
+from dynrank_ds.data.reading import read_file
 from dynrank_ds.data.rows import Drops, Row
-from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.data.tokenising import tokenise
 from tests.data.conftest import tokenised
 
@@ -72,8 +72,8 @@ def rows(data_dir: Path) -> list[tuple[str, Row]]:
         ("metamathqa", data_dir / "metamathqa" / "metamathqa.transcribed.jsonl"),
         ("codefeedback", data_dir / "codefeedback" / "codefeedback-filtered-instruction.excerpt.jsonl"),
     ]
-    chosen = [(format, row) for format, path in files for row in read_jsonl(path)]
-    gsm8k = list(read_jsonl(data_dir / "gsm8k" / "train.jsonl"))[:300]
+    chosen = [(format, row) for format, path in files for row in read_file(path)]
+    gsm8k = list(read_file(data_dir / "gsm8k" / "train.jsonl"))[:300]
     chosen += [
         (
             "completion",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dynrank_ds.data.sources import read_jsonl
+from dynrank_ds.data.reading import read_file
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.samples import prepare_data
@@ -42,7 +42,7 @@ def test_of_metamathqa_the_first_rows_are_taken(model: Path, data_dir: Path) -> 
 
 
 def test_of_codefeedback_the_python_rows_are_taken(model: Path, data_dir: Path, tmp_path: Path) -> None:
-    [real] = read_jsonl(data_dir / "codefeedback" / "codefeedback-filtered-instruction.excerpt.jsonl")
+    [real] = read_file(data_dir / "codefeedback" / "codefeedback-filtered-instruction.excerpt.jsonl")
     languages = [real.fields["lang"], "python", "cpp", "python", "python"]
     assert languages[0] == "sql", "so the Python rows here are copies that say so"
     rows = [

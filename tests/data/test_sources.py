@@ -6,7 +6,7 @@ from types import ModuleType
 import httpx
 import pytest
 
-from dynrank_ds.data import sources
+from dynrank_ds.data import reading
 from dynrank_ds.data.formats import FORMATS
 from dynrank_ds.data.rows import Row
 from dynrank_ds.data.sources import GENERATED, open_source, select
@@ -93,8 +93,8 @@ def test_other_folders_are_read_through_datasets(
     datasets: ModuleType, tmp_path: Path, streaming: bool
 ) -> None:
     folder = tmp_path / "set"
-    folder.mkdir()
-    (folder / "train.csv").write_text("query,response\na,1\nb,2\n")
+    (folder / "train").mkdir(parents=True)
+    (folder / "train" / "rows.csv").write_text("query,response\na,1\nb,2\n")
     rows = load_rows(str(folder), limit=1, streaming=streaming)
     assert rows == [Row({"query": "a", "response": 1}, f"{folder}, train row 0")]
     with pytest.raises(DataError, match="split 'nothing' cannot be loaded"):
@@ -132,7 +132,7 @@ def test_what_a_source_holds_is_told_by_content_not_by_place(tmp_path: Path) -> 
 def test_what_a_folder_for_datasets_holds_is_told_by_content_too(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("first", "same", "other")]
     for folder, row in zip(folders, ("a,1", "a,1", "b,1"), strict=True):
-        write(folder / "train.csv", "query,response", row)
+        write(folder / "train" / "rows.csv", "query,response", row)
     identities = [open_source(str(folder)).identity() for folder in folders]
     assert identities[0] == identities[1] != identities[2]
     assert open_source(str(folders[0]), split="test").identity() != identities[0]
@@ -167,7 +167,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_LONGEST_LINE", 100)
+    monkeypatch.setattr(reading, "_LONGEST_LINE", 100)
     source = write(tmp_path / "rows.jsonl", '{"query": "a"}', '{"query": "' + "a" * 200 + '"}')
     with pytest.raises(DataError, match="line 2: longer than 100 bytes"):
         load_rows(source)
@@ -221,10 +221,10 @@ def test_a_connection_that_breaks_while_streaming_is_one_sentence(
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("train.csv", b'query,response\na,1\n"b,2\n', "EOF inside string"),
-        ("train.csv", b"query,response\na,\xff\xfe\n", "codec can't decode"),
-        ("train.json.gz", b"\x1f\x8b\x08 no gzip", ""),
-        ("train.arrow", b"ARROW1 no arrow", ""),
+        ("rows.csv", b'query,response\na,1\n"b,2\n', "EOF inside string"),
+        ("rows.csv", b"query,response\na,\xff\xfe\n", "codec can't decode"),
+        ("rows.json.gz", b"\x1f\x8b\x08 no gzip", ""),
+        ("rows.arrow", b"ARROW1 no arrow", ""),
     ],
 )
 def test_a_damaged_file_that_datasets_reads_is_named_with_the_reason(
@@ -236,8 +236,8 @@ def test_a_damaged_file_that_datasets_reads_is_named_with_the_reason(
     streaming: bool,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / name).write_bytes(content)
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    (tmp_path / "set" / "train" / name).write_bytes(content)
     with pytest.raises(
         DataError, match=f"set: split 'train' cannot be loaded by datasets, .*{reason}"
     ) as caught:

@@ -9,8 +9,8 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from dynrank_ds.data.collating import IGNORED, PaddedCollator
 from dynrank_ds.data.formats import FORMATS, Format, Text
+from dynrank_ds.data.reading import read_file
 from dynrank_ds.data.rows import Row
-from dynrank_ds.data.sources import read_jsonl
 from dynrank_ds.data.tokenising import special_ids
 from dynrank_ds.errors import DataError, ModelError
 from tests.data.conftest import tokenised
@@ -189,7 +189,7 @@ def test_llama2_samples_are_sentencepieces_tokens_of_the_whole_text(
     sentencepiece = pytest.importorskip("sentencepiece")
     model = str(data_dir / "tokenizers" / "llama2-tokenizer.model")
     reference = sentencepiece.SentencePieceProcessor(model_file=model)
-    rows = list(read_jsonl(data_dir / "metamathqa" / "metamathqa-40k.excerpt.jsonl"))
+    rows = list(read_file(data_dir / "metamathqa" / "metamathqa-40k.excerpt.jsonl"))
     dataset = tokenised(rows, llama2, METAMATH, max_length=1024)
     assert len(dataset) == len(rows)
     for index, each in enumerate(rows):

@@ -253,8 +253,8 @@ def test_streamed_data_are_the_same_samples_in_the_same_order(
         return real(source, streaming=streaming, **choices)
 
     monkeypatch.setattr(datasets, "load_dataset", noting)
-    (folder / "set").mkdir()
-    (folder / "set" / "train.csv").write_text(
+    (folder / "set" / "train").mkdir(parents=True)
+    (folder / "set" / "train" / "rows.csv").write_text(
         "query,response\n" + "".join(f"w{i},w{i} w1\n" for i in range(9))
     )
     stored, streamed = (
