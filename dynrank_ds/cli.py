@@ -64,12 +64,30 @@ def _parser() -> argparse.ArgumentParser:
         default="peft",
         help="peft: rank_pattern and alpha_pattern; padded: one rank for all, right on every engine",
     )
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the factors")
 
     merge = _command(commands, "merge", _merge, "add an adapter to its base model, tensor by tensor")
     merge.epilog = "example: dynrank merge --adapter adapter --output merged"
     merge.add_argument("--adapter", required=True, type=Path, help="PEFT adapter folder")
     merge.add_argument("--base", help="model folder or hub id; by default what the adapter names")
     merge.add_argument("--output", required=True, type=Path, help="folder to make")
+
+    resize = _command(
+        commands, "resize", _resize, "write a PEFT LoRA adapter at another size, as the best approximation"
+    )
+    resize.epilog = "example: dynrank resize --adapter adapter --output smaller --rank 2"
+    resize.add_argument("--adapter", required=True, type=Path, help="PEFT adapter folder")
+    resize.add_argument("--output", required=True, type=Path, help="folder to make")
+    size = resize.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", type=int, help="mean rank of a module")
+    size.add_argument("--parameters", type=int, help="at most so many elements of all factors")
+    size.add_argument("--keep", type=float, help="share of the squared norm of all updates that must stay")
+    size.add_argument("--threshold", type=float, help="the smallest singular value of s B A that stays")
+    resize.add_argument(
+        "--uniform",
+        action="store_true",
+        help="the same rank everywhere, instead of one threshold of singular values; can also grow",
+    )
 
     inspect = _command(
         commands, "inspect", _inspect, "show what a PEFT LoRA adapter holds; exit with 1 if it has a defect"
@@ -119,7 +137,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from dynrank_ds.export import export_adapter
 
-    export_adapter(arguments.run, arguments.output, format=arguments.format)
+    export_adapter(arguments.run, arguments.output, format=arguments.format, dtype=arguments.dtype)
     print(arguments.output)
 
 
@@ -128,6 +146,13 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     merge_adapter(arguments.adapter, arguments.base, arguments.output)
     print(arguments.output)
+
+
+def _resize(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.export.resizing import Size, changes_text, resize_adapter
+
+    size = Size(arguments.rank, arguments.parameters, arguments.keep, arguments.threshold)
+    print(changes_text(resize_adapter(arguments.adapter, arguments.output, size, arguments.uniform)))
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -119,6 +119,7 @@ def test_what_is_no_recipe_is_refused(values: dict[str, Any], capsys: pytest.Cap
         ["export", "--run", "nowhere", "--output", "adapter"],
         ["merge", "--adapter", "nowhere", "--output", "merged"],
         ["inspect", "--adapter", "nowhere"],
+        ["resize", "--adapter", "nowhere", "--output", "smaller", "--rank", "2"],
         ["report", "--run", "nowhere"],
     ],
 )
@@ -146,7 +147,7 @@ def test_a_home_folder_is_found_in_a_recipe() -> None:
     assert recipe.output.dir == f"{Path.home()}/run" and recipe.model.path == f"{Path.home()}/model"
 
 
-@pytest.mark.parametrize("command", ["validate", "prepare", "export", "merge", "inspect", "report"])
+@pytest.mark.parametrize("command", ["validate", "prepare", "export", "merge", "inspect", "resize", "report"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

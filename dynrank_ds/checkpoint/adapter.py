@@ -45,6 +45,7 @@ class TrainedAdapter:
 
     Attributes:
         linears: the shape of every adapted linear by its module name, those of rank 0 too.
+        description: what messages call it.
         base_model: folder or hub id of the frozen base.
         base_model_hash: what `model_hash` gave for it; None in checkpoints of tests and old versions.
 
@@ -58,6 +59,7 @@ class TrainedAdapter:
         self.base_model_hash: str | None = state.get("identity", {}).get("base model")
         self.step: int = state["step"]
         self.method: str = state["method"]
+        self.description = f"step {self.step}"
         self._modules: dict[str, list[_Module]] = {}
         for name, value in state["blocks"].items():
             module = _module(name, value)

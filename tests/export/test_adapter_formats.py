@@ -60,6 +60,22 @@ def test_padded_has_one_rank_and_zeros_where_the_rank_was_0(run, tmp_path):
         assert not a[len(module.a) :].any() and not b[:, len(module.a) :].any()
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_factors_are_stored_in_the_dtype_asked_for(name, dtype, run, tmp_path):
+    export_adapter(run.folder, tmp_path / "wide")
+    export_adapter(run.folder, tmp_path / "narrow", dtype=name)
+    wide = load_file(tmp_path / "wide/adapter_model.safetensors")
+    for key, factor in load_file(tmp_path / "narrow/adapter_model.safetensors").items():
+        assert torch.equal(factor, wide[key].to(dtype))
+
+
+def test_a_value_beyond_the_range_of_fp16_is_refused(tmp_path):
+    checkpoint = one_module(tmp_path / "checkpoints", b=torch.full((2, 3), 7e4))
+    with pytest.raises(RunError, match=r"lora_B of proj has values beyond the range of torch\.float16"):
+        export_checkpoint(checkpoint, tmp_path / "adapter", dtype="fp16")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_name_that_ends_another_name_keeps_its_own_rank(tmp_path):
     """PEFT matches pattern keys as dotted suffixes, the first key wins."""
     modules = {
