@@ -51,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.epilog = "example: dynrank prepare --recipe quickstart; afterwards HF_HUB_OFFLINE=1 can be set"
     for command in (validate, prepare):
-        command.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
+        command.add_argument(
+            "--recipe",
+            required=True,
+            help="name of a shipped recipe, a YAML file, or parts MODEL+DATA+METHOD",
+        )
         command.add_argument("overrides", nargs="*", help="section.key=value")
 
     export = _command(commands, "export", _export, "write a run's newest checkpoint as an adapter")

@@ -12,15 +12,13 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
-from dynrank_ds.documents import DuplicateKeyError, parse_yaml
+from dynrank_ds.composing import read_recipe
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHODS, AnyMethodConfig
 from dynrank_ds.methods.base import MethodConfig
@@ -238,15 +236,14 @@ class Recipe(Section):
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A shipped recipe by name or a file by path, with `section.key=value` overrides, checked.
+    """A shipped recipe by name, a file by path, or parts A+B+C, with `section.key=value` overrides, checked.
 
-    Values of overrides are YAML. A recipe may start from another with `base: NAME_OR_PATH` (a path from its own
-    folder); its own keys win.
+    Values of overrides are YAML. dynrank_ds/composing.py says how bases are composed.
 
     Raises:
         RecipeError: whatever is wrong with it, in one sentence.
     """
-    return check_recipe(_apply(_read(name, ()), overrides, name), name)
+    return check_recipe(read_recipe(name, overrides), name)
 
 
 def check_recipe(values: dict[str, Any], name: str) -> Recipe:
@@ -288,79 +285,6 @@ def value_before_key_existed(recipe: Recipe, section: str, key: str) -> Any:
     if key not in fields or fields[key].is_required():
         return None
     return to_jsonable_python(fields[key].get_default(call_default_factory=True))
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("dynrank_ds.recipes")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    if name in seen:
-        raise RecipeError(f"{name}: its bases form a circle: {' -> '.join((*seen, name))}")
-    shipped = resources.files("dynrank_ds.recipes").joinpath(f"{name}.yaml")
-    path = Path(name)
-    if not path.is_file() and not shipped.is_file():
-        raise RecipeError(f"recipe '{name}' is neither a file nor one of {', '.join(shipped_recipes())}")
-    try:
-        values = parse_yaml(path.read_text() if path.is_file() else shipped.read_text())
-    except DuplicateKeyError as error:
-        raise RecipeError(f"{name}: {error}: remove one of the two") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{name} holds {type(values).__name__}, not sections such as model: and train:")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    base = os.path.expanduser(os.path.expandvars(str(base)))
-    beside = path.parent / str(base)
-    return _merged(_read(str(beside if path.is_file() and beside.is_file() else base), (*seen, name)), values)
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, section by section; a section that names another method replaces the whole section."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = below.get(key)
-        same_kind = (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and value.get("name", old.get("name")) == old.get("name")
-        )
-        merged[key] = {**old, **value} if same_kind else value  # type: ignore[dict-item]
-    return merged
-
-
-def _apply(values: dict[str, Any], overrides: Sequence[str], name: str) -> dict[str, Any]:
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        section, dot, field = key.partition(".")
-        if not (equals and dot and field):
-            raise RecipeError(f"override '{override}' is not of the form section.key=value")
-        try:
-            value = parse_yaml(text)
-        except DuplicateKeyError as error:
-            raise RecipeError(f"override '{override}': {error}: remove one of the two") from error
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override '{override}': the value is not valid YAML") from error
-        if isinstance(value, dict) and None in value.values():
-            raise RecipeError(
-                f"override '{override}': a key has no value: YAML takes a space after the colon, {{lang: python}}"
-            )
-        if isinstance(value, str):
-            value = _number(value)
-        values = _merged(values, {section: {field: value}})
-    return values
-
-
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 2e-3 as text; people write it for a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _sentence(error: ValidationError, values: dict[str, Any]) -> str:

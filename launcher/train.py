@@ -23,7 +23,9 @@ def main() -> int:
         description="Train low-rank adapters whose ranks change, by a recipe.",
         epilog="example: deepspeed --num_gpus 8 launcher/train.py --recipe quickstart train.steps=200 resume=auto",
     )
-    parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
+    parser.add_argument(
+        "--recipe", required=True, help="name of a shipped recipe, a YAML file, or parts MODEL+DATA+METHOD"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="section.key=value, or resume=auto|never")
     arguments = parser.parse_intermixed_args()

@@ -22,8 +22,9 @@ import yaml
 
 import dynrank_ds.cli
 import dynrank_eval.cli
+from dynrank_ds.composing import JOIN, shipped
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.recipe import load_recipe, shipped_recipes
+from dynrank_ds.recipe import load_recipe
 from tests.support.launch import train
 from tests.support.recipe_keys import page
 from tests.support.recipes import write_recipe
@@ -93,7 +94,11 @@ def workspace(finished: Path, tmp_path: Path) -> Path:
 
 
 def run_dynrank(words: list[str], workspace: Path) -> None:
-    if words[-1] == "quickstart" or "quickstart" in words or "NAME" in words:
+    recipe = words[words.index("--recipe") + 1] if "--recipe" in words else ""
+    if JOIN in recipe:
+        _check_recipe(recipe, [w for w in words[1:] if "=" in w])
+        dynrank_ds.cli._parser().parse_args(words)
+    elif words[-1] == "quickstart" or "quickstart" in words or "NAME" in words:
         _check_recipe("quickstart", [w for w in words[1:] if "=" in w])
         dynrank_ds.cli._parser().parse_args(words)
     elif len(words) == 1:
@@ -235,7 +240,7 @@ def test_keys_of_recipes_are_documented_as_the_schema_has_them() -> None:
     assert page() == stored, "run: python -m tests.support.recipe_keys > recipes/README.md"
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("quickstart")])
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("quickstart")])
 def test_a_quickstart_recipe_without_model_names_the_command_that_makes_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,7 +253,7 @@ def test_quickstart_recipes_name_what_the_quickstart_makes() -> None:
     script = (ROOT / "launcher/quickstart.sh").read_text()
     assert "model=$DYNRANK_ROOT/.cache/smollm2-135m-instruct\n" in script
     assert "output=${output:-$DYNRANK_ROOT/runs/quickstart" in script and "data=$output/data\n" in script
-    for name in shipped_recipes():
+    for name in shipped():
         recipe = load_recipe(name)
         if name.startswith("quickstart"):
             assert recipe.model.path == ".cache/smollm2-135m-instruct"

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. What is in one row may import only what is in the rows above it here.
 _LAYERS = (
     ("documents", "dtypes", "errors", "hub", "prompts", "section"),
-    ("files", "ranking", "tensorfile"),
+    ("composing", "files", "ranking", "tensorfile"),
     ("adapters",),
     ("data", "methods", "zero"),
     ("checkpoint", "recipe"),

@@ -1,17 +1,26 @@
-"""The recipes of the papers' runs have the papers' numbers, and the quickstart's the budgets that they state."""
+"""The recipes of the papers' runs have the papers' numbers, and the quickstart's the budgets that they state.
+
+Models are built on the meta device, from configurations that the tests write: nothing is downloaded.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dynrank_ds.adapters.linear import AdaptedModule
+from dynrank_ds.composing import FRAGMENTS, shipped
+from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import build_method
+from dynrank_ds.methods.base import Method
 from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankState
 from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training.model import adapt
+from dynrank_ds.training.model import adapt, model_without_weights
 
 LLAMA2_7B = LlamaConfig()  # transformers' defaults are LLaMA-2-7B's sides
 LLAMA3_8B = LlamaConfig(
@@ -27,30 +36,117 @@ SMOLLM2_135M = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "share"),
-    [
-        ("llama2_7b_metamathqa_pe_dyra", LLAMA2_7B, 0.00148),
-        ("llama3_8b_metamathqa_pe_dyra", LLAMA3_8B, 0.00131),
-    ],
-)
-def test_pe_dyra_on_llama_trains_the_share_of_parameters_that_the_paper_names(
-    name: str, config: LlamaConfig, share: float
-) -> None:
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+CONFIGS = {
+    "meta-llama/Llama-2-7b-hf": LLAMA2_7B,
+    "meta-llama/Meta-Llama-3-8B": LLAMA3_8B,
+    "meta-llama/Llama-2-70b-hf": LlamaConfig(**LLAMA_70B),
+    "meta-llama/Meta-Llama-3-70B": LlamaConfig(**LLAMA_70B, vocab_size=128256),
+    "meta-llama/Llama-3.1-70B": LlamaConfig(**LLAMA_70B, vocab_size=128256),
+}
+"""The published configurations, as far as they decide shapes."""
+ROWS = {"meta-math/MetaMathQA": 100_000, "m-a-p/CodeFeedback-Filtered-Instruction": 104_848}
+"""Samples that the papers train on."""
+PAPER_RECIPES = [name for name in shipped() if not name.startswith("quickstart")]
+
+
+def planned(name: str, folder: Path) -> tuple[float, int, Method]:
+    """Of a recipe on its model without weights: the share of trainable parameters, the modules, the method."""
     recipe = load_recipe(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    CONFIGS[recipe.model.path].save_pretrained(folder)
+    model = model_without_weights(str(folder))
     base = sum(p.numel() for p in model.parameters())
     modules = adapt(model, recipe)
     trainable = sum(p.numel() for b in modules.values() for p in b.factors().values())
-    assert len(modules) == 224
-    assert trainable / base == pytest.approx(share, abs=0.5e-5)
-    # 100,000 rows, batches of 16, 5 epochs; adjustments end 11,250 steps before the end.
-    steps = recipe.total_steps(100_000)
-    assert steps == 31_250
+    steps = recipe.total_steps(ROWS[recipe.data.source])
     method = build_method(recipe.method, modules, steps, torch.device("meta"))
-    due = [step for step in range(1, steps + 1) if method.adjusts_at(step)]
-    assert due == list(range(3000, 20_000, 1000)) and len(due) == method.planned_adjustments()
+    return trainable / base, len(modules), method
+
+
+SHARES = {"lora": (0.00148, 0.00131), "pe_dyra": (0.00148, 0.00131), "adalora": (0.00222, 0.00196)}
+"""Of LLaMA-2-7B and LLaMA-3-8B: 0.15 and 0.13 % in PE-DyRA's Table 3, 0.22 and 0.20 % for AdaLoRA as it begins."""
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER_RECIPES if "70b" not in name])
+def test_a_recipe_of_table_3_trains_the_share_of_parameters_that_the_table_has(
+    name: str, tmp_path: Path
+) -> None:
+    share, modules, method = planned(name, tmp_path)
+    recipe = load_recipe(name)
+    expected = SHARES[recipe.method.name]["llama3" in name]
+    assert modules == 224 and share == pytest.approx(expected, abs=0.5e-5)
+    assert (recipe.train.epochs, recipe.train.global_batch_size) == (5, 16)
+    rate = 2e-4 if "llama2" in name else 5e-5 if "metamathqa" in name else 1e-4
+    assert recipe.train.learning_rate == rate
+    # 100,000 and 104,848 rows, batches of 16, 5 epochs; adjustments end at step 20,000 in both.
+    steps = recipe.total_steps(ROWS[recipe.data.source])
+    assert steps == (31_250 if "metamathqa" in name else 32_765)
+    if recipe.method.name == "pe_dyra":
+        due = [step for step in range(1, steps + 1) if method.adjusts_at(step)]
+        assert due == list(range(3000, 20_000, 1000)) and len(due) == method.planned_adjustments()
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "share"),
+    [
+        # The same rank in ever larger linears is an ever smaller share.
+        ("llama2_70b_metamathqa_pe_dyra", 560, 0.00075),
+        ("llama2_70b_codefeedback_pe_dyra", 560, 0.00075),
+        ("llama3_70b_metamathqa_pe_dyra", 560, 0.00073),
+        ("llama3_70b_codefeedback_pe_dyra", 560, 0.00073),
+        # 64 heads of q and o, 8 of k and v, 3 MLP linears in 80 layers; the paper's abstract says 0.32 %.
+        ("llama31_70b_metamathqa_ard_lora", 80 * (64 + 8 + 8 + 64 + 3), 0.00297),
+    ],
+)
+def test_a_recipe_of_70b_builds_its_model(name: str, modules: int, share: float, tmp_path: Path) -> None:
+    built_share, n_modules, method = planned(name, tmp_path)
+    assert n_modules == modules and built_share == pytest.approx(share, abs=0.5e-5)
+    assert method.planned_adjustments() > 10
+    batch = load_recipe(name).train.global_batch_size
+    assert all(batch % processes == 0 for processes in (8, 16, 32, 64))
+
+
+def test_all_recipes_for_large_models_are_looked_at() -> None:
+    assert len(PAPER_RECIPES) == 17
+
+
+@pytest.mark.parametrize("method", shipped("methods"))
+@pytest.mark.parametrize("model", ["llama2_7b", "llama3_8b"])
+def test_any_method_is_composed_with_any_model_and_data(model: str, method: str, tmp_path: Path) -> None:
+    for data in shipped("data"):
+        recipe = load_recipe(f"{model}+{data}+{method}")
+        assert recipe.data.source in ROWS
+        assert recipe.output.dir == f"runs/{model}_{data}_{method}"
+    if method == "increlora":
+        with pytest.raises(RecipeError, match=r"increlora forms the dense gradient .* at most 1,000,000,000"):
+            planned(f"{model}+metamathqa+{method}", tmp_path)
+        return
+    _, modules, built = planned(f"{model}+metamathqa+{method}", tmp_path)
+    assert (built.planned_adjustments() > 0) == (method not in ("lora", "rslora", "lora_plus"))
+    per_head = {"llama2_7b": 4 * 32 + 3, "llama3_8b": 2 * (32 + 8) + 3}
+    assert modules == (32 * per_head[model] if method == "ard_lora" else 224)
+
+
+def test_fragments_name_only_fragments_in_their_pairs() -> None:
+    names = {name for kind in FRAGMENTS for name in shipped(kind)}
+    root = Path(__file__).resolve().parents[1] / "recipes"
+    pairs = [set(yaml.safe_load(file.read_text()).get("with", {})) for file in root.glob("*/*.yaml")]
+    assert len(pairs) == len(names) and set().union(*pairs) <= names
+
+
+def test_seventy_billion_parameters_get_as_many_moves_in_a_hundred_modules() -> None:
+    for method, key in (("pe_dyra", "k"), ("elalora", "b"), ("weightlora", "k"), ("weightlora_plus", "k")):
+        small, large = (
+            getattr(load_recipe(f"{model}+metamathqa+{method}").method, key)
+            for model in ("llama2_7b", "llama2_70b")
+        )
+        assert large / 560 == pytest.approx(small / 224, abs=1e-3)
 
 
 def final_ranks(name: str) -> tuple[list[AdaptedModule], tuple[int, ...]]:

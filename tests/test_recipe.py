@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from dynrank_ds.composing import shipped
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.recipe import AdapterSection, Recipe, check_recipe, load_recipe, shipped_recipes
+from dynrank_ds.recipe import AdapterSection, Recipe, check_recipe, load_recipe
 from dynrank_ds.zero.config import load_config
 
 VALUES: dict[str, Any] = {
@@ -37,7 +38,7 @@ def write(path: Path, values: Any) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     resolved = tmp_path / "resolved.yaml"
@@ -216,6 +217,62 @@ def test_bases_in_a_circle_are_told(tmp_path: Path) -> None:
     write(two, {"base": str(one)})
     with pytest.raises(RecipeError, match=r"its bases form a circle: .*one.yaml -> .*two.yaml -> .*one.yaml"):
         load_recipe(str(one))
+
+
+def part(path: Path, **values: Any) -> str:
+    return write(path, values)
+
+
+def test_of_several_bases_the_later_wins_and_the_recipe_over_all(tmp_path: Path) -> None:
+    part(tmp_path / "model.yaml", **VALUES)
+    part(tmp_path / "method.yaml", method={"name": "lora"}, train={"steps": 7}, adapter={"alpha": 2.0})
+    above = part(tmp_path / "r.yaml", base=["model.yaml", "method.yaml"], adapter={"rank": 2})
+    recipe = load_recipe(above)
+    assert (recipe.train.steps, recipe.train.learning_rate) == (7, 1e-3)
+    assert (recipe.adapter.rank, recipe.adapter.alpha) == (2, 2.0)
+    assert recipe.method.model_dump() == {"name": "lora"}
+
+
+def test_parts_joined_by_plus_are_a_recipe_with_a_directory_of_its_own(tmp_path: Path) -> None:
+    model = part(tmp_path / "mine.yaml", model={"path": "mine"}, train=VALUES["train"] | {"steps": None})
+    recipe = load_recipe(f"{model}+metamathqa+lora", ["train.seed=3"])
+    assert (recipe.model.path, recipe.train.seed, recipe.method.name) == ("mine", 3, "lora")
+    assert recipe.output.dir == "runs/mine_metamathqa_lora"
+    assert load_recipe("quickstart+lora").output.dir == "runs/quickstart/run"  # the recipe's own
+
+
+def test_numbers_of_a_pair_count_only_where_both_are_composed(tmp_path: Path) -> None:
+    pair = {"other": {"train": {"steps": 5}}, "another": {"train": {"steps": 6}}}
+    part(tmp_path / "one.yaml", **VALUES, **{"with": pair})
+    part(tmp_path / "derived.yaml", base="one.yaml", adapter={"rank": 3})
+    part(tmp_path / "other.yaml", adapter={"alpha": 2.0})
+    part(tmp_path / "last.yaml", train={"steps": 9})
+    steps = {
+        name: load_recipe(part(tmp_path / "r.yaml", base=[f"{one}.yaml" for one in name.split()])).train.steps
+        for name in ("one", "one other", "other one", "derived other", "one other last")
+    }
+    assert steps == {"one": 20, "one other": 5, "other one": 5, "derived other": 5, "one other last": 9}
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"base": 5}, "base is 5: give the name or path of a recipe, or a list of them"),
+        ({"base": ["quickstart", {"a": 1}]}, "give the name or path of a recipe, or a list of them"),
+        ({"with": ["quickstart"]}, "with is ['quickstart']: give sections for each name"),
+        ({"with": {"quickstart": 5}}, "give sections for each name"),
+        ({"base": "lorra"}, "recipe 'lorra' is neither a file nor one of "),
+    ],
+)
+def test_a_wrong_composition_is_told(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path / "r.yaml", values))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_part_that_is_not_there_is_told_with_those_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"recipe 'lorra' is neither .* methods: adalora, .*, lora, "):
+        load_recipe("llama2_7b+metamathqa+lorra")
 
 
 def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:

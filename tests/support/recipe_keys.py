@@ -14,15 +14,28 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from dynrank_ds.composing import FRAGMENTS, shipped
 from dynrank_ds.methods import METHODS
-from dynrank_ds.recipe import Recipe, load_recipe, shipped_recipes
+from dynrank_ds.recipe import Recipe, load_recipe
 
 _HEAD = """\
 # Recipes
 
 A recipe is one YAML file with the sections below. Every key can be overridden on the command line as
-`section.key=value`, where the value is YAML; `base: NAME_OR_FILE` starts from another recipe, of which this one's keys
-win. Unknown keys are refused. `dynrank validate --recipe FILE` checks a recipe with its model and data, without a GPU.
+`section.key=value`, where the value is YAML. Unknown keys are refused. `dynrank validate --recipe FILE` checks a recipe
+with its model and data, without a GPU.
+
+`base: NAME_OR_FILE` starts from another recipe, `base: [MODEL, DATA, METHOD]` from several, of which a later one wins
+over an earlier one; the recipe's own keys win over all. `--recipe MODEL+DATA+METHOD` is the same without a file, and
+writes to `runs/MODEL_DATA_METHOD`: with the [parts](#parts) below
+
+```bash
+dynrank prepare --recipe llama3_8b+codefeedback_python+elalora
+deepspeed --num_gpus 8 launcher/train.py --recipe llama3_8b+codefeedback_python+elalora train.seed=1
+```
+
+What a file says under `with: {NAME: ...}` counts only where NAME is composed too, such as LLaMA-3-8B's learning rate on
+CodeFeedback.
 
 This file is generated from the schema: `python -m tests.support.recipe_keys > recipes/README.md`.
 """
@@ -30,6 +43,12 @@ _METHOD = """\
 ## method
 
 `name` chooses the method, and with it the other keys. [What each does](../dynrank_ds/methods/README.md).
+"""
+_PARTS = """\
+## Parts
+
+| of | names |
+|---|---|
 """
 _SHIPPED = """\
 ## Shipped recipes
@@ -50,7 +69,9 @@ def page() -> str:
     parts += [_table(f"## {name}", section) for name, section in sections.items()]
     parts.append(_METHOD)
     parts += [_table(f"### {name}", method.config_class, skipped="name") for name, method in METHODS.items()]
-    rows = [_shipped(name) for name in shipped_recipes()]
+    names = {kind: ", ".join(f"`{name}`" for name in shipped(kind)) for kind in FRAGMENTS}
+    parts.append(_PARTS + "".join(f"| {kind} | {found} |\n" for kind, found in names.items()))
+    rows = [_shipped(name) for name in shipped()]
     return "\n".join([*parts, _SHIPPED + "".join(rows)])
 
 
