@@ -1,43 +1,13 @@
 """From a row's fields to the text that is trained on, and where in it answers begin."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dynrank_ds.data.chat import ChatFormat
 from dynrank_ds.data.rows import Row
+from dynrank_ds.data.text import Format, Text
 from dynrank_ds.prompts import PROMPTS, render
-
-_ROLES = ("system", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True)
-class Text:
-    """A row as text.
-
-    text: all of it. prompts: beginnings of it, each of which ends where an answer begins, shortest first; what
-    generation would be given there.
-    """
-
-    text: str
-    prompts: tuple[str, ...]
-
-
-class Format(ABC):
-    """How rows of one kind become text."""
-
-    templated = False
-    """Whether the tokenizer's chat template writes the text, special tokens included."""
-
-    @abstractmethod
-    def text(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
-        """The row's text; UnfitRowError naming the row where it has none."""
-
-    @abstractmethod
-    def definition(self) -> str:
-        """What changes when the texts do, beside the tokenizer and its chat template."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +31,12 @@ class AlpacaFormat(Format):
 
     def text(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
         instruction, output = row.text("instruction"), row.text("output")
+        for field in ("system", "history"):
+            if row.fields.get(field):
+                raise row.unfit(
+                    "more than an instruction",
+                    f"field {field!r} has no place in Alpaca's prompt: write the row as messages, for data.format chat",
+                )
         if row.fields.get("input") in (None, ""):
             return _answered(render("alpaca", instruction), output)
         return _answered(render("alpaca_input", instruction, row.text("input")), output)
@@ -81,68 +57,9 @@ class CompletionFormat(Format):
         return repr(self)
 
 
-@dataclass(frozen=True)
-class ChatFormat(Format):
-    """A conversation in the tokenizer's chat template, of which every assistant turn is learned.
-
-    messages: [{"role", "content"}, ...]; what follows the last assistant turn is left out.
-    """
-
-    templated = True
-
-    def text(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
-        messages = _messages(row, tokenizer)
-        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns or turns[0] == 0:
-            raise row.unfit("no assistant turn", "the messages hold no assistant turn after another message")
-        try:
-            text = _templated(tokenizer, messages[: turns[-1] + 1], asks=False)
-            prompts = tuple(_templated(tokenizer, messages[:turn], asks=True) for turn in turns)
-        except TemplateError as error:
-            raise row.unfit(
-                "refused by the chat template", f"the chat template refuses it ({error})"
-            ) from error
-        if not all(text.startswith(prompt) for prompt in prompts):
-            raise row.unfit(
-                "changed by the chat template",
-                "the chat template writes earlier turns in another way once later ones follow, so no model "
-                "would ever see what is trained on",
-            )
-        return Text(text, prompts)
-
-    def definition(self) -> str:
-        return repr(self)
-
-
 def _answered(prompt: str, answer: str) -> Text:
     """The answer starts with the one space that a model writes after the prompt's last word."""
     return Text(f"{prompt} {answer}", (prompt,))
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], asks: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-
-
-def _messages(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-    messages = row.fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise row.unfit("no messages", "field 'messages' must be a list of messages with role and content")
-    return [_message(row, place, message, tokenizer) for place, message in enumerate(messages, start=1)]
-
-
-def _message(row: Row, place: int, message: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    if not isinstance(message, dict) or message.get("role") not in _ROLES:
-        raise row.unfit(
-            "a message without role", f"message {place} must have a role, one of {', '.join(_ROLES)}"
-        )
-    content = row.checked(message.get("content"), f"message {place}'s content")
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content in content:
-            raise row.unfit(
-                "holds a special token",
-                f"message {place} holds the tokenizer's special token {token.content!r}",
-            )
-    return {"role": message["role"], "content": content}
 
 
 FORMATS: dict[str, Format] = {

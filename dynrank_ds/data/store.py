@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dynrank_ds.data.formats import Format
 from dynrank_ds.data.rows import Drops, Row
+from dynrank_ds.data.text import Format
 from dynrank_ds.data.tokenising import Sample, TokenisedDataset, tokenise
 from dynrank_ds.errors import DataError, MachineError
 from dynrank_ds.files import DISK_FULL

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dynrank_ds.data.formats import Format, Text
 from dynrank_ds.data.rows import Drops, Row, UnfitRowError
+from dynrank_ds.data.text import Format, Text
 from dynrank_ds.errors import ModelError
 
 _CHUNK = 4096
@@ -100,11 +100,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, format: Format) -> None:
             f"tokenizer {tokenizer.name_or_path!r} appends its end-of-text token to every text, "
             "so no prompt could be continued; set add_eos_token to false in its tokenizer_config.json"
         )
-    if format.templated and tokenizer.chat_template is None:
-        raise ModelError(
-            f"data.format needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none: "
-            "take a chat model, or another format"
-        )
+    format.check(tokenizer)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -115,6 +111,12 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     unnamed = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset({*tokenizer.all_special_ids, *unnamed} - ({tokenizer.unk_token_id} - named))
+
+
+def _parts(text: Text) -> list[str]:
+    """What of a text is tokenised, in the order in which `_Encoder.samples` takes it."""
+    ends = [end for end in text.ends if end is not None]
+    return [text.text, *text.prompts, *ends, *([text.text[len(text.prompts[-1]) :]] if text.apart else [])]
 
 
 class _Encoder:
@@ -130,7 +132,7 @@ class _Encoder:
                 texts.append((row, self._text(row)))
             except UnfitRowError as error:
                 drops.add(error)
-        parts = [part for _, text in texts for part in (text.text, *text.prompts)]
+        parts = [part for _, text in texts for part in _parts(text)]
         if not parts:
             return
         # One call: the tokenizer's threads share out the texts of a call.
@@ -138,11 +140,24 @@ class _Encoder:
         ids = self.tokenizer(parts, add_special_tokens=adds_special, return_attention_mask=False)["input_ids"]
         encoded = iter(ids)
         for row, text in texts:
-            whole, *prompts = islice(encoded, 1 + len(text.prompts))
+            whole = next(encoded)
+            prompts = list(islice(encoded, len(text.prompts)))
+            ends = [None if end is None else next(encoded) for end in text.ends] or [None] * len(prompts)
             try:
-                yield self._sample(row, whole, prompts)
+                if text.apart:
+                    whole = self._joined(row, whole, prompts[-1] + next(encoded))
+                yield self._sample(row, whole, prompts, ends)
             except UnfitRowError as error:
                 drops.add(error)
+
+    def _joined(self, row: Row, whole: list[int], joined: list[int]) -> list[int]:
+        """The tokens of prompt and answer one by one, which must be the same text as both together."""
+        if self.tokenizer.decode(whole) != self.tokenizer.decode(joined):
+            raise row.unfit(
+                "no stable boundary",
+                "prompt and answer are another text to this tokenizer than both together",
+            )
+        return joined
 
     def _text(self, row: Row) -> Text:
         text = self.format.text(row, self.tokenizer)
@@ -154,7 +169,9 @@ class _Encoder:
             )
         return text
 
-    def _sample(self, row: Row, ids: list[int], prompts: list[list[int]]) -> Sample:
+    def _sample(
+        self, row: Row, ids: list[int], prompts: list[list[int]], ends: list[list[int] | None]
+    ) -> Sample:
         if not self.format.templated:
             self._refuse_specials(row, ids)
             ids = [*ids, self.tokenizer.eos_token_id]
@@ -163,7 +180,7 @@ class _Encoder:
                 "too long", f"{len(ids)} tokens, more than the {self.max_length} of data.max_length"
             )
         targets = np.zeros(len(ids), dtype=np.bool_)
-        for prompt in prompts:
+        for prompt, end in zip(prompts, ends, strict=True):
             start = len(prompt)
             if not prompt:
                 raise row.unfit(
@@ -176,14 +193,19 @@ class _Encoder:
                     "the prompt's last token changes when the answer follows it, so the model would be trained "
                     "on a boundary it never sees: the prompt must end with a whole token",
                 )
-            targets[start : self._end_of_turn(row, ids, start)] = True
+            targets[start : self._end_of_turn(row, ids, start, end)] = True
         return Sample(np.asarray(ids, dtype=np.int32), targets)
 
-    def _end_of_turn(self, row: Row, ids: list[int], start: int) -> int:
-        """Behind the first special token from `start` on: no text holds one, so it ends the turn."""
-        for place in range(start, len(ids)):
-            if ids[place] in self.specials:
-                return place + 1
+    def _end_of_turn(self, row: Row, ids: list[int], start: int, end: list[int] | None) -> int:
+        """Behind the first special token from `start` on, or, given where the turn ends, the last one before that.
+
+        No text holds one, so it ends the turn; but the template may write some around a tool call.
+        """
+        places = [
+            place for place in range(start, len(ids if end is None else end)) if ids[place] in self.specials
+        ]
+        if places:
+            return places[0 if end is None else -1] + 1
         raise row.unfit(
             "no end of turn",
             "the chat template ends the assistant's turn without special token, so the model would not learn to stop",
