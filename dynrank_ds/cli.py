@@ -14,7 +14,7 @@ from dynrank_ds.files import DISK_FULL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 done, 1 an adapter with defects, 2 the user's mistake in one sentence on stderr."""
+    """Run one command; 0 done, 1 an adapter with defects, 2 the user's mistake in one sentence on stderr."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:

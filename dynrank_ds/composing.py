@@ -50,7 +50,7 @@ def shipped(folder: str = "") -> list[str]:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, section by section; a section that names another method replaces the whole section."""
+    """Return `below` updated by `above`, section by section; a method of another name replaces the whole section."""
     result = dict(below)
     for key, value in above.items():
         old = below.get(key)
@@ -156,7 +156,7 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def _number(text: str) -> str | float:
-    """YAML 1.1 reads 2e-3 as text; people write it for a number."""
+    """Return the number in texts such as 2e-3, which YAML 1.1 does not read as a number."""
     try:
         return float(text)
     except ValueError:

@@ -13,7 +13,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         RunError: it is no JSON.
@@ -25,7 +25,7 @@ def read_json(path: Path) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Waits until the disk has a file, or a folder's list of names."""
+    """Wait until the disk has a file, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,13 +34,13 @@ def sync(path: Path) -> None:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a file that nobody reads yet, and waits until the disk has it."""
+    """Write a file that nobody reads yet, and waits until the disk has it."""
     path.write_text(text)
     sync(path)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Gives a file, new or old, this content at once."""
+    """Give a file, new or old, this content at once."""
     unfinished = path.with_name(f".{path.name}.tmp")
     write_synced(unfinished, text)
     unfinished.replace(path)

@@ -26,6 +26,6 @@ PROMPTS: dict[str, str] = {
 
 
 def render(name: str, instruction: str, input: str = "") -> str:
-    """The prompt called `name` around its texts, which may themselves contain braces."""
+    """Return the prompt called `name` around its texts, which may themselves contain braces."""
     texts = {"{instruction}": instruction, "{input}": input}
     return re.sub(r"\{instruction\}|\{input\}", lambda place: texts[place.group()], PROMPTS[name])

@@ -29,7 +29,7 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 def _expand(path: str) -> str:
-    """The path with `~`, `$VAR` and `${VAR}` replaced."""
+    """Return the path with `~`, `$VAR` and `${VAR}` replaced."""
     if unset := [name for name in re.findall(r"\$\{?(\w+)\}?", path) if name not in os.environ]:
         raise PydanticCustomError("unset", "the environment variable {name} is not set", {"name": unset[0]})
     return os.path.expanduser(os.path.expandvars(path))
@@ -198,7 +198,7 @@ class Recipe(Section):
         return self
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per process and step.
+        """Return the number of micro-batches per process and step.
 
         Raises:
             RecipeError: the global batch is not a whole number of micro-batches of all processes.
@@ -212,14 +212,14 @@ class Recipe(Section):
         return self.train.global_batch_size // together
 
     def total_steps(self, samples: int) -> int:
-        """Optimizer steps of the run, for a data set of so many samples."""
+        """Return the number of optimizer steps of a run with this many samples."""
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.epochs is not None
         return max(1, round(self.train.epochs * samples / self.train.global_batch_size))
 
     def with_dtype(self, dtype: str) -> Recipe:
-        """This recipe with `dtype`, bf16 or fp32, where it may have auto.
+        """Return this recipe with model.dtype `dtype`, bf16 or fp32.
 
         Raises:
             RecipeError: model.attention needs another dtype.
@@ -231,12 +231,12 @@ class Recipe(Section):
         return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
 
     def dump(self) -> str:
-        """The recipe as YAML, every default spelled out."""
+        """Return the recipe as YAML, every default spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A shipped recipe by name, a file by path, or parts A+B+C, with `section.key=value` overrides, checked.
+    """Return a shipped recipe by name, a file by path, or parts A+B+C, with `section.key=value` overrides, checked.
 
     Values of overrides are YAML. dynrank_ds/composing.py says how bases are composed.
 
@@ -247,7 +247,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check_recipe(values: dict[str, Any], name: str) -> Recipe:
-    """The recipe of these values; `name` is for messages."""
+    """Return the recipe of these values; `name` is for messages."""
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -288,7 +288,7 @@ def value_before_key_existed(recipe: Recipe, section: str, key: str) -> Any:
 
 
 def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
-    """The first mistake, how many more there are, and the names of all keys that are missing."""
+    """Return the first mistake, how many more there are, and the names of all keys that are missing."""
     errors = {tuple(_path(one)): one for one in reversed(error.errors())}
     missing = [key for key, one in reversed(errors.items()) if one["type"] == "missing"]
     names = [f"'{name}'" for key in missing for name in _required_keys(key)]
@@ -305,7 +305,7 @@ def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
 
 
 def _required_keys(path: Sequence[str]) -> list[str]:
-    """The keys that a missing key stands for: those that a whole missing section must have."""
+    """Return the keys that a missing key stands for: those that a whole missing section must have."""
     section = Recipe.model_fields[path[0]].annotation if len(path) == 1 else None
     if path == ("method",):
         return ["method.name"]
@@ -330,7 +330,7 @@ def _mistake(error: Any, values: dict[str, Any]) -> str:
 
 
 def _path(error: Any) -> list[str]:
-    """Where an error is, as keys: pydantic also names the members of a union (int, constrained-int)."""
+    """Return the keys that lead to an error, without the union members that pydantic adds (int, constrained-int)."""
     if not error["loc"]:
         return []
     *above, last = error["loc"]
@@ -343,7 +343,7 @@ def _is_key(part: str | int) -> bool:
 
 
 def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
-    """The keys allowed where `location` points in a recipe of these values."""
+    """Return the keys allowed where `location` points in a recipe of these values."""
     model: Any = Recipe
     for part in location[:-1]:
         model = model.model_fields[part].annotation

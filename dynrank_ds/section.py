@@ -21,7 +21,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_truth_for_a_number(cls, values: Any) -> Any:
-        """pydantic takes true for 1."""
+        """Refuse true and false, which pydantic would read as 1 and 0."""
         error = PydanticCustomError("truth", "this key is not true or false")
         wrong = [
             InitErrorDetails(type=error, loc=(key,), input=value)

@@ -168,12 +168,12 @@ class TensorFileReader:
             raise TensorFileError(f"{self._path} is cut short: {size} bytes of {needed}")
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name` in memory of its own, on the CPU."""
+        """Return the tensor `name` in memory of its own, on the CPU."""
         entry = self.entries[name]
         return self.read_part(name, 0, math.prod(entry.shape)).view(entry.shape)
 
     def read_part(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """(stop - start,): these elements of the tensor `name`, in row-major order; nothing else is read."""
+        """Return elements start to stop of `name` in row-major order, (stop - start,); nothing else is read."""
         dtype = self.entries[name].dtype
         tensor = torch.empty(stop - start, dtype=dtype)
         self._file.seek(self._offsets[name] + start * dtype.itemsize)
@@ -197,7 +197,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _layout(entries: Iterable[TensorEntry], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The file's head, and where each tensor's bytes begin in the file."""
+    """Return the file's head, and where each tensor's bytes begin in the file."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"} | metadata}
     relative: dict[str, int] = {}
     end = 0
@@ -231,7 +231,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of the file's bytes, as a hexadecimal string."""
+    """Return the SHA-256 of the file's bytes, as a hexadecimal string."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

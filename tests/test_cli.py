@@ -130,7 +130,7 @@ def test_a_missing_run_or_adapter_is_named_and_nothing_is_made(
     assert "nowhere" in refused(arguments, capsys)
 
 
-def test_an_output_that_cannot_be_written_is_told_in_one_sentence(
+def test_an_output_that_cannot_be_written_is_reported_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:

@@ -96,7 +96,7 @@ def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_pat
         ),
     ],
 )
-def test_a_mistake_is_told_by_file_key_value_and_what_would_be_right(
+def test_a_mistake_is_reported_by_file_key_value_and_what_would_be_right(
     key: str, value: Any, sentence: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "r.yaml", changed(key, value))
@@ -179,7 +179,7 @@ def test_variables_in_paths_are_expanded_as_the_home_folder_is(
         ("", "holds NoneType, not sections"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_told(text: str, sentence: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_recipe_is_reported(text: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError) as error:
@@ -188,7 +188,7 @@ def test_a_file_that_is_no_recipe_is_told(text: str, sentence: str, tmp_path: Pa
     assert "\n" not in str(error.value)
 
 
-def test_a_name_that_is_neither_file_nor_recipe_is_told_with_the_recipes_there_are() -> None:
+def test_a_name_that_is_neither_file_nor_recipe_is_reported_with_the_shipped_recipes() -> None:
     with pytest.raises(RecipeError, match=r"recipe 'quickstrat' is neither a file nor one of .*quickstart"):
         load_recipe("quickstrat")
 
@@ -211,7 +211,7 @@ def test_another_method_takes_nothing_from_the_bases_method(tmp_path: Path) -> N
     assert same.name == "pe_dyra" and (same.k, same.interval) == (3, 3)
 
 
-def test_bases_in_a_circle_are_told(tmp_path: Path) -> None:
+def test_bases_in_a_circle_are_reported(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     write(one, {"base": str(two)})
     write(two, {"base": str(one)})
@@ -298,7 +298,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
         ("train.steps=few", "'train.steps' is 'few': input should be a valid integer"),
     ],
 )
-def test_a_wrong_override_is_told(override: str, sentence: str, tmp_path: Path) -> None:
+def test_a_wrong_override_is_reported(override: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe(write(tmp_path / "r.yaml", VALUES), [override])
     assert sentence in str(error.value)
@@ -338,7 +338,7 @@ def test_epochs_become_steps_of_the_global_batch() -> None:
         ("{", "is not JSON: "),
     ],
 )
-def test_a_deepspeed_configuration_that_cannot_be_used_is_told(
+def test_a_deepspeed_configuration_that_cannot_be_used_is_reported(
     text: str, sentence: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "ds.json"
@@ -348,7 +348,7 @@ def test_a_deepspeed_configuration_that_cannot_be_used_is_told(
     assert str(error.value).startswith(f"deepspeed.config {path} {sentence}")
 
 
-def test_a_missing_deepspeed_configuration_is_told_with_those_there_are() -> None:
+def test_a_missing_deepspeed_configuration_is_reported_with_those_that_exist() -> None:
     with pytest.raises(RecipeError, match=r"deepspeed.config is 'zero9': neither a file nor one of .*zero3"):
         load_config("zero9", bf16=True)
 

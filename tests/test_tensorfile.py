@@ -113,7 +113,7 @@ def test_missing_and_repeated_tensors_are_refused(tmp_path):
         TensorFileWriter(tmp_path / "f", [entries[0], entries[0]])
 
 
-def test_a_damaged_file_is_told_in_one_sentence(tmp_path, tensors):
+def test_a_damaged_file_is_reported_in_one_sentence(tmp_path, tensors):
     path = tmp_path / "f"
     write_all(path, tensors)
     whole = path.read_bytes()

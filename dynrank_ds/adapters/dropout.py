@@ -20,7 +20,7 @@ InputFactors = Callable[[Tensor], Tensor]
 
 
 def _shifted(z: Tensor, bits: int, width: int) -> Tensor:
-    """z >> bits for signed integers of `width` bits, filled up with zeros."""
+    """Return z >> bits for signed integers of `width` bits, filled up with zeros."""
     return (z >> bits).bitwise_and_((1 << (width - bits)) - 1)
 
 

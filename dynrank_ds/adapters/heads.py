@@ -31,7 +31,7 @@ class HeadSplit:
 
 
 def head_splits(config: PretrainedConfig) -> dict[str, HeadSplit]:
-    """The splits of a decoder's attention linears by their last names; others have no heads.
+    """Return the splits of a decoder's attention linears by their last names; others have no heads.
 
     Under grouped-query attention k and v have fewer heads than q and o.
 
@@ -122,14 +122,14 @@ class HeadUpdate(torch.autograd.Function):
 
 
 def _onto(z: Tensor, factors: Sequence[Tensor], slices: Sequence[slice] | None) -> Tensor:
-    """(n, d) -> (n, all heads' triples): z F^T of every head, on its slice of z where it has one."""
+    """Map (n, d) to (n, all heads' triples): z F^T of every head, on its slice of z where it has one."""
     if slices is None:
         return F.linear(z, torch.cat(list(factors)))
     return torch.cat([F.linear(z[:, s], f) for s, f in zip(slices, factors, strict=True)], dim=1)
 
 
 def _back(hidden: Tensor, factors: Sequence[Tensor], slices: Sequence[slice] | None, width: int) -> Tensor:
-    """(n, all heads' triples) -> (n, width): h F of every head, summed, or each into its slice."""
+    """Map (n, all heads' triples) to (n, width): h F of every head, summed, or each into its slice."""
     if slices is None:
         return hidden @ torch.cat(list(factors))
     out = hidden.new_zeros(hidden.shape[0], width)
@@ -141,7 +141,7 @@ def _back(hidden: Tensor, factors: Sequence[Tensor], slices: Sequence[slice] | N
 def _factor_gradients(
     hidden: Tensor, z: Tensor, slices: Sequence[slice] | None, ranks: list[int]
 ) -> Sequence[Tensor]:
-    """Per head (r, d): h^T z, on its slice of z where it has one."""
+    """Return per head (r, d): h^T z, on its slice of z where it has one."""
     if slices is None:
         return torch.split(hidden.T @ z, ranks)
     return [part.T @ z[:, s] for part, s in zip(hidden.split(ranks, dim=1), slices, strict=True)]
@@ -150,7 +150,7 @@ def _factor_gradients(
 def _scaled(
     gates: Sequence[Tensor | None], lora_a: Sequence[Tensor], heads: _Heads, dtype: torch.dtype
 ) -> Tensor | float:
-    """s * g of all heads' triples; s where there are no gates."""
+    """Return s * g of all heads' triples; s where there are no gates."""
     present = [gate.expand(len(a)) for gate, a in zip(gates, lora_a, strict=True) if gate is not None]
     assert len(present) in (0, len(gates))
     return (torch.cat(present) * heads.scale).to(dtype) if present else heads.scale
@@ -178,7 +178,7 @@ class HeadedLinear(nn.Module):
             self.blocks.append(module)
 
     def adapted_modules(self, name: str) -> Mapping[str, AdaptedModule]:
-        """The modules by the full names that they have where this linear is called `name`."""
+        """Return the modules by the full names that they have where this linear is called `name`."""
         return {f"{name}.blocks.{head}": module for head, module in enumerate(self._heads())}
 
     def _heads(self) -> Iterator[AdaptedModule]:

@@ -158,11 +158,11 @@ class AdaptedModule(nn.Module):
             setattr(self, factor, None if value is None else nn.Parameter(value.to(self.dtype)))
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """The factors that exist, in the order of FACTORS."""
+        """Return the factors that exist, in the order of FACTORS."""
         return {name: self._parameters[name] for name in FACTORS if self._parameters[name] is not None}  # type: ignore[misc]
 
     def update(self, x: Tensor) -> Tensor | None:
-        """s * B^T diag(g) A x for x (..., in); None at rank 0."""
+        """Return s * B^T diag(g) A x for x (..., in); None at rank 0."""
         if self.lora_A is None or self.lora_B is None:
             return None
         gate = self.lora_E if self.lora_E is not None else self.gate
@@ -181,7 +181,7 @@ class AdaptedLinear(AdaptedModule):
         self.base = base
 
     def adapted_modules(self, name: str) -> Mapping[str, AdaptedModule]:
-        """The modules by the full names that they have where this linear is called `name`."""
+        """Return the modules by the full names that they have where this linear is called `name`."""
         return {name: self}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def _unknown(
     decoder: TextDecoder,
     layers: Sequence[int] | None,
 ) -> str:
-    """Why a target names nothing."""
+    """Return the sentence that says why a target names nothing."""
     if any(_ends_with(name, target) for name in inside):
         return f"adapter.targets names '{target}', which none of the layers {list(layers or ())} of adapter.layers has"
     if elsewhere := [name for name in linears if _ends_with(name, target)]:
@@ -165,13 +165,13 @@ def _is_within(name: str, root: str) -> bool:
 
 
 def _is_read_by_a_kernel(model: nn.Module, name: str) -> bool:
-    """Whether a linear is the last of a Mamba layer, whose fused kernel takes its weight and never calls it."""
+    """Return whether a linear is the last of a Mamba layer, whose fused kernel takes its weight and never calls it."""
     parent, _, child = name.rpartition(".")
     return child == "out_proj" and isinstance(getattr(model.get_submodule(parent), "conv1d", None), nn.Conv1d)
 
 
 def _ends_with(name: str, target: str) -> bool:
-    """As PEFT has it: the full name, or a dotted end of it."""
+    """Return whether PEFT's rule matches: the full name, or a suffix of it that begins after a dot."""
     return name == target or name.endswith(f".{target}")
 
 

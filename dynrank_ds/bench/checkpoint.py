@@ -36,7 +36,7 @@ class Cost:
 
 
 def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[Figure]:
-    """(what, figure) of a checkpoint of the recipe's run at its beginning; the best of 2 (quick) or 5."""
+    """Yield (what, figure) of a checkpoint of the recipe's run at its beginning; the best of 2 (quick) or 5."""
     device = processes.start(recipe.deepspeed.timeout)
     with tempfile.TemporaryDirectory() as folder:
         mine = torch.tensor(list(os.fsencode(folder)), dtype=torch.uint8, device=device)
@@ -58,7 +58,7 @@ def measure_checkpoint(recipe: Recipe, quick: bool) -> Iterator[Figure]:
 
 
 def cost(trainer: Trainer) -> Cost:
-    """Writes the trainer's checkpoint, restores and removes it, in all processes."""
+    """Write the trainer's checkpoint, restores and removes it, in all processes."""
 
     def save() -> None:
         writing.save(

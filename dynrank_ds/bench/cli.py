@@ -31,7 +31,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 done, 2 the user's mistake in one sentence on stderr."""
+    """Run one command; return 0, or 2 after a mistake of the user, which is one sentence on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m dynrank_ds.bench",
         description="Measure what the project states about its speed.",

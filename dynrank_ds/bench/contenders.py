@@ -33,7 +33,7 @@ class Ours:
     recipe: Recipe
 
     def train(self, rank: int, world_size: int, after_step: AfterStep) -> None:
-        """See Contender."""
+        """Train as described in Contender."""
         from dynrank_ds.bench.step import quiet_step
         from dynrank_ds.training.loop import StepResult
         from dynrank_ds.training.run import set_up
@@ -66,10 +66,10 @@ class Peft(ABC):
 
     @abstractmethod
     def train(self, rank: int, world_size: int, after_step: AfterStep) -> None:
-        """See Contender."""
+        """Train as described in Contender."""
 
     def model(self) -> nn.Module:
-        """The frozen model with PEFT's adapters; those of LoRA begin as ours do."""
+        """Return the frozen model with PEFT's adapters; those of LoRA begin as ours do."""
         from transformers import AutoModelForCausalLM
 
         from dynrank_ds.training.model import DTYPES
@@ -83,7 +83,7 @@ class Peft(ABC):
         return model.train()
 
     def adapted(self, base: Any) -> Any:
-        """`base` with PEFT's adapters."""
+        """Return `base` with PEFT's adapters."""
         from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
         adapter, method = self.recipe.adapter, self.recipe.method
@@ -111,7 +111,7 @@ class Peft(ABC):
         return get_peft_model(base, adalora)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """torch's AdamW on what PEFT has left trainable."""
+        """Return torch's AdamW on the parameters that PEFT has left trainable."""
         section = self.recipe.train
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(
@@ -123,13 +123,13 @@ class Peft(ABC):
         )
 
     def inputs(self, rank: int) -> list[dict[str, Any]]:
-        """Arguments of the model, of every micro-batch of a process; losses are summed and divided by all targets."""
+        """Return the model's arguments for every micro-batch of a process; losses are divided by all targets."""
         return [
             {**tensors(arrays), "num_items_in_batch": self.targets} for arrays in self.micro_batches[rank]
         ]
 
     def allocates(self) -> bool:
-        """Whether every step calls `update_and_allocate`."""
+        """Return whether every step calls `update_and_allocate`."""
         return isinstance(self.recipe.method, AdaLoRAConfig)
 
 
@@ -137,7 +137,7 @@ class PeftAlone(Peft):
     """A plain PyTorch loop in one process."""
 
     def train(self, rank: int, world_size: int, after_step: AfterStep) -> None:
-        """See Contender."""
+        """Train as described in Contender."""
         model, limit = self.model(), self.recipe.train.max_grad_norm
         optimizer = self.optimizer(model)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -166,7 +166,7 @@ class PeftDeepSpeed(Peft):
     """
 
     def train(self, rank: int, world_size: int, after_step: AfterStep) -> None:
-        """See Contender."""
+        """Train as described in Contender."""
         from transformers.integrations import HfDeepSpeedConfig
 
         from dynrank_ds.zero import processes
@@ -193,7 +193,7 @@ class PeftTrainer(Peft):
     """Hugging Face's Trainer with the recipe's DeepSpeed configuration."""
 
     def train(self, rank: int, world_size: int, after_step: AfterStep) -> None:
-        """See Contender."""
+        """Train as described in Contender."""
         from dynrank_ds.bench.hf_trainer import train
         from dynrank_ds.zero import processes
 
@@ -205,18 +205,18 @@ class PeftTrainer(Peft):
 
 
 def tensors(arrays: Arrays) -> dict[str, Tensor]:
-    """A micro-batch as torch has it."""
+    """Return a micro-batch as torch tensors."""
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def allocate(model: nn.Module, step: int) -> None:
-    """PEFT's AdaLoRA sees the gradients of a step."""
+    """Let PEFT's AdaLoRA see the gradients of a step."""
     base: Any = model.base_model
     base.update_and_allocate(step)
 
 
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """The configuration that our own run of the recipe hands to DeepSpeed."""
+    """Return the configuration that our own run of the recipe hands to DeepSpeed."""
     from dynrank_ds.zero.config import complete_config, load_config
 
     bf16 = recipe.model.dtype == "bf16"

@@ -26,7 +26,7 @@ GLOBAL_BATCH, MICRO_BATCH, PROCESSES = 128, 4, 8
 
 
 def measure_data(recipe: Recipe, quick: bool) -> Iterator[Figure]:
-    """(what, figure) of the recipe's tokenizer and rows, which are repeated to 512 (quick) or 8,192."""
+    """Yield (what, figure) of the recipe's tokenizer and rows, which are repeated to 512 (quick) or 8,192."""
     data = recipe.data
     generated = store.cache_folder() / "generated"
     source = open_source(data.source, data.split, data.revision, data.streaming, data.limit, generated)

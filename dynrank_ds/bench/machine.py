@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "dynran
 
 
 def machine() -> dict[str, Any]:
-    """The CPU, its features that decide speed, cores, memory, the load of other work, and Python."""
+    """Return the CPU, its features that decide speed, cores, memory, the load of other work, and Python."""
     first: dict[str, str] = {}
     for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, value = line.partition(":")
@@ -34,5 +34,5 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that the figures depend on."""
+    """Return the versions of the libraries that the figures depend on."""
     return {package: version(package) for package in _PACKAGES}

@@ -10,7 +10,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def added_memory(work: Callable[[], None]) -> int:
-    """Bytes that this process held at most during `work`, beyond what it held before."""
+    """Return the bytes that this process held at most during `work`, beyond what it held before."""
     CLEAR.write_text("5")  # the high-water mark starts anew
     before = _read("VmRSS")
     work()
@@ -18,7 +18,7 @@ def added_memory(work: Callable[[], None]) -> int:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most, since its program began or `added_memory` was last called.
+    """Return the bytes that this process has held at most, since its program began or `added_memory` was last called.
 
     Everything resident counts: the interpreter, libraries, and mapped pages of files such as weights.
     """

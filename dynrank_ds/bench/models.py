@@ -43,7 +43,7 @@ def write_random(like: str, shape: dict[str, int], folder: Path) -> Path:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Name, parameters and shape of a model."""
+    """Return name, number of parameters and shape of a model."""
     model = model_without_weights(path)
     shape = {name: getattr(model.config, name) for name in TREND["llama-38m"]}
     return {"name": Path(path).name, "parameters": sum(p.numel() for p in model.parameters()), **shape}

@@ -51,7 +51,7 @@ TRAINER = Setup("trainer", 2, PeftTrainer)
 
 
 def measure_peers(recipe: Recipe, quick: bool) -> Iterator[Figure]:
-    """Every method on the recipe's model, in 10 pairs of steps, and what each side holds of memory.
+    """Yield every method on the recipe's model, in 10 pairs of steps, and what each side holds of memory.
 
     Quick: LoRA, PE-DyRA and AdaLoRA in 6 pairs of steps, and the memory of LoRA in one process.
 
@@ -77,7 +77,7 @@ def measure_peers(recipe: Recipe, quick: bool) -> Iterator[Figure]:
 
 
 def measure_trend(recipe: Recipe, quick: bool) -> Iterator[Figure]:
-    """LoRA against PEFT's on random LLaMAs of two sizes beside the recipe's model; otherwise as `measure_peers`."""
+    """Yield LoRA against PEFT's on random LLaMAs of two other sizes; otherwise as `measure_peers`."""
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in TREND.items():
             path = write_random(recipe.model.path, shape, Path(folder) / name)
@@ -134,7 +134,7 @@ class _Bench:
     # --- rows
 
     def compare(self, setup: Setup, methods: Sequence[str]) -> Iterator[Figure]:
-        """Our methods, each against PEFT's LoRA, whose side stays up; and our AdaLoRA against PEFT's."""
+        """Yield our methods, each against PEFT's LoRA, which keeps running; and our AdaLoRA against PEFT's."""
         with ExitStack() as up:
             theirs = self._started(self._peft(setup, "lora"), setup, up)
             for method in methods:
@@ -142,7 +142,7 @@ class _Bench:
         yield self.row(setup, "adalora", "adalora")
 
     def row(self, setup: Setup, method: str, peer: str) -> Figure:
-        """One of our methods against one of PEFT's."""
+        """Return the times of one of our methods against one of PEFT's."""
         with ExitStack() as up:
             try:
                 theirs = self._started(self._peft(setup, peer), setup, up)
@@ -154,7 +154,7 @@ class _Bench:
             return self._row(setup, self._ours(method), theirs)
 
     def memory(self, setup: Setup, method: str, peer: str) -> Figure:
-        """The largest peak of a process on either side, each measured in processes of its own."""
+        """Return the largest peak of a process on either side, each measured in processes of its own."""
         ours, theirs = self._peak(setup, self._ours(method)), self._peak(setup, self._peft(setup, peer))
         values = {
             "kind": "memory",
@@ -184,7 +184,7 @@ class _Bench:
         )
 
     def _micro_batches(self, world_size: int) -> tuple[tuple[Arrays, ...], ...]:
-        """Those that our loop computes, of each process."""
+        """Return the micro-batches of each process, as our loop computes them."""
         size = self._recipe.train.micro_batch_size
         self._recipe.accumulation(world_size)
 
@@ -250,7 +250,7 @@ class _Warm:
 
 
 def _with_method(recipe: Recipe, method: str) -> Recipe:
-    """`recipe` with adapter and method of that method's quickstart recipe."""
+    """Return `recipe` with adapter and method of that method's quickstart recipe."""
     shipped = load_recipe("quickstart" if method == "pe_dyra" else f"quickstart_{method}")
     section = shipped.method
     if isinstance(section, WeightLoRAConfig | WeightLoRAPlusConfig):

@@ -1,4 +1,4 @@
-"""The two sides of a comparison: process groups that stand ready side by side, of which one at a time makes a step.
+"""The two sides of a comparison: two groups of processes that run at once, of which one at a time makes a step.
 
 Between its steps a side waits at a pipe and computes nothing, so that both are timed in one run, under the same load.
 """
@@ -37,7 +37,7 @@ _FORKED_FROM = [
 """What the interpreter has imported from which sides are forked that are not fresh."""
 
 AfterStep = Callable[[float], bool]
-"""Is told this process's part of a step's loss; returns whether another step is wanted, as soon as it is."""
+"""Called with this process's part of a step's loss; returns whether to make another step, once that is known."""
 
 
 class Contender(Protocol):
@@ -172,7 +172,7 @@ class _Group:
 
 
 def _take_part(connection: Any, contender: Contender, group: _Group) -> None:
-    """The life of one process of a side."""
+    """Run one process of a side until it is ended."""
     file = os.open(group.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

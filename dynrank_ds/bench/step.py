@@ -1,4 +1,4 @@
-"""What dynamic ranks add to a training step: it is timed as trained and with the method at rest, pair by pair."""
+"""What dynamic ranks add to a training step: steps with and without the method, timed in pairs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def measure_step(recipe: Recipe, quick: bool) -> Iterator[Figure]:
 
 
 class Timing:
-    """Steps of one trainer, with its method at work or at rest, always on the first global batch."""
+    """Steps of one trainer, with its method active or not, always on the first global batch."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.adjusting = adjusting_steps(trainer)
@@ -60,7 +60,7 @@ class Timing:
         self._method.attach()
 
     def seconds(self, steps: Sequence[tuple[int, bool]]) -> list[float]:
-        """Of each of these steps: its number, which decides whether it adjusts, and whether the method is at work."""
+        """Return the seconds of steps, given as (number, whether the method is active)."""
         times: list[float] = []
 
         def after_step(result: StepResult) -> None:
@@ -77,7 +77,7 @@ class Timing:
         return times
 
     def seconds_inside(self) -> float:
-        """Of one step: what its method takes inside backward and to observe, the device waited for before and after."""
+        """Return the seconds of the method in backward and `observe` of one step; the device is synchronised."""
         inside = _Inside(self._trainer.device)
         hooks = {name: inside.timed(getattr(self._method, name)) for name in ("on_backward", "observe")}
         vars(self._method).update(hooks)

@@ -69,7 +69,7 @@ class TrainedAdapter:
         self._file = TensorFileReader(self._path)
 
     def triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, in) and diag(e g) B (r, out) of the linear `name`, whose rank must be above 0, in fp32.
+        """Return A (r, in) and diag(e g) B (r, out) of the linear `name`, whose rank must be above 0, in fp32.
 
         Triples of a head are zero outside its columns in A or its rows in B.
 
@@ -123,7 +123,7 @@ def _module(name: str, value: dict[str, Any]) -> _Module:
 
 
 def _linear(modules: list[_Module]) -> LinearShape:
-    """The linear that these modules make up, or the only one is."""
+    """Return the linear that these modules form: one module, or one per head."""
     first = modules[0]
     sides = {"columns": first.in_features, "rows": first.out_features}
     if first.part is not None:
@@ -133,5 +133,5 @@ def _linear(modules: list[_Module]) -> LinearShape:
 
 
 def _widened(factor: torch.Tensor, part: Part) -> torch.Tensor:
-    """(r, part) -> (r, whole), zero elsewhere."""
+    """Extend (r, part) to (r, whole) with zeros."""
     return torch.nn.functional.pad(factor, (part.start, part.of - part.stop))

@@ -23,7 +23,7 @@ class GlobalBatches:
     seed: int
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """(global_batch_size,) sample indices of the 0-based `step`."""
+        """Return the (global_batch_size,) sample indices of the 0-based `step`."""
         positions = np.arange(self.global_batch_size) + step * self.global_batch_size
         epochs, places = np.divmod(positions, self.n_samples)
         chosen = np.empty(self.global_batch_size, dtype=np.int64)
@@ -34,7 +34,7 @@ class GlobalBatches:
 
 
 def draw_held_out(n_samples: int, count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The indices to train on, and the `count` held out; both in order, and a function of the arguments alone."""
+    """Return the indices to train on and the `count` held out, in ascending order; the same for equal arguments."""
     drawn = np.random.default_rng([*b"held-out", seed]).permutation(n_samples)
     return np.sort(drawn[count:]), np.sort(drawn[:count])
 

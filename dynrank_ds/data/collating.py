@@ -1,6 +1,6 @@
 """How the samples of a global batch are dealt to processes and become the tensors of micro-batches.
 
-Padded: a sample a row, rows of like length together. Packed: samples one after another in a single row, no padding.
+Padded: a sample a row, rows of similar length together. Packed: samples one after another in a single row, no padding.
 Both take the same global batch of `train.global_batch_size` samples, and give the same number of micro-batches, of
 `train.micro_batch_size` samples each (packed: on average), so that packing changes neither losses nor gradients,
 nor what an epoch, a step or a learning rate means: only how fast a step is.
@@ -36,7 +36,7 @@ class Batch:
     packed: tuple[int, ...] = ()
 
     def inputs(self) -> dict[str, Tensor]:
-        """The arguments of SummedLoss."""
+        """Return the arguments of SummedLoss."""
         rows, columns = (self.labels != IGNORED).nonzero(as_tuple=True)
         inputs = {
             "input_ids": self.input_ids,
@@ -59,7 +59,7 @@ class Collator(Protocol):
         world_size: int,
         micro_batch_size: int,
     ) -> list[NDArray[np.int64]]:
-        """The samples of each micro-batch that process `rank` computes of a global batch.
+        """Return the samples of each micro-batch that process `rank` computes of a global batch.
 
         indices: (global batch,) sample indices; lengths: (all samples,) tokens of each sample. The global
         batch must be a whole number of world_size * micro_batch_size. Over all processes each sample appears
@@ -67,7 +67,7 @@ class Collator(Protocol):
         """
 
     def collate(self, dataset: TokenisedDataset, indices: NDArray[np.int64]) -> Batch:
-        """The samples `indices`, in that order, as one batch."""
+        """Return the samples `indices`, in that order, as one batch."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class PaddedCollator:
         world_size: int,
         micro_batch_size: int,
     ) -> list[NDArray[np.int64]]:
-        """micro_batch_size samples each.
+        """Return micro-batches of micro_batch_size samples each.
 
         The batch is sorted by length and dealt out like cards, so that the samples of one micro-batch, and those
-        that other processes compute at the same time, are of like length: little padding, little waiting.
+        that other processes compute at the same time, are of similar length: little padding, little waiting.
         """
         together = world_size * micro_batch_size
         assert len(indices) % together == 0, (len(indices), world_size, micro_batch_size)
@@ -95,7 +95,7 @@ class PaddedCollator:
         return [group[rank::world_size] for group in order.reshape(-1, together)]
 
     def collate(self, dataset: TokenisedDataset, indices: NDArray[np.int64]) -> Batch:
-        """What is padding follows from the lengths, never from comparing with pad_id.
+        """Return one batch; padding is found from the lengths, never by comparing with pad_id.
 
         So the end-of-text token stays a target where it is the padding token too.
         """
@@ -123,10 +123,10 @@ class PackedCollator:
         world_size: int,
         micro_batch_size: int,
     ) -> list[NDArray[np.int64]]:
-        """As many as padded ones, of nearly equal numbers of tokens.
+        """Return as many micro-batches as PaddedCollator does, with nearly equal numbers of tokens.
 
         Longest sample first, each to the shortest row so far (Graham's LPT rule, within 4/3 of the best partition; on
-        dozens of samples within a few tokens). Rows of like length are computed at the same time.
+        dozens of samples within a few tokens). Rows of similar length are computed at the same time.
         """
         together = world_size * micro_batch_size
         assert len(indices) % together == 0, (len(indices), world_size, micro_batch_size)
@@ -141,7 +141,7 @@ class PackedCollator:
         return [np.array(rows[row], dtype=np.int64) for row in order[rank::world_size]]
 
     def collate(self, dataset: TokenisedDataset, indices: NDArray[np.int64]) -> Batch:
-        """One row. A sample's first token is never a target, so no sample predicts another's."""
+        """Return one row; a sample's first token is never a target, so no sample predicts another's."""
         samples = [dataset.sample(int(i)) for i in indices]
         ids = np.concatenate([s.ids for s in samples])
         targets = np.concatenate([s.targets for s in samples])

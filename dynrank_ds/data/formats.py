@@ -58,7 +58,7 @@ class CompletionFormat(Format):
 
 
 def _answered(prompt: str, answer: str) -> Text:
-    """The answer starts with the one space that a model writes after the prompt's last word."""
+    """Return prompt and answer, which starts with the one space that a model writes after a prompt."""
     return Text(f"{prompt} {answer}", (prompt,))
 
 

@@ -67,7 +67,7 @@ def write_gsm_symbolic(
     n_unseen_templates: int = 8,
     seed: int = 0,
 ) -> GsmSymbolicFiles:
-    """Writes three JSONL files into the folder `output`; the same arguments give the same bytes.
+    """Write three JSONL files into the folder `output`; the same arguments give the same bytes.
 
     train.jsonl: rows {"query", "response", "template"} in MetaMathQA's form, from the n_templates templates
     with the shortest solutions. gsm_symbolic.jsonl: held-out problems {"task_id", "question", "answer",
@@ -127,7 +127,7 @@ class _Draw:
     kept_apart: set[tuple[int, tuple[str, ...]]] = field(default_factory=set)
 
     def balanced(self, templates: list[int], count: int) -> list[Problem]:
-        """`count` problems; the templates take turns."""
+        """Return `count` problems, drawn from the templates in turn."""
         each, rest = divmod(count, len(templates))
         per_template = [self.problems(t, each + (i < rest)) for i, t in enumerate(templates)]
         return [own[turn] for turn in range(each + 1) for own in per_template if turn < len(own)]
@@ -171,7 +171,7 @@ def _mean_solution_length(template: int, generators: dict[int, Generator]) -> fl
 
 
 def _problem(template: int, example: dict[str, Any]) -> Problem | None:
-    """The example without its '#### N' line; None where its solution is wrong.
+    """Return the example without its '#### N' line; None where its solution is wrong.
 
     Some templates round silently (half of 3 tubes of paint is 1), so that solution and answer are false.
     """
@@ -183,7 +183,7 @@ def _problem(template: int, example: dict[str, Any]) -> Problem | None:
 
 
 def _equations_hold(solution: str) -> bool:
-    """Whether every equation of two plain numbers in the text is true to the cent."""
+    """Return whether every equation of two plain numbers in the text is true to the cent."""
     for left, right in _EQUATION.findall(solution.replace(",", "")):
         binary = _BINARY.fullmatch(left.strip())
         if binary is None:

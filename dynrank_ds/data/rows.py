@@ -23,18 +23,18 @@ class Row:
     origin: str
 
     def text(self, field: str) -> str:
-        """The field without surrounding white space; UnfitRowError where it is missing, no text, or empty."""
+        """Return the field without surrounding white space; UnfitRowError where it is missing, no text, or empty."""
         return self.raw_text(field).strip()
 
     def raw_text(self, field: str) -> str:
-        """The field as it is; UnfitRowError where it is missing, no text, or empty."""
+        """Return the field as it is; UnfitRowError where it is missing, no text, or empty."""
         if field not in self.fields:
             known = reprlib.repr(", ".join(sorted(map(str, self.fields))) or "none").strip("'")
             raise self.unfit("a field is missing", f"field {field!r} is missing (fields there: {known})")
         return self.checked(self.fields[field], f"field {field!r}")
 
     def checked(self, value: Any, what: str) -> str:
-        """`value` if it is text that can be tokenised; UnfitRowError, calling it `what`, where not."""
+        """Return `value` if it is text that can be tokenised; raise UnfitRowError, calling it `what`, if not."""
         if not isinstance(value, str):
             kind = f"{reprlib.repr(value)} ({type(value).__name__})"
             raise self.unfit("a field is no text", f"{what} is {kind}, it must be text")
@@ -46,7 +46,7 @@ class Row:
         return value
 
     def unfit(self, reason: str, message: str) -> UnfitRowError:
-        """The error that says why this row cannot be trained on."""
+        """Return the error that says why this row cannot be trained on."""
         return UnfitRowError(self.origin, reason, message)
 
 
@@ -64,7 +64,7 @@ class Drops:
     """By reason, the message about its first row."""
 
     def add(self, error: UnfitRowError) -> None:
-        """Counts one dropped row."""
+        """Count one dropped row."""
         self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
         self.first.setdefault(error.reason, str(error))
 
@@ -74,12 +74,12 @@ class Drops:
         return sum(self.counts.values())
 
     def summary(self) -> str:
-        """The counts and the first rows, for people."""
+        """Return the counts and the first rows, for people."""
         reasons = "; ".join(f"{count}: {self.first[reason]}" for reason, count in self.counts.items())
         return f"{self.n_dropped} of {self.n_rows} rows cannot be trained on ({reasons})"
 
     def check(self, max_dropped: float) -> None:
-        """Refuses a data set of which more than the fraction `max_dropped` was dropped, or everything.
+        """Refuse a data set of which more than the fraction `max_dropped` was dropped, or everything.
 
         Raises:
             DataError: with the counts and the first rows.

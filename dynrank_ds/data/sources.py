@@ -21,10 +21,10 @@ class Source(Protocol):
     """Where rows come from."""
 
     def rows(self) -> Iterator[Row]:
-        """All rows; DataError, naming file and line, where one cannot be read."""
+        """Yield all rows; DataError, naming file and line, where one cannot be read."""
 
     def identity(self) -> str:
-        """What changes when the rows do."""
+        """Return a text that changes when the rows change."""
 
 
 def open_source(
@@ -35,7 +35,7 @@ def open_source(
     n_generated: int | None = None,
     generated: Path = Path("generated"),
 ) -> Source:
-    """The source that `source` names.
+    """Return the source that `source` names.
 
     source: a file of JSON lines, a JSON array, CSV or Parquet, also compressed; a folder, of which `<split>` or the
     shards `<split>-*` with these endings are read, also from its folder data/, and which is given to
@@ -67,7 +67,7 @@ def open_source(
 
 
 def select(rows: Iterable[Row], wanted: Mapping[str, Any], limit: int | None) -> Iterator[Row]:
-    """The first `limit` (None: all) of the rows whose fields have one of the values `wanted` for them.
+    """Yield the first `limit` (None: all) of the rows whose fields have one of the values `wanted` for them.
 
     wanted: {field: value, or a tuple of values}. DataError naming a row that lacks such a field.
     """
@@ -97,7 +97,7 @@ class FileSource:
             yield from read_file(path)
 
     def identity(self) -> str:
-        """The hash of the files' content, whatever their names."""
+        """Return the hash of the files' content, whatever their names."""
         return "files:" + ",".join(_content_hash(path) for path in self.paths)
 
 
@@ -108,7 +108,7 @@ def _content_hash(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _hash_of_version(path: Path, size: int, changed: int) -> str:
-    """A run asks twice, before its processes meet and after: large files are read once."""
+    """Return a run asks twice, before its processes meet and after: large files are read once."""
     return file_sha256(path)
 
 
@@ -124,7 +124,7 @@ class FolderSource:
         return _load_with_datasets(str(self.path), self.split, None, self.streaming)
 
     def identity(self) -> str:
-        """The hash of all files of the folder."""
+        """Return the hash of all files of the folder."""
         files = sorted(path for path in self.path.rglob("*") if path.is_file())
         named = (f"{path.relative_to(self.path)}={_content_hash(path)}" for path in files)
         return f"folder:{self.split}:" + ",".join(named)
@@ -143,7 +143,7 @@ class HubSource:
         return _load_with_datasets(self.name, self.split, self.revision, self.streaming)
 
     def identity(self) -> str:
-        """Id and revision, since content cannot be known without the hub; a commit as revision fixes it."""
+        """Return id and revision, since content cannot be known without the hub; a commit as revision fixes it."""
         return f"hub:{self.name}@{self.revision or 'main'}:{self.split}"
 
 
@@ -176,7 +176,7 @@ def _split_files(folder: Path, split: str) -> tuple[Path, ...]:
 
 
 def _generate(folder: Path, n_rows: int) -> Path:
-    """Training rows of gsm_symbolic, whose same number gives the same bytes, written once."""
+    """Return the file with the training rows of gsm_symbolic, written at the first call with these arguments."""
     from dynrank_ds.data.gsm_symbolic import write_gsm_symbolic
 
     path = folder / f"gsm_symbolic-{n_rows}" / "train.jsonl"
@@ -184,7 +184,7 @@ def _generate(folder: Path, n_rows: int) -> Path:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What `error` was raised from: the outer ones say only that something was wrong."""
+    """Return what `error` was raised from: the outer ones say only that something was wrong."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -38,14 +38,14 @@ _ARRAYS = {"tokens": np.int32, "targets": np.bool_, "lengths": np.int64, "target
 
 
 def cache_folder() -> Path:
-    """Where entries lie: $DYNRANK_CACHE, else dynrank_ds in the user's cache folder."""
+    """Return the folder of the entries: $DYNRANK_CACHE, else dynrank_ds in the user's cache folder."""
     if chosen := os.environ.get("DYNRANK_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynrank_ds"
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, format: Format, **choices: Any) -> str:
-    """The name of an entry: a hash of the tokenizer, the format, and whatever else the tokens depend on."""
+    """Return the name of an entry: a hash of the tokenizer, the format, and whatever else the tokens depend on."""
     about = {
         "store": _FORMAT,
         "tokenizer": tokenizer_hash(tokenizer),
@@ -57,7 +57,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, format: Format, **choices: A
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what the tokenizer does, wherever it was loaded from: its pipeline, special tokens, chat template."""
+    """Return a hash of the tokenizer's pipeline, special tokens and chat template, wherever it was loaded from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     about = [
         type(tokenizer).__name__,
@@ -70,7 +70,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def locked(entry: Path, timeout: float) -> Iterator[bool]:
-    """Whether the entry is still to be written; nobody else writes it meanwhile.
+    """Hold the entry's lock, and yield whether the entry is still to be written.
 
     timeout: seconds for which another process that writes it is waited for.
 
@@ -107,7 +107,7 @@ def write(
     format: Format,
     max_length: int,
 ) -> None:
-    """Tokenises all rows into the folder `entry`, under a temporary name until it is whole.
+    """Tokenise all rows into the folder `entry`, under a temporary name until it is whole.
 
     Raises:
         DataError, ModelError: a row that cannot be read, no row at all, or a tokenizer that cannot be trained with.
@@ -156,7 +156,7 @@ def _write_arrays(folder: Path, chunks: Iterator[list[Sample]]) -> tuple[int, in
 
 
 def read(entry: Path) -> tuple[TokenisedDataset, Drops]:
-    """The samples of a written entry, mapped, and what was left out of them.
+    """Return the samples of a written entry, mapped, and what was left out of them.
 
     Raises:
         DataError: there are none, or the entry is damaged.

@@ -48,12 +48,12 @@ class TokenisedDataset:
         return len(self.starts)
 
     def sample(self, index: int) -> Sample:
-        """The tokens and targets of one sample."""
+        """Return the tokens and targets of one sample."""
         place = slice(self.starts[index], self.starts[index] + self.lengths[index])
         return Sample(self.tokens[place], self.targets[place])
 
     def select(self, indices: NDArray[np.int64]) -> "TokenisedDataset":
-        """Only these samples, in this order; the tokens stay where they are."""
+        """Return only these samples, in this order; the tokens stay where they are."""
         return replace(
             self,
             starts=self.starts[indices],
@@ -69,7 +69,7 @@ def tokenise(
     max_length: int,
     drops: Drops,
 ) -> Iterator[list[Sample]]:
-    """The samples of each chunk of rows, in their order; the tokenizer works on a chunk with all cores.
+    """Yield the samples of each chunk of rows, in their order; the tokenizer works on a chunk with all cores.
 
     A prompt's tokens are exactly those of `tokenizer(prompt)`, which is what an evaluator feeds the model, with
     the one beginning-of-text token that it prepends where the tokenizer has that habit. The answer's are the
@@ -92,7 +92,7 @@ def tokenise(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, format: Format) -> None:
-    """Raises ModelError for a tokenizer that cannot be trained with."""
+    """Raise ModelError for a tokenizer that cannot be trained with."""
     if tokenizer.eos_token_id is None:
         raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token, training needs one")
     if tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
@@ -104,7 +104,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, format: Format) -> None:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that no text may hold: the named special tokens, and those without a name, as LLaMA-3's <|eot_id|>.
+    """Return the ids that no text may hold: special tokens with and without a name, such as LLaMA-3's <|eot_id|>.
 
     The unknown token is not one of them, unless it is another's too: it stands for ordinary text.
     """
@@ -114,7 +114,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def _parts(text: Text) -> list[str]:
-    """What of a text is tokenised, in the order in which `_Encoder.samples` takes it."""
+    """Return what of a text is tokenised, in the order in which `_Encoder.samples` takes it."""
     ends = [end for end in text.ends if end is not None]
     return [text.text, *text.prompts, *ends, *([text.text[len(text.prompts[-1]) :]] if text.apart else [])]
 
@@ -125,7 +125,7 @@ class _Encoder:
         self.specials = special_ids(tokenizer)
 
     def samples(self, rows: Sequence[Row], drops: Drops) -> Iterator[Sample]:
-        """The samples of the rows that can be trained on."""
+        """Yield the samples of the rows that can be trained on."""
         texts: list[tuple[Row, Text]] = []
         for row in rows:
             try:
@@ -151,7 +151,7 @@ class _Encoder:
                 drops.add(error)
 
     def _joined(self, row: Row, whole: list[int], joined: list[int]) -> list[int]:
-        """The tokens of prompt and answer one by one, which must be the same text as both together."""
+        """Return the tokens of prompt and answer one by one, which must be the same text as both together."""
         if self.tokenizer.decode(whole) != self.tokenizer.decode(joined):
             raise row.unfit(
                 "no stable boundary",

@@ -10,7 +10,7 @@ from dynrank_ds.checkpoint.files import newest_checkpoint
 from dynrank_ds.export.folder import staged_folder
 from dynrank_ds.export.peft_writer import DTYPES, Format, write_adapter
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def export_adapter(run: Path, output: Path, format: Format = "peft", dtype: str = "fp32") -> None:
@@ -54,7 +54,7 @@ def export_checkpoint(checkpoint: Path, output: Path, format: Format = "peft", d
 
 
 def _source(record: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Of an adapter's dynrank.json: the checkpoints of which run, the newest or the best, in which format."""
+    """Return from an adapter's dynrank.json: its run, whether its newest or best checkpoint, and the format."""
     if "from" not in record:
         return None
     checkpoint = Path(record["from"])
@@ -63,9 +63,9 @@ def _source(record: Mapping[str, Any]) -> tuple[str, str, str] | None:
 
 
 def _tell_ranks(adapter: TrainedAdapter) -> None:
-    """Says what rank an engine that serves the adapter must allow, which heads that are modules make far larger."""
+    """Say what rank an engine that serves the adapter must allow, which heads that are modules make far larger."""
     name, largest = max(adapter.linears.items(), key=lambda item: item[1].rank)
     heads = f", the sum of the ranks of its {largest.heads} heads" if largest.heads > 1 else ""
-    _log.info(
+    logger.info(
         "adapter of rank up to %d (%s)%s: vLLM's max_lora_rank must allow it", largest.rank, name, heads
     )

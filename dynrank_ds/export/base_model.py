@@ -38,7 +38,7 @@ class BaseModel:
 
 
 def find_base(base: str) -> BaseModel:
-    """The model at the folder or hub id `base`; a hub id is fetched unless it is cached already.
+    """Return the model at the folder or hub id `base`; a hub id is fetched unless it is cached already.
 
     Raises:
         ModelError: if there is no such model, or one without safetensors weights or config.json.

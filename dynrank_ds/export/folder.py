@@ -23,7 +23,7 @@ def staged_folder(
     same: Callable[[Mapping[str, Any]], bool],
     inputs: Sequence[Path] = (),
 ) -> Iterator[Path]:
-    """A folder to fill, which takes the name `output` once the `with` block ends without an error.
+    """Yield a temporary folder, which is renamed to `output` once the `with` block ends without an error.
 
     `record` is written beside the files as dynrank.json, with the name, size and time of each file: a later call
     replaces the folder if it holds these and nothing else.
@@ -111,6 +111,6 @@ def _remove_leftover(path: Path) -> None:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size and time of the last change."""
+    """Return size and time of the last change."""
     about = path.stat()
     return [about.st_size, about.st_mtime_ns]

@@ -15,7 +15,7 @@ from dynrank_ds.export.folder import staged_folder
 from dynrank_ds.export.peft_adapter import PeftAdapter, Update
 from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MERGEABLE = (torch.float32, torch.bfloat16, torch.float16)
 # Elements whose fp32 copies exist at one time. Smaller pieces spend their time on waking threads: on a busy
@@ -102,7 +102,7 @@ def _merge_shards(adapter: PeftAdapter, model: BaseModel, modules: Mapping[str, 
                 changed += _merge_shard(adapter, reader, modules, folder / shard, bar)
     if changed == 0:
         raise RunError(f"No weight of {model.folder} changes at its precision: the adapter changes nothing")
-    _log.info("merged: %d of the adapter's %d modules changed their weight", changed, len(adapter.modules))
+    logger.info("merged: %d of the adapter's %d modules changed their weight", changed, len(adapter.modules))
 
 
 def _merge_shard(
@@ -128,7 +128,7 @@ def _merge_tensor(
 
 
 def _add(weight: torch.Tensor, update: Update) -> bool:
-    """Add the update to `weight` (out, in) in place, some rows at a time; tells whether any value changed."""
+    """Add the update to `weight` (out, in) in place, some rows at a time; return whether any value changed."""
     return any([_add_rows(weight[rows], update.a, update.b[rows], update.scale) for rows in _slices(weight)])
 
 

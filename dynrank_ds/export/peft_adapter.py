@@ -15,18 +15,18 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weig
 
 
 def factor_key(module: str, side: str) -> str:
-    """PEFT's name of the factor `side` ("A" or "B") of the module `module`."""
+    """Return PEFT's name of the factor `side` ("A" or "B") of the module `module`."""
     return f"base_model.model.{module}.lora_{side}.weight"
 
 
 def module_of(key: str) -> str | None:
-    """The module that a tensor is a LoRA factor of, by PEFT's name of the tensor; None for any other."""
+    """Return the module that a tensor is a LoRA factor of, by PEFT's name of the tensor; None for any other."""
     match = _KEY.fullmatch(key)
     return match and match["module"]
 
 
 def open_weights(folder: Path) -> TensorFileReader:
-    """The adapter's tensors.
+    """Return the adapter's tensors.
 
     Raises:
         RunError: there is no safetensors file.
@@ -79,7 +79,7 @@ class PeftAdapter:
         return self.config.base_model
 
     def update(self, module: str) -> Update:
-        """What the adapter adds to the weight of `module`.
+        """Return what the adapter adds to the weight of `module`.
 
         Raises:
             RunError: for values that are not finite.

@@ -57,7 +57,7 @@ def write_adapter(source: AdapterSource, folder: Path, format: Format, dtype: to
 
 
 def _write_peft(source: AdapterSource, folder: Path, dtype: torch.dtype) -> None:
-    """PEFT files in which every module keeps its own rank and modules of rank 0 are left out.
+    """Write PEFT files in which every module keeps its own rank and modules of rank 0 are left out.
 
     Where heads are modules a module's rank is the sum of theirs: PEFT knows no module structure.
 
@@ -76,7 +76,7 @@ def _write_peft(source: AdapterSource, folder: Path, dtype: torch.dtype) -> None
 
 
 def _write_padded(source: AdapterSource, folder: Path, dtype: torch.dtype) -> None:
-    """PEFT files with one rank for all modules: the largest, filled up with zero rows.
+    """Write PEFT files with one rank for all modules: the largest, padded with zero rows.
 
     Modules of rank 0 are zeros. The scale is folded into B, so that alpha = r: right also on engines that
     ignore `rank_pattern`.
@@ -124,7 +124,7 @@ def _config(source: AdapterSource, targets: list[str], rank: int, alpha: float) 
 
 
 def _plain(alpha: float) -> float:
-    """Whole numbers as integers, which is how PEFT types alpha."""
+    """Return whole numbers as integers, as PEFT expects of alpha."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
 

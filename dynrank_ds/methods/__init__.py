@@ -37,7 +37,7 @@ METHODS: dict[str, type[Method]] = dict(map(_loaded, _CLASSES))
 
 
 def _config(values: Any) -> Any:
-    """The section of the method that `values` names."""
+    """Return the section of the method that `values` names."""
     if not isinstance(values, dict):
         return values
     name = values.get("name")

@@ -77,7 +77,7 @@ class AdaLoRA(SensitivityMethod):
         return len(self.schedule) if self.prunes else 0
 
     def budget(self, step: int, initial_total: int) -> int:
-        """Triples that stay unmasked at an adjustment: cubic from `initial_total` to the target (paper eq. 12)."""
+        """Return how many triples stay unmasked at an adjustment: cubic, `initial_total` to target (paper eq. 12)."""
         left = 1 - (step - 1 - self.schedule.t_i) / (self.schedule.end - self.schedule.t_i)
         return int((initial_total - self.target_total) * left**3 + self.target_total)
 

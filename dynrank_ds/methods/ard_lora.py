@@ -117,7 +117,7 @@ class ARDLoRA(Method):
         self._lay_out(layout.ranks)
 
     def _lay_out(self, ranks: Sequence[int]) -> None:
-        """Gates of these ranks, as views of one vector over all triples."""
+        """Create gates of these ranks, as views of one vector over all triples."""
         counts = torch.tensor(ranks)
         self._alpha_of_triple = torch.repeat_interleave(torch.tensor(self.alpha_of), counts).to(self.device)
         self._slot = torch.cat([torch.arange(rank) for rank in ranks]).to(self.device)
@@ -129,7 +129,7 @@ class ARDLoRA(Method):
         self._refresh()
 
     def _beyond(self) -> Tensor:
-        """r0 alpha - (i - 1) of every triple: its gate before clamping."""
+        """Return r0 alpha - (i - 1) of every triple: its gate before clamping."""
         return self.r0 * self.alpha[self._alpha_of_triple] - self._slot
 
     def _refresh(self) -> None:
@@ -147,7 +147,7 @@ class ARDLoRA(Method):
             return
         mine = torch.zeros(len(self.alpha) + 1, dtype=torch.float64, device=self.device)
         beyond = self._beyond()
-        # The derivative of clamp is 1 at both of its ends, as autograd has it.
+        # The derivative of clamp is 1 at both of its ends, as in autograd.
         moving = self._gate_gradients * ((beyond >= 0) & (beyond <= 1)) * self.r0
         mine.index_add_(0, self._alpha_of_triple, moving)
         mine[-1] = 1
@@ -165,7 +165,7 @@ class ARDLoRA(Method):
         self._refresh()
 
     def penalty_gradient(self) -> Tensor:
-        """Gradient of lambda (sum alpha + beta sum huber(alpha - reference)) / n by alpha (n,), fp64.
+        """Return the gradient of lambda (sum alpha + beta sum huber(alpha - reference)) / n by alpha (n,), fp64.
 
         Huber with threshold 1, whose curvature of 1 gives the l1-smoothness lambda beta of the paper's Theorem III.1.
         """
@@ -179,11 +179,11 @@ class ARDLoRA(Method):
     # --- ranks
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
-        """Per module the continuous rank r0 alpha, repeated over its triples."""
+        """Return per module the continuous rank r0 alpha, repeated over its triples."""
         return view.layout.by_module(self.r0 * self.alpha.double()[self._alpha_of_triple])
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
-        """r = max(1, round(r0 alpha)), half to even, and one spare slot to grow into until the last commit.
+        """Set r = max(1, round(r0 alpha)), half to even, plus one triple to grow into until the last commit.
 
         A commit before the last changes no function: r + 1 slots hold every gate above 0.
         """
@@ -211,7 +211,7 @@ class ARDLoRA(Method):
 
 
 def alpha_of_modules(modules: Mapping[str, AdaptedModule]) -> list[int]:
-    """Per module the number of its alpha, where the heads of one attention that work on a key/value head share one.
+    """Return per module the index of its alpha; heads of one attention with the same key/value head share one.
 
     Under grouped-query attention that is the key/value head itself and all query heads of its group. A module
     that is no head has its own.

@@ -189,5 +189,5 @@ class Method:
         """Adapt gates and replicated state to a plan that was just applied, after optimizer step `step`."""
 
     def gates(self) -> list[Tensor | None]:
-        """Return per module what its exported triples are scaled by beside lora_E: fp32 (r,) or (1,), or None."""
+        """Return per module the factor of its exported triples besides lora_E: fp32 (r,) or (1,), or None."""
         return [None] * len(self.shapes)

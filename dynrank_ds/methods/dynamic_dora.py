@@ -57,7 +57,7 @@ class DynamicDoRAConfig(MethodConfig):
 def component_factors(
     rank: int, in_features: int, out_features: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The authors' initial values, fp32: A (r, in) and B (out, r) Kaiming uniform with gain sqrt(2), c = 0.
+    """Return the authors' initial values, fp32: A (r, in) and B (out, r) Kaiming uniform with gain sqrt(2), c = 0.
 
     That is a ~ U(+-sqrt(6 / in)) and b ~ U(+-sqrt(6 / r)).
     """
@@ -74,7 +74,7 @@ def component_factors(
 
 
 def relative_norms(lora_a: Tensor, c: Tensor, lora_b: Tensor) -> Tensor:
-    """(r,) fp64: ||c_i b_i a_i||_F / (||B diag(c) A||_F + 1e-8) (eq. 7), without ever making an (out, in) matrix.
+    """Return (r,) fp64: ||c_i b_i a_i||_F / (||B diag(c) A||_F + 1e-8) (eq. 7), without an (out, in) matrix.
 
     <c_i b_i a_i, c_j b_j a_j> = c_i c_j (b_i . b_j) (a_i . a_j): both norms are in one (r, r) matrix.
     """
@@ -145,7 +145,7 @@ class DynamicDoRA(Method):
         return len(self.schedule) if self.surplus else 0
 
     def masked_at(self, step: int) -> int:
-        """Triples masked at an adjustment: surplus ((t - t_i) / span)^3 rounded down, at least one.
+        """Return how many triples are masked at an adjustment: surplus ((t - t_i) / span)^3 rounded down, at least one.
 
         Slow first and fast last. In whole numbers, so that no rounding error takes one off the last mask.
         """

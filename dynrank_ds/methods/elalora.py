@@ -63,7 +63,7 @@ class ElaLoRA(ReallocationMethod):
         refuse_rank_one(config.name, modules)
 
     def plan(self, scores: Sequence[Tensor], state: RankState) -> RankPlan:
-        """Prunes b' triples and adds b': the largest b' <= b(t) for which the two sides do not overlap.
+        """Prune b' triples and adds b': the largest b' <= b(t) for which the two sides do not overlap.
 
         Candidates for pruning are the min(k, r - 1) lowest triples of every module, and the b' lowest of them all
         go. Candidates for expansion are the min(k, r) lowest of every module that do not go, and the module of each
@@ -88,14 +88,14 @@ class ElaLoRA(ReallocationMethod):
     def new_rows(
         self, module: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Orthonormal rows of A and B, orthogonal to those of the triples that stay; e = 0."""
+        """Return orthonormal rows of A and B, orthogonal to those of the triples that stay; e = 0."""
         kept, count = list(plan.keep[module]), plan.new[module]
         rows = {f: orthogonal_rows(old[f][kept].cpu(), count, generator) for f in ("lora_A", "lora_B")}
         return {**rows, "lora_E": torch.zeros(count)}
 
 
 def _lowest_of_each(scores: Sequence[Tensor], k: int, spared: int) -> list[tuple[float, int, int]]:
-    """(score, module, triple) of the min(k, rank - spared) lowest triples of every module."""
+    """Return (score, module, triple) of the min(k, rank - spared) lowest triples of every module."""
     return [
         (score, b, i)
         for b, module in enumerate(scores)
@@ -106,7 +106,7 @@ def _lowest_of_each(scores: Sequence[Tensor], k: int, spared: int) -> list[tuple
 
 
 def orthogonal_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, n) fp32 orthonormal rows orthogonal to the span of `rows` (r, n); r + count <= n.
+    """Return (count, n) fp32 orthonormal rows orthogonal to the span of `rows` (r, n); r + count <= n.
 
     Normal vectors less their projection on all rows before them, by QR: `v - A^T A v`, which the authors call
     Gram-Schmidt, projects only where the rows of A are orthonormal already.

@@ -141,12 +141,12 @@ class IncreLoRA(OrthogonalMethod):
         return self.growing and super().adjusts_at(step)
 
     def planned_adjustments(self) -> int:
-        """As long as no module reaches its largest rank; later ones then take its share."""
+        """Return the number of adjustments if no module reaches its largest rank; otherwise there are more."""
         each = min(self.config.top_h, len(self.shapes)) * self.add_rank
         return -((self.initial_total - self.target_total) // each)
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
-        """Scores of modules, repeated for each triple."""
+        """Score of modules, repeated for each triple."""
         scores = self.smoothed * self.uncertainty
         return view.layout.by_module(scores[view.layout.module_of_triple])
 
@@ -164,7 +164,7 @@ class IncreLoRA(OrthogonalMethod):
 
 
 def product_sensitivity(backward: ModuleBackward, sizes: list[int]) -> Tensor:
-    """() fp64: sum over a micro-batch's samples of sum |dW * dL/dW|, with dW = s B^T diag(e) A and dL/dW of one sample.
+    """Return () fp64: the sum over samples of sum |dW * dL/dW|, with dW = s B^T diag(e) A and dL/dW of one sample.
 
     sizes: positions of each sample. By samples, so that it does not matter how a batch is cut into micro-batches,
     packed, and dealt to processes.

@@ -125,7 +125,7 @@ class PEDyRA(ReallocationMethod):
         return layout.by_module(self._combine(sums[0] / layout.row_lengths(), sums[1], norms, layout))
 
     def _combine(self, sensitivity: Tensor, magnitudes: Tensor, norms: Tensor, layout: ShardLayout) -> Tensor:
-        """(total_rank,) scores from global sums; rows of the (3, ...) arguments are A, E, B."""
+        """Return (total_rank,) scores from global sums; rows of the (3, ...) arguments are A, E, B."""
         # Weights per module and from this step's gradients, as printed; 1/3 each where all norms are 0.
         share = norms / norms.sum(0).clamp_min(torch.finfo(norms.dtype).tiny)
         if self.config.combination == "linear":
@@ -161,7 +161,7 @@ class PEDyRA(ReallocationMethod):
 
 
 def _toward_theorem(scores: Sequence[Tensor], state: RankState, k_max: int) -> RankPlan:
-    """Up to `k_max` moves of a triple from module to module, each of which lowers sum_l (G_l / r_l)^2.
+    """Return up to `k_max` moves of a triple from module to module, each of which lowers sum_l (G_l / r_l)^2.
 
     That sum is what r_l proportional to G_l^(2/3) (Theorem 3.1) minimises; it is convex in every r_l, so the best
     single moves lead there. G_l, the paper's gradient of module l, is taken as the sum of its triples' scores.
@@ -188,5 +188,5 @@ def _toward_theorem(scores: Sequence[Tensor], state: RankState, k_max: int) -> R
 
 
 def _by_mean(scores: Tensor) -> Tensor:
-    """Non-negative scores with mean 1; zeros stay zeros. No epsilon: gradient scores can be below any fixed one."""
+    """Divide non-negative scores by their mean. No epsilon: scores of gradients can be below any fixed one."""
     return scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)

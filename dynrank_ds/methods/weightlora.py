@@ -70,7 +70,7 @@ class WeightLoRAPlusConfig(WeightsConfig):
 
 
 def project(weights: Tensor, k: int) -> Tensor:
-    """The nearest vector to max(w, 0) with at most k entries that are not 0; ties go to the lower index."""
+    """Return the nearest vector to max(w, 0) with at most k entries that are not 0; ties go to the lower index."""
     positive = weights.clamp_min(0)
     chosen = torch.argsort(positive, descending=True, stable=True)[:k]
     return torch.zeros_like(weights).index_copy(0, chosen, positive[chosen])
@@ -127,7 +127,7 @@ class WeightLoRA(Method):
         self._gradient.zero_()
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
-        """Per module its weight, or a random number, repeated over its triples."""
+        """Return per module its weight, or a random number, repeated over its triples."""
         scores = self.w.double()
         if not self.learned:
             generator = torch.Generator().manual_seed(self.seed)
@@ -140,7 +140,7 @@ class WeightLoRA(Method):
         return RankPlan(keep, (0,) * len(keep))
 
     def _chosen(self, scores: Sequence[Tensor]) -> set[int]:
-        """The k modules of largest weight above 0; ties go to the lower index."""
+        """Return the k modules of largest weight above 0; ties go to the lower index."""
         positive = [b for b, module in enumerate(scores) if float(module[0]) > 0]
         if not positive:
             raise RecipeError(
@@ -183,7 +183,7 @@ class WeightLoRAPlus(WeightLoRA):
         return RankPlan(keep, tuple(t - len(k) for k, t in zip(keep, targets, strict=True)))
 
     def _grown(self, chosen: set[int], state: RankState) -> list[int]:
-        """Ranks after T: the largest common rank with which the chosen modules hold no more parameters than all held.
+        """Return the ranks after T: the largest common rank with which the chosen modules hold no more than all held.
 
         Without limits that is floor(sum_all r (in + out) / sum_chosen (in + out)); a module whose maximum is below it
         takes its maximum.
@@ -203,7 +203,7 @@ class WeightLoRAPlus(WeightLoRA):
     def new_rows(
         self, module: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """`qr`: A^T = Q R becomes [Q, (I - Q Q^T) V], B becomes [R B; 0]; `plain`: V^T and zeros are appended.
+        """Return rows: `qr` makes A^T = Q R [Q, (I - Q Q^T) V] and B [R B; 0]; `plain` appends V^T and zeros.
 
         A is the input side here, as in the authors' code (the paper's A is the output side). V ~ N(0, 1 / in), so
         that its columns are about as long as those of Q (ours: U[0, 1) in the code, no variance in the paper).

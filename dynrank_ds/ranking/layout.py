@@ -25,11 +25,11 @@ class ModuleShape:
     out_features: int
 
     def row_length(self, factor: str) -> int:
-        """Elements of one triple in `factor`."""
+        """Return the number of elements of one triple in `factor`."""
         return {"lora_A": self.in_features, "lora_E": 1, "lora_B": self.out_features}[factor]
 
     def triple_parameters(self, factors: Sequence[str]) -> int:
-        """Parameters of one triple."""
+        """Return the number of parameters of one triple."""
         return sum(map(self.row_length, factors))
 
 
@@ -114,7 +114,7 @@ class ShardLayout:
         return torch.cat(pieces).to(self.device)
 
     def factor(self, flat: Tensor, name: str) -> Tensor:
-        """The part of a flat vector that belongs to factor `name`."""
+        """Return the part of a flat vector that belongs to factor `name`."""
         start = sum(f.stop - f.start for f in self.fragments if f.factor in self._before(name))
         length = sum(f.stop - f.start for f in self.fragments if f.factor == name)
         return flat[start : start + length]
@@ -123,21 +123,21 @@ class ShardLayout:
         return self.factors[: self.factors.index(name)]
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat vector, one a fragment."""
+        """Return views of a flat vector, one a fragment."""
         return list(flat.split([f.stop - f.start for f in self.fragments]))
 
     def row_sums(self, flat: Tensor) -> Tensor:
-        """(len(factors), total_rank) fp64: this process's part of the sum over each triple's row."""
+        """Return (len(factors), total_rank) fp64: this process's part of the sum over each triple's row."""
         sums = torch.zeros(len(self.factors) * self.total_rank, dtype=torch.float64, device=flat.device)
         return sums.index_add_(0, self.row_ids, flat.double()).view(len(self.factors), self.total_rank)
 
     def module_sums(self, row_values: Tensor) -> Tensor:
-        """(..., total_rank) -> (..., modules): sum over the triples of each module."""
+        """Sum (..., total_rank) over the triples of each module: (..., modules)."""
         out = row_values.new_zeros(*row_values.shape[:-1], len(self.ranks))
         return out.index_add_(-1, self.module_of_triple, row_values)
 
     def row_lengths(self) -> Tensor:
-        """(len(factors), total_rank) fp64: elements in each triple's row of each factor."""
+        """Return (len(factors), total_rank) fp64: elements in each triple's row of each factor."""
         lengths = torch.tensor(
             [[shape.row_length(factor) for shape in self.shapes] for factor in self.factors],
             dtype=torch.float64,
@@ -145,10 +145,10 @@ class ShardLayout:
         return lengths.to(self.device)[:, self.module_of_triple]
 
     def by_module(self, row_values: Tensor) -> list[Tensor]:
-        """(total_rank,) -> one CPU tensor a module."""
+        """Split (total_rank,) into one CPU tensor per module."""
         return list(row_values.cpu().split(list(self.ranks)))
 
 
 def whole(factor: str, module: int, numel: int) -> tuple[int, int]:
-    """The fragment of a process that holds everything."""
+    """Return the fragment of a process that holds everything."""
     return 0, numel

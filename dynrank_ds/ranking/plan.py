@@ -39,20 +39,20 @@ class RankPlan:
         return tuple(len(kept) + added for kept, added in zip(self.keep, self.new, strict=True))
 
     def changed(self, ranks: Sequence[int]) -> list[int]:
-        """Modules whose triples the plan removes or adds to, given the ranks before it."""
+        """Return the modules whose triples the plan removes or adds to, given the ranks before it."""
         return [b for b, rank in enumerate(ranks) if self.new[b] or len(self.keep[b]) != rank]
 
     def pruned(self, ranks: Sequence[int]) -> list[list[int]]:
-        """Per module, the indices of the triples that go."""
+        """Return per module the indices of the pruned triples."""
         return [sorted(set(range(rank)) - set(kept)) for rank, kept in zip(ranks, self.keep, strict=True)]
 
     def sha256(self) -> str:
-        """Equal on all processes exactly if their plans are."""
+        """Return the plan's hash, by which processes compare their plans."""
         return hashlib.sha256(repr((self.keep, self.new, self.masked)).encode()).hexdigest()
 
 
 def lowest_triples(scores: Sequence[Tensor], k: int, min_ranks: Sequence[int]) -> list[set[int]]:
-    """The k triples of lowest score over all modules, never leaving a module below its minimum.
+    """Return the k triples of lowest score over all modules, never leaving a module below its minimum.
 
     Counts are exact: ties go to the lower module index, then the lower triple index, and where fewer
     than k can go, fewer go. Returns the pruned indices of every module.
@@ -69,7 +69,7 @@ def lowest_triples(scores: Sequence[Tensor], k: int, min_ranks: Sequence[int]) -
 
 
 def kept_triples(scores: Sequence[Tensor], pruned: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:
-    """Per module, the triples that are not pruned, in ascending order."""
+    """Return per module, the triples that are not pruned, in ascending order."""
     return tuple(
         tuple(i for i in range(len(module)) if i not in gone)
         for module, gone in zip(scores, pruned, strict=True)
@@ -79,7 +79,7 @@ def kept_triples(scores: Sequence[Tensor], pruned: Sequence[set[int]]) -> tuple[
 def spread_over_modules(
     module_scores: Sequence[float], budget: int, costs: Sequence[int], room: Sequence[int]
 ) -> list[int]:
-    """New triples: one for each of the highest modules, round again from the top, while the budget lasts.
+    """Return the new triples per module: one for each of the highest modules, repeated until `budget` is used.
 
     `costs` is what a triple of each module takes of `budget` (1 each where ranks are conserved), `room` how many
     triples each module may still get. Ties go to the lower module index.

@@ -46,13 +46,13 @@ class Sensitivity:
         return self._state["uncertainty"]
 
     def update(self, weights: Tensor, gradients: Tensor) -> None:
-        """One optimizer step; flat vectors of the process's layout, gradients unclipped."""
+        """Update for one optimizer step; flat vectors of the process's layout, gradients unclipped."""
         sensitivity = (weights * gradients).abs_()
         self.smoothed.lerp_(sensitivity, 1 - self.beta1)
         self.uncertainty.lerp_(sensitivity.sub_(self.smoothed).abs_(), 1 - self.beta2)
 
     def row_sums(self, layout: ShardLayout) -> Tensor:
-        """(factors, total_rank) fp64: this process's part of the sum of Ibar * U over each row."""
+        """Return (factors, total_rank) fp64: this process's part of the sum of Ibar * U over each row."""
         return layout.row_sums(self.smoothed.double() * self.uncertainty.double())
 
 
@@ -65,7 +65,7 @@ class _Summed:
     squares: Tensor
 
     def is_of(self, x: Tensor) -> bool:
-        """Whether x is a view of all of the input, which nothing has written to since."""
+        """Return whether x is a view of all of the input, which nothing has written to since."""
         return (
             x.data_ptr() == self.x.data_ptr()
             and x.shape == self.x.shape
@@ -96,7 +96,7 @@ class InputEnergy:
         self._last: _Summed | None = None
 
     def add(self, module: int, x: Tensor, token_mask: Tensor) -> None:
-        """Adds one micro-batch's input x (n, in) of a module; token_mask (batch, tokens) of n drops padding.
+        """Add one micro-batch's input x (n, in) of a module; token_mask (batch, tokens) of n drops padding.
 
         Linears that share their input (q, k and v; gate and up) come one after another: it is squared once for them.
         """
@@ -113,11 +113,11 @@ class InputEnergy:
         return summed
 
     def update(self, tokens: int) -> None:
-        """Closes an optimizer step; `tokens` counts the global batch's tokens without padding."""
+        """Close an optimizer step; `tokens` counts the global batch's tokens without padding."""
         self.smoothed.lerp_(self._sums.div_(tokens), 1 - self.beta)
         self.discard()
 
     def discard(self) -> None:
-        """Forgets the open step, as when it is skipped."""
+        """Forget the open step, as when it is skipped."""
         self._sums.zero_()
         self._last = None

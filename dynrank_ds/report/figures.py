@@ -43,7 +43,7 @@ class Place:
 
 
 def place(module: str) -> Place:
-    """`model.layers.3.self_attn.q_proj` is in layer 3, of kind self_attn.q_proj; with `.blocks.2` behind it, head 2."""
+    """Return layer 3 and kind self_attn.q_proj of `model.layers.3.self_attn.q_proj`; head 2 if `.blocks.2` follows."""
     of_head = _HEAD.fullmatch(module)
     linear, head = (of_head["linear"], int(of_head["head"])) if of_head else (module, -1)
     match = _LAYER.fullmatch(linear)
@@ -51,13 +51,13 @@ def place(module: str) -> Place:
 
 
 def _kinds(modules: Iterable[str]) -> list[str]:
-    """The kinds of linears that occur, in the order of a transformer layer."""
+    """Return the kinds of linears that occur, in the order of a transformer layer."""
     kinds = {place(module).kind for module in modules}
     return sorted(kinds, key=lambda kind: (_ORDER.index(_last(kind)) if _last(kind) in _ORDER else 99, kind))
 
 
 def _labels(kinds: Sequence[str]) -> list[str]:
-    """The kinds' last parts where these tell them apart."""
+    """Return the kinds' last parts where these tell them apart."""
     short = [_last(kind) for kind in kinds]
     return short if len(set(short)) == len(short) else list(kinds)
 
@@ -67,7 +67,7 @@ def _last(kind: str) -> str:
 
 
 def rank_heatmap(start: Mapping[str, int], end: Mapping[str, int]) -> Figure:
-    """Final rank (the number) and change since the start (the colour) of every module, kind by layer.
+    """Draw the final rank (the number) and change since the start (the colour) of every module, kind by layer.
 
     Heads that have ranks of their own are rows below each other.
     """
@@ -128,7 +128,7 @@ def rank_history(adjustments: Sequence[tuple[int, Mapping[str, int]]], start: Ma
 
 
 def course(metrics: Sequence[Mapping[str, float]], adjustment_steps: Sequence[int]) -> Figure:
-    """Loss and total rank over the steps, with the adjustments marked."""
+    """Draw loss and total rank over the steps, with the adjustments marked."""
     steps = np.array([line["step"] for line in metrics])
     figure, [top, bottom] = _canvas(width=11, height=5.0, rows=2)
     loss = np.array([line["loss"] for line in metrics], float)
@@ -178,7 +178,7 @@ def _start(start: Mapping[str, int]) -> str:
 
 
 def _diverging(axes: Axes, changes: np.ndarray) -> AxesImage:
-    """An image whose white is no change, and whose red and blue reach equally far."""
+    """Return an image whose white is no change, and whose red and blue reach equally far."""
     norm = TwoSlopeNorm(vcenter=0, vmin=-_reach(changes), vmax=_reach(changes))
     return axes.imshow(changes, cmap=_DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
 
@@ -197,6 +197,6 @@ def _change_bar(figure: Figure, axes: Axes, image: AxesImage) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean over a centred window of a twentieth of the values."""
+    """Return the mean over a centred window of a twentieth of the values."""
     window = np.ones(max(1, len(values) // 20) | 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

@@ -16,7 +16,7 @@ from dynrank_ds.checkpoint.files import newest_checkpoint, read_state
 from dynrank_ds.errors import RunError
 from dynrank_ds.report.figures import DPI, course, rank_heatmap, rank_history
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _TABLE_ROWS = 10
 
@@ -67,7 +67,7 @@ def read_run(run: Path) -> RunRecord:
 
 
 def _lines_by_step(path: Path) -> list[dict[str, Any]]:
-    """The lines in the order of their steps; of a step that a resumed run did again, the later line."""
+    """Return the lines in the order of their steps; of a step that a resumed run did again, the later line."""
     if not path.is_file():
         return []
     lines = path.read_text().splitlines()
@@ -78,7 +78,7 @@ def _lines_by_step(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise RunError(f"{path}, line {number}, is not JSON ({error})") from error
-            _log.warning("%s: the last line is cut short (a killed run) and left out", path)
+            logger.warning("%s: the last line is cut short (a killed run) and left out", path)
             continue
         if not entry.get("discarded"):  # logged under the step before, whose line it would replace
             found[entry["step"]] = entry
@@ -155,7 +155,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _movers(record: RunRecord) -> tuple[list[str], list[str]]:
-    """The modules that grew and that shrank most, ties by name."""
+    """Return the modules that grew and that shrank most, ties by name."""
     change = {module: rank - record.start[module] for module, rank in record.end.items()}
     grown = sorted(
         (module for module in change if change[module] > 0), key=lambda module: (-change[module], module)

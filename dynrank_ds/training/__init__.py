@@ -1,1 +1,1 @@
-"""The training loop and what it needs beside DeepSpeed."""
+"""The training loop and what it needs besides DeepSpeed."""

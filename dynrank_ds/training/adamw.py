@@ -32,7 +32,7 @@ class RowAgedAdamW(torch.optim.Optimizer):
         """Whether the next step leaves everything as it is, bit for bit."""
 
     def set_state(self, param: Tensor, step: int, births: Tensor, rates: Tensor, lengths: Tensor) -> None:
-        """Gives `param` zero moments and `step` updates so far.
+        """Give `param` zero moments and `step` updates so far.
 
         births, rates, lengths: (runs,), for each run of its elements the step they were born after (0 for what
         exists from the start), what their learning rate is multiplied by, and how many they are.
@@ -52,7 +52,7 @@ class RowAgedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         if self.discard:
             return
         for group in self.param_groups:

@@ -59,7 +59,7 @@ def check_layers(model: PreTrainedModel, path: str) -> None:
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """The layers of the text decoder: the longest list of modules that is in no other (lists of experts are)."""
+    """Return the layers of the text decoder: the longest list of modules that is in no other (lists of experts are)."""
     outermost: dict[str, nn.ModuleList] = {}
     for name, module in model.get_decoder().named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{o}.") for o in outermost):
@@ -68,14 +68,14 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | N
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the text decoder of a model that `check_layers` let through."""
+    """Return the layers of the text decoder of a model that `check_layers` let through."""
     found = find_decoder_layers(model)
     assert found is not None
     return found[1]
 
 
 def text_decoder(model: PreTrainedModel) -> TextDecoder:
-    """Where adapters may go in a model that `check_layers` let through."""
+    """Return where adapters may go in a model that `check_layers` let through."""
     found = find_decoder_layers(model)
     assert found is not None
     decoder, head = model.get_decoder(), model.get_output_embeddings()

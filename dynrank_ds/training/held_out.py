@@ -21,7 +21,7 @@ def held_out_loss(
     micro_batch_size: int,
     device: torch.device,
 ) -> float:
-    """Mean cross entropy over all target tokens of `dataset`, the same on every process; one sum over processes."""
+    """Return the mean cross entropy over all target tokens of `dataset`; one all-reduce, the same on every process."""
     loss = torch.zeros(1, dtype=torch.float64, device=device)
     for chosen, counts in _shares(
         dataset.lengths, processes.rank(), processes.world_size(), micro_batch_size
@@ -35,7 +35,7 @@ def held_out_loss(
 def _shares(
     lengths: NDArray[np.int64], rank: int, world_size: int, micro_batch_size: int
 ) -> Iterator[tuple[NDArray[np.int64], bool]]:
-    """(samples, whether they count) of each micro-batch: samples of like length together, each counted once.
+    """Yield (samples, whether they count) of each micro-batch: samples of similar length together, each counted once.
 
     A process that has no samples left computes one that does not count: under ZeRO-3 all must go forward together.
     """

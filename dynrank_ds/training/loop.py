@@ -108,7 +108,7 @@ class Trainer:
         self._warned_of_replaced_triples = False
 
     def train(self, after_step: Callable[[StepResult], Any]) -> bool:
-        """Runs to the last step; False where a signal ended it before.
+        """Run to the last step; False where a signal ended it before.
 
         `after_step` sees every step, on every process.
         """
@@ -175,7 +175,7 @@ class Trainer:
         return view.gradients * min(1.0, limit / (result.gradient_norm + 1e-6)) if limit else view.gradients
 
     def _accumulate(self, indices: NDArray[Any], targets: int) -> Tensor:
-        """Forward and backward over this process's micro-batches; its part of the batch's mean loss, fp64."""
+        """Run forward and backward over this process's micro-batches; return its part of the mean loss, fp64."""
         micro_batches = self.data.collator.micro_batches(
             indices,
             self.data.samples.lengths,
@@ -206,7 +206,7 @@ class Trainer:
         return loss
 
     def _reduce(self, loss: Tensor, gradients: Tensor) -> StepResult:
-        """One collective, and the step's only wait for the device."""
+        """Reduce the step's figures by one collective, the only wait for the device in a step."""
         layout, penalty = self.engine.layout, self.method.penalty
         squares = [
             torch.linalg.vector_norm(layout.factor(gradients, factor), dtype=torch.float64).square()

@@ -114,7 +114,7 @@ def check_loss(
 
 
 def _beginnings(dataset: TokenisedDataset) -> TokenisedDataset:
-    """The first tokens of the first samples, all targets that can be."""
+    """Return the first tokens of the first samples, all targets that can be."""
     cut = [dataset.sample(i).ids[:length] for i, length in zip(range(len(dataset)), _COMPARED, strict=False)]
     lengths = np.array([len(ids) for ids in cut], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths

@@ -40,7 +40,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_model_folder(path: str) -> None:
-    """Refuses a path that looks like a folder and is none, or holds no model; hub ids pass.
+    """Refuse a path that looks like a folder and is none, or holds no model; hub ids pass.
 
     Raises:
         ModelError: with what to give instead.
@@ -52,7 +52,7 @@ def check_model_folder(path: str) -> None:
 
 
 def fetch_model(path: str) -> Path:
-    """The model's folder; a hub id is downloaded into the hub's cache first: weights, configuration, tokenizer.
+    """Return the model's folder; a hub id is downloaded into the hub's cache first: weights, configuration, tokenizer.
 
     Raises:
         ModelError: there is no model there, or the hub cannot be reached.
@@ -70,7 +70,7 @@ def fetch_model(path: str) -> Path:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Return the model's tokenizer.
 
     Raises:
         ModelError: there is no model there, or it has no tokenizer.
@@ -85,7 +85,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrainedModel:
-    """The base model in training mode, no cache and no dropout: losses are functions of weights and data alone.
+    """Return the base model in training mode, no cache and no dropout: losses are functions of weights and data alone.
 
     Raises:
         ModelError: there is no causal language model there, or not all of its weights.
@@ -120,7 +120,7 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
 
 
 def model_without_weights(path: str) -> PreTrainedModel:
-    """The model on the meta device, from its configuration alone.
+    """Return the model on the meta device, from its configuration alone.
 
     Raises:
         ModelError: there is no causal language model there.
@@ -175,5 +175,5 @@ def adapt(
 
 
 def _short(error: Exception) -> str:
-    """The beginning of a message, in one line: transformers' first lines often end before they say anything."""
+    """Return the beginning of a message as one line: the first of transformers' lines often says nothing yet."""
     return textwrap.shorten(str(error), 240, placeholder=" ...")

@@ -36,7 +36,7 @@ class RunDirectory:
         self._lock: IO[str] | None = None
 
     def lock(self) -> bool:
-        """Makes the directory and keeps other runs out until `unlock` or the end of this process, killed or not.
+        """Make the directory and keeps other runs out until `unlock` or the end of this process, killed or not.
 
         False where another run is in it.
         """
@@ -56,7 +56,7 @@ class RunDirectory:
         return True
 
     def unlock(self) -> None:
-        """Lets other runs in; a directory in which nothing was written goes."""
+        """Let other runs in; a directory in which nothing was written goes."""
         if self._lock:
             if os.listdir(self.path) == [_LOCK]:
                 shutil.rmtree(self.path)
@@ -64,7 +64,7 @@ class RunDirectory:
             self._lock = None
 
     def create(self, recipe: Recipe, identity: Mapping[str, str], world_size: int) -> None:
-        """Writes the resolved recipe and the environment into the locked directory."""
+        """Write the resolved recipe and the environment into the locked directory."""
         # First of all, since by it the directory is known for a run's: one that is killed here can go on.
         replace_text(self.path / RECIPE, recipe.dump())
         about = {**_environment(world_size), "identity": identity}
@@ -80,7 +80,7 @@ class RunDirectory:
         return {"recipe": yaml.safe_load((self.path / RECIPE).read_text()), "identity": identity}
 
     def cut_logs(self, step: int, batch: int) -> None:
-        """Drops what an interrupted run logged after the checkpoint of `step`, its last line cut short too.
+        """Drop what an interrupted run logged after the checkpoint of `step`, its last line cut short too.
 
         batch: how many batches were consumed by then; discarded ones are logged under the step before them.
         """
@@ -95,19 +95,19 @@ class RunDirectory:
                 replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log_step(self, **values: Any) -> None:
-        """Appends a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         self._append(METRICS, values)
 
     def log_adjustment(self, **values: Any) -> None:
-        """Appends a line to ranks.jsonl."""
+        """Append a line to ranks.jsonl."""
         self._append(RANKS, values)
 
     def adjustments(self) -> list[dict[str, Any]]:
-        """The lines of ranks.jsonl."""
+        """Return the lines of ranks.jsonl."""
         return self._lines(RANKS) if (self.path / RANKS).is_file() else []
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        """Up to the first line that is no JSON, as the last one of a run that was killed may be."""
+        """Return the lines up to the first that is not JSON, as the last line of a killed run may be."""
         found = []
         for line in (self.path / name).read_text(errors="replace").splitlines():
             try:
@@ -125,7 +125,7 @@ class RunDirectory:
 
 
 def check_output(path: Path, resume: bool) -> None:
-    """Refuses a directory that holds something else, or a run that was not asked to go on.
+    """Refuse a directory that holds something else, or a run that was not asked to go on.
 
     Raises:
         RunError: with what to do.

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
-    """The tokenised samples and the token to pad with.
+    """Return the tokenised samples and the token to pad with.
 
     What was tokenised before, with the same content, tokenizer and format, is taken from the cache, by every process
     of a machine; the source is not asked then, so that a hub is needed only the first time.
@@ -58,7 +58,7 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
 
 
 def split_held_out(dataset: TokenisedDataset, recipe: Recipe) -> tuple[TokenisedDataset, TokenisedDataset]:
-    """The samples to train on, and those of data.held_out.
+    """Return the samples to train on, and those of data.held_out.
 
     Raises:
         RecipeError: none would be left to train on, or data.held_out is a share that holds no sample.

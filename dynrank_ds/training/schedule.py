@@ -9,7 +9,7 @@ from dynrank_ds.recipe import TrainSection
 
 
 def learning_rate(train: TrainSection, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 1) of `total_steps`: warm-up, then the schedule's decay to 0."""
+    """Return the learning rate of optimizer step `step` (from 1): warm-up, then the schedule's decay to 0."""
     warmup = resolve_steps(train.warmup, total_steps, "train.warmup")
     if step <= warmup:
         return train.learning_rate * step / warmup

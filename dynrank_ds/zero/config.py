@@ -22,7 +22,7 @@ _OWNED = {
 
 
 def load_config(name: str, bf16: bool) -> dict[str, Any]:
-    """A DeepSpeed configuration by the name of a shipped file (`zero3`) or by path.
+    """Return a DeepSpeed configuration by the name of a shipped file (`zero3`) or by path.
 
     Raises:
         RecipeError: no such file, not JSON, a key that the recipe owns, or no ZeRO stage from 1 to 3;
@@ -60,10 +60,10 @@ def load_config(name: str, bf16: bool) -> dict[str, Any]:
 def complete_config(
     config: dict[str, Any], micro_batch_size: int, accumulation: int, max_grad_norm: float, bf16: bool
 ) -> dict[str, Any]:
-    """The configuration handed to DeepSpeed. Gradients accumulate and travel in fp32."""
+    """Return the configuration handed to DeepSpeed. Gradients accumulate and travel in fp32."""
     return {
         **config,
-        # The order in which stages 1 and 2 lay parameters behind one another is known only without these.
+        # The order in which stages 1 and 2 concatenate parameters is known only without these.
         "zero_optimization": config["zero_optimization"]
         | {"round_robin_gradients": False, "parameter_alignment": False},
         "train_micro_batch_size_per_gpu": micro_batch_size,

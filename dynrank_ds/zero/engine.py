@@ -75,12 +75,12 @@ class ZeroEngine:
     # --- training
 
     def __call__(self, **batch: Tensor) -> Tensor:
-        """The model's forward."""
+        """Return the model's forward."""
         return self._engine(**batch)
 
     @torch.no_grad()
     def evaluate(self, **batch: Tensor) -> Tensor:
-        """The model's forward outside training, between steps."""
+        """Return the model's forward outside training, between steps."""
         with trace_of_training_kept(self._engine):
             self._engine.eval()
             result = self._engine(**batch)
@@ -88,11 +88,11 @@ class ZeroEngine:
         return result
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the data-parallel mean of the loss's gradient; losses of several micro-batches add up unscaled."""
+        """Add the data-parallel mean of the loss's gradient; losses of several micro-batches add up unscaled."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, discard: bool = False) -> None:
-        """After the last micro-batch: applies the gradients, or with `discard` drops them and changes nothing."""
+        """Apply the gradients after the last micro-batch, or with `discard` drop them and change nothing."""
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.optimizer.optimizer.discard = discard
@@ -100,30 +100,30 @@ class ZeroEngine:
         self.updates += not discard
 
     def end_micro_batch(self) -> None:
-        """Between micro-batches of one optimizer step."""
+        """Tell DeepSpeed that a micro-batch of an optimizer step ended, and more follow."""
         self._engine.step()
 
     # --- shards
 
     def weights(self) -> Tensor:
-        """The fp32 master weights."""
+        """Return the fp32 master weights."""
         return torch.cat(self._shards.masters).to(self.layout.device)
 
     def gradients(self) -> Tensor:
-        """The gradients of the whole step, between the last backward and `step`."""
+        """Return the gradients of the whole step, between the last backward and `step`."""
         return self._shards.gradients()
 
     def moments(self, name: str) -> Tensor:
-        """`exp_avg` or `exp_avg_sq`."""
+        """Return the moments `exp_avg` or `exp_avg_sq`."""
         return torch.cat(self._shards.moments[name]).to(self.layout.device)
 
     def states(self) -> dict[str, list[Tensor]]:
-        """Views of the master weights and of both moments, one for each fragment of `layout`."""
+        """Return views of the master weights and of both moments, one for each fragment of `layout`."""
         return {"master": self._shards.masters, **self._shards.moments}
 
     @torch.no_grad()
     def load(self, births: Sequence[Tensor], updates: int, read: Callable[[str, Fragment], Tensor]) -> None:
-        """Sets master weights, moments and ages, as from a checkpoint whose weights the modules already have.
+        """Set master weights, moments and ages, as from a checkpoint whose weights the modules already have.
 
         read: gives the elements of a fragment of one of `states`; it is asked for one at a time.
         """
@@ -138,7 +138,7 @@ class ZeroEngine:
     def resize(
         self, plan: RankPlan, new_rows: NewRows, statistics: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Changes ranks to `plan`, in model, master, 16-bit copy and moments; returns `statistics` carried along.
+        """Change ranks to `plan`, in model, master, 16-bit copy and moments; returns `statistics` carried along.
 
         Every process must hold the same plan. New triples get `new_rows` as weights, zero moments and
         statistics, and the age 0.
@@ -164,12 +164,12 @@ class ZeroEngine:
         return {name: carried[name].clone() for name in statistics}
 
     def mask(self, masked: Sequence[Sequence[int]]) -> None:
-        """Sets lora_E of these triples of every module to 0; moments stay, and the next step may move them."""
+        """Set lora_E of these triples of every module to 0; moments stay, and the next step may move them."""
         with torch.no_grad():
             self._shards.zero_gates(masked)
 
     def whole_rows(self, state: Sequence[Tensor]) -> Iterator[tuple[int, str, Tensor]]:
-        """(module, factor, (rank, row_length)) of a state of one piece a fragment, gathered a few modules at a time."""
+        """Yield (module, factor, (rank, row_length)) of a state with one tensor per fragment, few modules a gather."""
         fragments = zip(self.layout.fragments, state, strict=True)
         local = {(f.factor, f.module): piece[None] for f, piece in fragments}
         for some in portions(range(len(self.modules)), self.layout, 1):
@@ -211,7 +211,7 @@ class ZeroEngine:
 
 
 def _rank(module: AdaptedModule) -> int:
-    """Rank of a module, partitioned or not."""
+    """Return the rank of a module, partitioned or not."""
     lora_a = module.lora_A
     if lora_a is None:
         return 0

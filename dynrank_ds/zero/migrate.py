@@ -34,7 +34,7 @@ def migrate(
     rules: tuple[Sequence[FragmentOf], Sequence[FragmentOf]],
     all_reduce_sum: AllReduceSum,
 ) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
-    """Carries `states` (n, old.numel) over to (n, new.numel); state 0 is the weights.
+    """Carry `states` (n, old.numel) over to (n, new.numel); state 0 is the weights.
 
     New triples take `new_rows` as weights and 0 in every other state. `rules` holds every process's fragment
     rule of the old layout and of the new one. Also returns the whole new weights, fp32, of each changed module:
@@ -62,7 +62,7 @@ def migrate(
 
 
 def _moved(old: ShardLayout, rules: tuple[Sequence[FragmentOf], Sequence[FragmentOf]]) -> set[int]:
-    """Modules of which some process holds other elements by the new rules than by the old."""
+    """Return the modules of which some process holds other elements by the new rules than by the old."""
     return {
         module
         for module, (shape, rank) in enumerate(zip(old.shapes, old.ranks, strict=True))
@@ -82,7 +82,7 @@ def _changed_rows(
     new_rows: NewRows,
     states: Tensor,
 ) -> dict[str, Tensor]:
-    """{factor: (n, new rank, row_length)} of a changed module from its old rows."""
+    """Return {factor: (n, new rank, row_length)} of a changed module from its old rows."""
     fresh = new_rows(module, {f: r[0] for f, r in rows.items()}) if plan.new[module] else {}
     keep = torch.tensor(plan.keep[module], dtype=torch.int64, device=states.device)
     out = {}
@@ -97,13 +97,13 @@ def _changed_rows(
 
 
 def pieces(states: Tensor, layout: ShardLayout) -> dict[tuple[str, int], Tensor]:
-    """{(factor, module): (n, local elements)}: `states` (n, numel) by fragment."""
+    """Return {(factor, module): (n, local elements)}: `states` (n, numel) by fragment."""
     parts = states.split([f.stop - f.start for f in layout.fragments], dim=1)
     return {(f.factor, f.module): part for f, part in zip(layout.fragments, parts, strict=True)}
 
 
 def portions(modules: Iterable[int], layout: ShardLayout, n: int) -> Iterator[list[int]]:
-    """`modules` in groups whose `n` states have at most GATHERED_AT_ONCE elements, or of one module that has more."""
+    """Split `modules` into groups whose `n` states have at most GATHERED_AT_ONCE elements, or of one larger module."""
     group: list[int] = []
     held = 0
     for module in modules:
@@ -123,7 +123,7 @@ def gather_modules(
     modules: Sequence[int],
     all_reduce_sum: AllReduceSum,
 ) -> dict[tuple[str, int], Tensor]:
-    """{(factor, module): (n, rank, row_length)} fp32 of whole modules of rank > 0; one collective.
+    """Return {(factor, module): (n, rank, row_length)} fp32 of whole modules of rank > 0; one collective.
 
     local: this process's pieces of them, (n, elements) fp32. `all_reduce_sum` sums over processes in place:
     every element is held by one process, so that it needs no more memory than the modules themselves.

@@ -61,7 +61,7 @@ def name_failed_peer() -> Iterator[None]:
 
 
 def _is_of_a_collective(error: Exception) -> bool:
-    """gloo's errors have no type of their own."""
+    """Return whether the error is a collective's; gloo's errors have no type of their own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
@@ -145,7 +145,7 @@ class _PeerMonitor(threading.Thread):
             self._store.compare_set(_FIRST, "", f"{self._rank} {self._failure}")
 
     def _find_cause(self) -> str:
-        """The number of the process that should report, and what ended the run."""
+        """Return the number of the process that should report, and what ended the run."""
         store = self._store
         answering = [other for other in range(self._size) if store.check([f"{_ANSWER}/{other}"])]
         failures = {other: store.get(f"{_ANSWER}/{other}").decode() for other in answering}

@@ -63,7 +63,7 @@ def _rendezvous_failure(error: dist.DistError, timeout: float) -> str:
 
 
 def _rank_without_launcher() -> dict[str, str]:
-    """What a launcher would have set: from srun's variables, or for a process alone."""
+    """Return the variables that a launcher would have set: from srun's, or for a single process."""
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         if "MASTER_ADDR" not in os.environ:
             raise MachineError(
@@ -80,36 +80,36 @@ def _rank_without_launcher() -> dict[str, str]:
 
 
 def stop() -> None:
-    """Leaves the process group."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return this process's rank in the group of all processes."""
     return dist.get_rank()
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return how many processes there are."""
     return dist.get_world_size()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sums `tensor` over all processes in place; one collective."""
+    """Sum `tensor` over all processes in place; one collective."""
     dist.all_reduce(tensor)
     return tensor
 
 
 def gather_flat(tensor: Tensor) -> Tensor:
-    """(n,) of the same n everywhere -> (world_size, n) on every process; one collective."""
+    """Gather (n,), with the same n on every process, to (world_size, n) on every process; one collective."""
     out = tensor.new_empty(world_size() * tensor.numel())
     dist.all_gather_into_tensor(out, tensor.contiguous())
     return out.view(world_size(), -1)
 
 
 def from_each_process(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor of every process, of one shape everywhere, one after another; a broadcast each."""
+    """Yield the tensor of every process, of one shape everywhere, one after another; a broadcast each."""
     for process in range(world_size()):
         sent = tensor.clone() if process == rank() else torch.empty_like(tensor)
         dist.broadcast(sent, process)
@@ -117,18 +117,18 @@ def from_each_process(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def agree(digest: str, device: torch.device) -> bool:
-    """Whether all processes hold the same hexadecimal digest, of which the first 15 digits are compared."""
+    """Return whether all processes hold the same hexadecimal digest, of which the first 15 digits are compared."""
     mine = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device=device)
     return len(set(gather_flat(mine).flatten().tolist())) == 1
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Wait for all processes."""
     dist.barrier()
 
 
 def peak_memory_gib() -> float:
-    """Largest memory that this process has held: of its accelerator, or on CPU resident."""
+    """Return the peak memory of this process in GiB: of its accelerator, or on CPU resident."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

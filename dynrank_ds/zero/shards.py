@@ -26,7 +26,7 @@ FragmentRules = Callable[[Sequence[ModuleShape], Sequence[int], Sequence[str], i
 def zero3_rules(
     shapes: Sequence[ModuleShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
 ) -> list[FragmentOf]:
-    """ZeRO-3: each tensor in equal pieces of ceil(numel / world_size) elements, the last ones short or empty."""
+    """Return ZeRO-3's rules: each tensor in pieces of ceil(numel / world_size) elements, the last short or empty."""
 
     def rule(process: int) -> FragmentOf:
         def fragment(factor: str, module: int, numel: int) -> tuple[int, int]:
@@ -41,7 +41,7 @@ def zero3_rules(
 def zero2_rules(
     shapes: Sequence[ModuleShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
 ) -> list[FragmentOf]:
-    """ZeRO-1 and 2: all tensors behind one another, padded to a multiple of 2 * world_size, in equal pieces."""
+    """Return ZeRO-1's and 2's rules: tensors concatenated, padded to a multiple of 2 * world_size, in equal pieces."""
     offsets: dict[tuple[str, int], int] = {}
     end = 0
     for factor in factors:
@@ -69,7 +69,7 @@ class Zero3Shards:
         self._optimizer, self._params, self._layout = optimizer, params, layout
 
     def seed(self, births: Sequence[Tensor], rates: Mapping[str, float], updates: int) -> None:
-        """Fresh optimizer state, zero moments, after `updates` steps; see `_runs`."""
+        """Reset the optimizer's state to zero moments after `updates` steps; see `_runs`."""
         padded = {}
         for param, fragment, runs in zip(
             self._params, self._layout.fragments, _runs(births, rates, self._layout), strict=True
@@ -92,7 +92,7 @@ class Zero3Shards:
         return torch.cat(self._local({p.ds_id: safe_get_local_grad(p) for p in self._params}))
 
     def zero_gates(self, masked: Sequence[Sequence[int]]) -> None:
-        """Sets lora_E of these triples to 0, in master and 16-bit copy."""
+        """Set lora_E of these triples to 0, in master and 16-bit copy."""
         for number, local, triples in _masked_gates(self._layout, masked):
             self.masters[number][local] = 0
             param = self._params[number]
@@ -101,7 +101,7 @@ class Zero3Shards:
                 param.data.view(-1)[triples] = 0
 
     def _local(self, pieces: Mapping[int, Tensor]) -> list[Tensor]:
-        """Of every parameter's piece what is no padding, by ds_id."""
+        """Return every parameter's local shard without its padding, by ds_id."""
         pairs = zip(self._params, self._layout.fragments, strict=True)
         return [pieces[p.ds_id].view(-1)[: f.stop - f.start] for p, f in pairs]
 
@@ -115,7 +115,7 @@ class Zero2Shards:
         self._optimizer, self._params, self._layout = optimizer, params, layout
 
     def seed(self, births: Sequence[Tensor], rates: Mapping[str, float], updates: int) -> None:
-        """Fresh optimizer state, zero moments, after `updates` steps; see `_runs`."""
+        """Reset the optimizer's state to zero moments after `updates` steps; see `_runs`."""
         flat = self._optimizer.single_partition_of_fp32_groups[0]
         runs = _padded(torch.cat(_runs(births, rates, self._layout), dim=1), flat.numel(), 1.0)
         self._optimizer.optimizer.set_state(flat, updates, *runs.to(flat.device))
@@ -131,7 +131,7 @@ class Zero2Shards:
         return flat[: self._layout.numel].to(self._layout.device, torch.float32)
 
     def zero_gates(self, masked: Sequence[Sequence[int]]) -> None:
-        """Sets lora_E of these triples to 0, in master and 16-bit copy."""
+        """Set lora_E of these triples to 0, in master and 16-bit copy."""
         for number, local, triples in _masked_gates(self._layout, masked):
             self.masters[number][local] = 0
             self._params[number].data[triples] = 0
@@ -141,7 +141,7 @@ Shards = Zero3Shards | Zero2Shards
 
 
 def _runs(births: Sequence[Tensor], rates: Mapping[str, float], layout: ShardLayout) -> list[Tensor]:
-    """For each fragment (3, rows) fp64: when each row was born, its rate, how many of its elements are here.
+    """Return per fragment (3, rows) fp64: the step at which each row was added, its rate, its number of local elements.
 
     births: the (rank,) of every module, the optimizer step after which each triple was born.
     """
@@ -156,7 +156,7 @@ def _runs(births: Sequence[Tensor], rates: Mapping[str, float], layout: ShardLay
 
 
 def _padded(runs: Tensor, length: int, rate: float) -> Tensor:
-    """With one run more, up to `length` elements: what lies behind a fragment is never read."""
+    """Append one run, up to `length` elements: the padding after a fragment is never read."""
     missing = length - runs[2].sum()
     return torch.cat([runs, torch.tensor([[0.0], [rate], [missing]], dtype=torch.float64)], dim=1)
 
@@ -164,7 +164,7 @@ def _padded(runs: Tensor, length: int, rate: float) -> Tensor:
 def _masked_gates(
     layout: ShardLayout, masked: Sequence[Sequence[int]]
 ) -> list[tuple[int, list[int], list[int]]]:
-    """(number of the fragment, masked elements inside it, masked triples of its module) of every lora_E."""
+    """Return (number of the fragment, masked elements inside it, masked triples of its module) of every lora_E."""
     return [
         (number, [i - f.start for i in masked[f.module] if f.start <= i < f.stop], list(masked[f.module]))
         for number, f in enumerate(layout.fragments)

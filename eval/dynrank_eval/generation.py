@@ -18,7 +18,7 @@ from dynrank_eval.jsonl import read_rows
 from dynrank_eval.output import SAMPLES, SETTINGS, replace_file
 from dynrank_eval.tasks import fingerprint
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 # An adapter must change the output on one of this many prompts.
 _PROBES = 8
 
@@ -123,9 +123,9 @@ def resolve_dtype(dtype: str) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, reason = dtypes.resolve_dtype(dtype, device)
     if dtype == "auto":
-        log.info("--dtype auto is %s", reason)
+        logger.info("--dtype auto is %s", reason)
     elif warning := dtypes.slow_dtype_warning(dtype, device):
-        log.warning("--dtype %s: %s", dtype, warning)
+        logger.warning("--dtype %s: %s", dtype, warning)
     return name
 
 

@@ -124,7 +124,7 @@ def test_the_output_layer_is_refused(targets: Any) -> None:
         ("Falcon-H1", ["mamba.out_proj"], None, r"state-space layer, whose kernel reads the weight alone"),
     ],
 )
-def test_a_target_that_names_nothing_is_told_with_what_there_is(
+def test_a_target_that_names_nothing_is_reported_with_the_names_that_exist(
     name: str, targets: Any, layers: Any, sentence: str
 ) -> None:
     with pytest.raises(RecipeError, match=sentence):
@@ -140,7 +140,7 @@ def test_what_is_adapted_and_left_out_is_counted() -> None:
     )
 
 
-def test_layers_that_peft_takes_for_experts_are_told() -> None:
+def test_layers_that_peft_takes_for_experts_are_reported() -> None:
     net = model("DeepSeek-V3")
     lost = lost_in_peft(net, found(net, "all-linear"))
     assert len(lost) == 6 and "model.layers.0.mlp.gate_proj" in lost

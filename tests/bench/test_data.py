@@ -16,7 +16,7 @@ def test_the_data_benchmark_prints_its_figures(tmp_path: Path, capsys: pytest.Ca
     assert out.count("rows/s") == 2 and out.count("samples/s") == 2 and out.count("padding and waiting") == 2
 
 
-def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "--quick", "data.source=./nowhere.jsonl"]) == 2
     assert (
         capsys.readouterr().err

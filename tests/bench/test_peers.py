@@ -91,7 +91,9 @@ def test_the_interval_of_a_median_covers_it_as_often_as_stated() -> None:
     assert median_interval([6, 5, 4, 3, 2, 1]) == (3.5, 1, 6)
 
 
-def test_mistakes_are_told_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = str(write_recipe(tmp_path))
     assert main(["peers", "--quick", "--recipe", recipe, "data.packing=true"]) == 2
     assert "data.packing is true" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_time_inside_is_that_of_the_methods_own_work(tmp_path: Path) -> None:
     assert slowed < inside < 1.5 * slowed
 
 
-def test_a_method_without_adjustments_is_told(tmp_path: Path) -> None:
+def test_a_method_without_adjustments_is_reported(tmp_path: Path) -> None:
     process = bench(write_recipe(tmp_path), "method.name=lora")
     assert process.returncode == 2
     assert "error: method.name is lora, which never adjusts ranks: give another" in process.output

@@ -154,7 +154,7 @@ def test_a_conversation_that_cannot_be_trained_on_is_named(
         FORMATS["chat"].text(bad, chatty)
 
 
-def test_a_template_that_refuses_or_rewrites_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_that_refuses_or_rewrites_is_reported(tokenizer: PreTrainedTokenizerFast) -> None:
     copy = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
     )

@@ -120,7 +120,7 @@ def test_a_hub_data_set_is_asked_for_by_id_split_and_revision(
     assert set(asked) == {("owner/name", "abc", streaming)}
 
 
-def test_what_a_source_holds_is_told_by_content_not_by_place(tmp_path: Path) -> None:
+def test_what_a_source_holds_is_identified_by_content_not_by_place(tmp_path: Path) -> None:
     first, same = (write(tmp_path / name, '{"query": "a"}') for name in ("1.jsonl", "2.jsonl"))
     other = write(tmp_path / "3.jsonl", '{"query": "b"}')
     identities = [open_source(source).identity() for source in (first, same, other)]
@@ -129,7 +129,7 @@ def test_what_a_source_holds_is_told_by_content_not_by_place(tmp_path: Path) -> 
     assert open_source("a/b").identity() != open_source("a/b", split="test").identity()
 
 
-def test_what_a_folder_for_datasets_holds_is_told_by_content_too(tmp_path: Path) -> None:
+def test_what_a_folder_for_datasets_holds_is_identified_by_content_too(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("first", "same", "other")]
     for folder, row in zip(folders, ("a,1", "a,1", "b,1"), strict=True):
         write(folder / "train" / "rows.csv", "query,response", row)
@@ -243,7 +243,7 @@ def test_a_damaged_file_that_datasets_reads_is_named_with_the_reason(
     ) as caught:
         load_rows(str(tmp_path / "set"), streaming=streaming)
     assert "\n" not in str(caught.value)
-    assert "Failed to read" not in capfd.readouterr().err, "told once, by us"
+    assert "Failed to read" not in capfd.readouterr().err, "reported once, by us"
 
 
 def test_a_hub_data_set_that_cannot_be_reached_is_one_sentence(

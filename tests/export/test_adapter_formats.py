@@ -144,7 +144,7 @@ def test_a_value_that_is_not_finite_is_named(tmp_path, factor):
         export_checkpoint(checkpoint, tmp_path / "adapter")
 
 
-def test_a_missing_or_damaged_checkpoint_is_told(tmp_path):
+def test_a_missing_or_damaged_checkpoint_is_reported(tmp_path):
     with pytest.raises(RunError, match="no complete checkpoint"):
         export_adapter(tmp_path, tmp_path / "adapter", "peft")
     with pytest.raises(RunError, match="is damaged"):

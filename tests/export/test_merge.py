@@ -211,7 +211,7 @@ def test_an_adapter_that_does_not_fit_or_work_is_refused(run, tmp_path, tensors,
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_base_that_cannot_be_used_is_told(run, tmp_path, adapter):
+def test_a_base_that_cannot_be_used_is_reported(run, tmp_path, adapter):
     plain = write_adapter(tmp_path / "adapter")
     with pytest.raises(RunError, match="does not name its base model"):
         merge_adapter(plain, None, tmp_path / "merged")

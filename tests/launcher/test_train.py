@@ -72,7 +72,7 @@ def test_only_the_first_process_tells_a_mistake(
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_what_one_machine_lacks_is_told_by_whichever_process_sees_it(
+def test_what_one_machine_lacks_is_reported_by_whichever_process_sees_it(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> int:

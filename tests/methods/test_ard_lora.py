@@ -318,7 +318,7 @@ def test_after_the_last_commit_whole_ranks_train_as_plain_lora() -> None:
 
 
 @pytest.mark.parametrize("last_step", [9, 16])
-def test_a_restored_method_goes_on_bit_for_bit(last_step: int) -> None:
+def test_a_restored_method_continues_bit_for_bit(last_step: int) -> None:
     made, again = live(2), live(2)
     first = ard_lora(made)
     first.start(layout(first, (2, 2, 2)))

@@ -75,8 +75,8 @@ def test_a_line_that_a_kill_cut_short_is_left_out_with_a_warning(run, caplog):
 def test_steps_that_a_resumed_run_did_again_count_once(run):
     lines = [metric(step, 3.0) for step in range(1, 31)] + [metric(step, 1.0) for step in range(21, 31)]
     write_lines(run / "metrics.jsonl", lines)
-    told = summary(write_report(run).read_text())
-    assert told["Steps"] == "30" and told["Loss, first and last step"] == "3.0000 → 1.0000"
+    table = summary(write_report(run).read_text())
+    assert table["Steps"] == "30" and table["Loss, first and last step"] == "3.0000 → 1.0000"
 
 
 def test_discarded_batches_leave_the_step_before_as_it_was(run):
@@ -86,7 +86,7 @@ def test_discarded_batches_leave_the_step_before_as_it_was(run):
     assert summary(write_report(run).read_text())["Loss, first and last step"] == "2.0000 → 2.0000"
 
 
-def test_what_is_no_run_is_told(run, tmp_path):
+def test_what_is_no_run_is_reported(run, tmp_path):
     with pytest.raises(RunError, match=r"metrics\.jsonl does not exist or is empty"):
         write_report(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()

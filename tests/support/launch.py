@@ -130,7 +130,7 @@ def wait_until(condition: Callable[[], object], processes: Sequence[Started]) ->
         time.sleep(0.02)
 
 
-def errors_told(processes: Sequence[Started]) -> list[str]:
+def reported_errors(processes: Sequence[Started]) -> list[str]:
     """The sentences that ended them."""
     return [line for p in processes for line in p.output.splitlines() if line.startswith("error:")]
 

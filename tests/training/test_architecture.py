@@ -67,8 +67,8 @@ def test_validate_refuses_a_kind_of_model_in_one_sentence_that_names_it(
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["validate", "--recipe", str(tmp_path / "recipe.yaml")]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("error: model.path") and sentence in told[-1]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: model.path") and sentence in lines[-1]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

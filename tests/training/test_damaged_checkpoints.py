@@ -57,7 +57,7 @@ def test_the_newest_is_taken_when_it_is_whole_and_names_that_are_no_checkpoints_
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flipped", "cut", "longer", "empty", "missing"])
-def test_damage_to_any_file_is_told_and_the_checkpoint_before_is_taken(
+def test_damage_to_any_file_is_reported_and_the_checkpoint_before_is_taken(
     name: str, damage: str, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = run / "checkpoints/step-10" / name

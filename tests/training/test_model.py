@@ -59,7 +59,7 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradient(folder: Path
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
 
 
-def test_a_models_dropout_is_off_and_told(
+def test_a_models_dropout_is_off_and_reported(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(folder, tmp_path / "model")
@@ -83,7 +83,7 @@ def test_a_folder_that_is_missing_or_holds_no_model_is_named(load, tmp_path: Pat
         load(tmp_path)
 
 
-def test_a_folder_whose_config_is_broken_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_whose_config_is_broken_is_reported_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"model.path .* is no causal language model: "):
         load_model(section(tmp_path), False)

@@ -148,7 +148,7 @@ def test_a_process_that_hangs_while_it_tokenises_is_not_waited_for_for_ever(
             prepare_data(chosen)
 
 
-def test_a_full_disk_of_the_cache_is_told_and_leaves_nothing(folder: Path) -> None:
+def test_a_full_disk_of_the_cache_is_reported_and_leaves_nothing(folder: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
@@ -169,7 +169,7 @@ def test_a_finished_entry_needs_no_cache_that_can_be_written(
     assert len(prepare_data(recipe(folder))[0]) == 12
 
 
-def test_dropped_rows_are_told_each_time_with_their_number_and_the_first_of_them(
+def test_dropped_rows_are_reported_each_time_with_their_number_and_the_first_of_them(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (folder / "data.jsonl").open("a") as file:
@@ -215,8 +215,8 @@ def test_a_hub_out_of_reach_ends_prepare_in_one_sentence(
 ) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    told = refused(folder, capsys, source="owner/name", streaming=streaming)
-    assert "owner/name: split 'train' cannot be loaded by datasets, after row 0 (Couldn't reach" in told
+    message = refused(folder, capsys, source="owner/name", streaming=streaming)
+    assert "owner/name: split 'train' cannot be loaded by datasets, after row 0 (Couldn't reach" in message
 
 
 def test_after_prepare_the_hub_is_not_asked_again(
@@ -266,7 +266,9 @@ def test_streamed_data_are_the_same_samples_in_the_same_order(
     assert np.array_equal(stored.lengths[:8], streamed.lengths)
 
 
-def test_a_model_that_the_hub_does_not_give_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_the_hub_does_not_give_is_reported_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"model.path nobody/nothing cannot be fetched from the hub: "):
         fetch_model("nobody/nothing")

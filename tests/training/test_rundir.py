@@ -43,7 +43,7 @@ def test_logs_are_cut_after_a_checkpoints_last_batch(tmp_path: Path) -> None:
     assert (tmp_path / "ranks.jsonl").read_text() == '{"step": 2}\n'
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_no_checkpoint_any_more(
+def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_no_checkpoint_any_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def busy(path: Path) -> None:

@@ -41,10 +41,10 @@ def test_auto_is_written_as_what_it_was_resolved_to(run: str, dtype: str, folder
     ],
 )
 def test_one_line_says_which_dtype_and_why(number: int, sentence: str, folder: Path) -> None:
-    first, _ = outcomes(folder, f"told-{number}", 2)
+    first, _ = outcomes(folder, f"messages-{number}", 2)
     assert first[0] == sentence
 
 
 def test_a_bf16_run_that_is_resumed_without_bf16_arithmetic_is_warned_how_slow_it_is(folder: Path) -> None:
-    first, _ = outcomes(folder, "told-3", 2)
+    first, _ = outcomes(folder, "messages-3", 2)
     assert len(first) == 2 and "8 to 40 times slower" in first[1]

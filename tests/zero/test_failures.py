@@ -23,13 +23,13 @@ def test_processes_with_different_plans_all_fail_before_anything_changes(shards:
     assert not (run / "ranks.jsonl").exists()
 
 
-def test_processes_that_see_different_checkpoints_are_told_to_share_a_disk(shards: Path) -> None:
+def test_processes_that_see_different_checkpoints_are_asked_to_share_a_disk(shards: Path) -> None:
     for message in outcomes(shards, "unshared", 2):
         assert message.startswith("the processes see different checkpoints in ")
         assert message.endswith("output.dir must be on a disk that all of them share")
 
 
-def test_processes_that_hold_different_data_are_told_so_before_anything_is_made(shards: Path) -> None:
+def test_processes_that_hold_different_data_are_reported_before_anything_is_made(shards: Path) -> None:
     for message in outcomes(shards, "differing", 2):
         assert message.startswith("the processes hold different models, tokenizers or data")
     assert not (shards / "differing").exists()
@@ -73,7 +73,7 @@ def test_a_discarded_step_changes_no_bit_of_weights_moments_ages_and_statistics(
         assert [process[batch]["changed"] for batch in (5, 9)] == [[], []]
 
 
-def test_training_goes_on_after_a_discarded_step(steps: Any, run: Path) -> None:
+def test_training_continues_after_a_discarded_step(steps: Any, run: Path) -> None:
     for process in steps:
         assert len(process) == STEPS + 2 and process[-1]["step"] == STEPS
         assert all(step["finite"] for step in process)

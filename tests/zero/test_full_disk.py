@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from dynrank_ds.checkpoint.files import check, complete_checkpoints
-from tests.support.launch import Started, errors_told, start_processes, train, train_command, wait, wait_until
+from tests.support.launch import (
+    Started,
+    reported_errors,
+    start_processes,
+    train,
+    train_command,
+    wait,
+    wait_until,
+)
 from tests.support.recipes import STEPS, lines, write_recipe
 
 OPTIONS = ("train.checkpoint_interval=4", "train.checkpoints_kept=9")
@@ -38,11 +46,11 @@ def with_a_checkpoint(recipe: Path, run: Path) -> list[Started]:
     return processes
 
 
-def assert_told_and_whole(processes: list[Started], run: Path, why: str) -> None:
+def assert_reported_and_whole(processes: list[Started], run: Path, why: str) -> None:
     wait(processes)
     assert [process.returncode for process in processes] == [2, 2], [p.output for p in processes]
-    [told] = errors_told(processes)
-    assert "could not be written" in told and why in told
+    [message] = reported_errors(processes)
+    assert "could not be written" in message and why in message
     assert "Traceback" not in processes[0].output + processes[1].output
     left = complete_checkpoints(run)
     assert left and not [path for path in run.rglob("*.tmp")]
@@ -55,7 +63,7 @@ def assert_goes_on(recipe: Path, run: Path) -> None:
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
-def test_a_checkpoint_that_does_not_fit_is_told_and_the_run_goes_on_once_there_is_room(
+def test_a_checkpoint_that_does_not_fit_is_reported_and_the_run_continues_once_there_is_room(
     tmp_path: Path, small_disk: Path
 ) -> None:
     recipe, run = write_recipe(tmp_path), small_disk / "run"
@@ -63,21 +71,23 @@ def test_a_checkpoint_that_does_not_fit_is_told_and_the_run_goes_on_once_there_i
     disk = os.statvfs(small_disk)
     with (small_disk / "filler").open("wb") as filler:  # all but a few modules, for the log
         os.posix_fallocate(filler.fileno(), 0, (disk.f_bavail - 4) * disk.f_bsize)
-    assert_told_and_whole(processes, run, "No space left on device")
+    assert_reported_and_whole(processes, run, "No space left on device")
     (small_disk / "filler").unlink()
     assert_goes_on(recipe, run)
 
 
-def test_a_checkpoint_over_the_limit_of_a_file_is_told_and_the_run_goes_on_without_it(tmp_path: Path) -> None:
+def test_a_checkpoint_over_the_limit_of_a_file_is_reported_and_the_run_continues_without_it(
+    tmp_path: Path,
+) -> None:
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
     processes = with_a_checkpoint(recipe, run)
     for process in processes:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    assert_told_and_whole(processes, run, "File too large")
+    assert_reported_and_whole(processes, run, "File too large")
     assert_goes_on(recipe, run)
 
 
-def test_a_log_that_cannot_grow_is_told(tmp_path: Path) -> None:
+def test_a_log_that_cannot_grow_is_reported(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     processes = start_processes(2, train_command(recipe, "train.steps=5000"), tmp_path / "logs")
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -108,7 +108,7 @@ def transformers_loss(folder: Path, adapter: Path) -> float:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_its_best_checkpoint_where_that_is_the_newest_and_keeps_it(
+def test_a_run_continues_from_its_best_checkpoint_where_that_is_the_newest_and_keeps_it(
     folder: Path, plain: list[dict[str, Any]]
 ) -> None:
     """Three processes, stopped in the middle by having only the best checkpoint left."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dynrank_ds.zero.peer_failure import GRACE
-from tests.support.launch import Started, errors_told, start_processes, train_command, wait, wait_until
+from tests.support.launch import Started, reported_errors, start_processes, train_command, wait, wait_until
 from tests.support.recipes import lines, write_recipe
 
 TIMEOUT = 8.0
@@ -48,7 +48,7 @@ def test_one_that_dies_is_named_soon(recipe: Path, world_size: int, victim: int)
     assert time.monotonic() - begun < 3 * GRACE
     others = [p for number, p in enumerate(processes) if number != victim]
     assert [p.returncode for p in others] == [1] * (world_size - 1)
-    [message] = errors_told(processes)
+    [message] = reported_errors(processes)
     assert f"process {victim} died or hung" in message and "resume=auto" in message
     assert not any("Traceback" in p.output for p in others)
 
@@ -66,7 +66,7 @@ def test_one_that_hangs_is_named_after_the_timeout(recipe: Path, victim: int, ze
         os.kill(processes[victim].pid, signal.SIGKILL)
     assert TIMEOUT - 1 < seconds < TIMEOUT + 3 * GRACE
     assert other.returncode == 1
-    [message] = errors_told([other])
+    [message] = reported_errors([other])
     assert f"process {victim} died or hung" in message
     wait(processes)
 
@@ -81,7 +81,7 @@ def test_one_whose_run_hangs_is_named_though_it_answers(recipe: Path) -> None:
         wait(processes[1:])
     finally:
         os.kill(processes[0].pid, signal.SIGKILL)
-    [message] = errors_told(processes[1:])
+    [message] = reported_errors(processes[1:])
     assert "in every process but 0, which may hang: " in message
     wait(processes)
 
@@ -95,5 +95,5 @@ def test_one_that_fails_is_named_with_its_error(recipe: Path) -> None:
     wait(processes)
     assert [p.returncode for p in processes] == [1, 1, 1]
     assert "IsADirectoryError" in processes[0].output
-    [message] = errors_told(processes)
+    [message] = reported_errors(processes)
     assert "process 0 failed first: IsADirectoryError" in message

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import (
-    errors_told,
+    reported_errors,
     run_worker,
     start_processes,
     train,
@@ -68,8 +68,8 @@ def test_each_step_is_logged_once(resumed: tuple[int, Path]) -> None:
 
 
 def test_another_run_than_the_checkpoints_is_refused_in_one_sentence(uninterrupted: Path) -> None:
-    told = refused(uninterrupted, "run", "train.learning_rate=1e-4", "train.micro_batch_size=3")
-    assert "train.learning_rate is 0.0001, was 0.005. Set these back" in told
+    message = refused(uninterrupted, "run", "train.learning_rate=1e-4", "train.micro_batch_size=3")
+    assert "train.learning_rate is 0.0001, was 0.005. Set these back" in message
 
 
 def refused(uninterrupted: Path, name: str, *overrides: str) -> str:
@@ -82,9 +82,9 @@ def refused(uninterrupted: Path, name: str, *overrides: str) -> str:
     )
     wait(processes)
     assert [process.returncode for process in processes] == [2, 2]
-    [told] = errors_told(processes)
+    [message] = reported_errors(processes)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    return told
+    return message
 
 
 def test_a_run_without_a_checkpoint_is_begun_anew_by_its_own_recipe_and_model_only(
@@ -95,8 +95,8 @@ def test_a_run_without_a_checkpoint_is_begun_anew_by_its_own_recipe_and_model_on
     shutil.rmtree(run / "checkpoints")
     assert "holds the adapter of a run but no checkpoint" in refused(uninterrupted, "unsaved")
     shutil.rmtree(run / "adapter")
-    told = refused(uninterrupted, "unsaved", "train.seed=1")
-    assert f"{run} cannot be resumed" in told and "train.seed is 1, was 0" in told
+    message = refused(uninterrupted, "unsaved", "train.seed=1")
+    assert f"{run} cannot be resumed" in message and "train.seed is 1, was 0" in message
     environment = json.loads((run / "environment.json").read_text())
     environment["identity"]["base model"] = "another's"
     (run / "environment.json").write_text(json.dumps(environment))
@@ -114,14 +114,14 @@ def test_a_run_keeps_others_out_of_its_directory_until_it_ends(uninterrupted: Pa
     wait(second)
     os.kill(first[0].pid, signal.SIGCONT)
     assert [process.returncode for process in second] == [2, 2]
-    [told] = errors_told(second)
-    assert f"output.dir {run} is in use by another run" in told
+    [message] = reported_errors(second)
+    assert f"output.dir {run} is in use by another run" in message
     wait(first)
     assert first[0].returncode == 0, first[0].output
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
-def test_a_finished_run_that_is_gone_on_with_keeps_its_last_checkpoint(uninterrupted: Path) -> None:
+def test_a_finished_run_that_is_resumed_keeps_its_last_checkpoint(uninterrupted: Path) -> None:
     run = uninterrupted / "finished"
     shutil.copytree(uninterrupted / "run", run)
     shutil.rmtree(run / "adapter")
@@ -149,7 +149,7 @@ def discarding(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_a_run_that_discarded_batches_goes_on_with_the_batch_it_would_have_had(
+def test_a_run_that_discarded_batches_continues_with_the_batch_it_would_have_had(
     discarding: Path, setup: str
 ) -> None:
     whole, resumed = discarding / setup / "whole", discarding / setup / "resumed"
@@ -174,9 +174,9 @@ def test_a_signal_to_one_process_saves_and_ends_all_and_the_run_can_go_on(uninte
     wait(processes)
     outputs = [process.output for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    told = [line for output in outputs for line in output.splitlines() if "resume=auto" in line]
-    assert len(told) == 1, outputs
-    stopped_at = int(re.search(r"stopped at step (\d+)", told[0])[1])  # type: ignore[index]
+    messages = [line for output in outputs for line in output.splitlines() if "resume=auto" in line]
+    assert len(messages) == 1, outputs
+    stopped_at = int(re.search(r"stopped at step (\d+)", messages[0])[1])  # type: ignore[index]
     assert 2 <= stopped_at < STEPS
     assert (run / "checkpoints" / f"step-{stopped_at}" / "state.json").is_file()
     assert len(losses(run)) == stopped_at and not (run / "adapter").exists()

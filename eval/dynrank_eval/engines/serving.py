@@ -12,7 +12,7 @@ _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 # What vLLM accepts as max_lora_rank; it serves every rank up to it.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def check_heads(model: str) -> None:
@@ -68,5 +68,5 @@ def parallel_size(model: str, gpus: int) -> int:
     sizes = [n for n in range(1, gpus + 1) if heads % n == 0 and wide % n == 0]
     size = max(n for n in sizes if shared % n == 0 or n % shared == 0)
     if size < gpus:
-        log.warning("%d of %d GPUs are used: %s has %d attention heads", size, gpus, model, heads)
+        logger.warning("%d of %d GPUs are used: %s has %d attention heads", size, gpus, model, heads)
     return size

@@ -25,7 +25,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -46,14 +46,14 @@ class VllmEngine:
             from dynrank_eval.engines.hf import save_merged
 
             self._merged = tempfile.TemporaryDirectory(prefix="dynrank-merged-")
-            log.warning(
+            logger.warning(
                 "the adapter is merged into %s, since vLLM cannot serve it: %s", self._merged.name, reason
             )
             save_merged(spec, Path(self._merged.name))
             model = self._merged.name
         elif spec.adapter is not None:
             rank = allowed_rank(spec.adapter)
-            log.info("vLLM serves the adapter directly, with max_lora_rank %d", rank)
+            logger.info("vLLM serves the adapter directly, with max_lora_rank %d", rank)
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
             self._adapter = LoRARequest("adapter", 1, str(spec.adapter.resolve()))
         on_cpu = not torch.cuda.is_available()

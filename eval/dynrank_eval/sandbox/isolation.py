@@ -27,7 +27,7 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/dev/full"
 # Below /tmp, which also shows the interpreter where that lies there.
 _OWN = "/tmp/own"
 INSIDE = Path(__file__).with_name("inside")
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _working_bubblewrap() -> str | None:
         done = subprocess.run(trial, capture_output=True, text=True, env={}, stdin=subprocess.DEVNULL)
         if done.returncode == 0:
             return program
-        log.warning("bubblewrap (%s) does not work here: %s", program, done.stderr.strip()[-300:])
+        logger.warning("bubblewrap (%s) does not work here: %s", program, done.stderr.strip()[-300:])
     return None
 
 

@@ -19,7 +19,7 @@ from dynrank_eval.tasks.base import Judgement, Problem, Task, Verdict
 from dynrank_eval.tasks.programs import program
 from dynrank_eval.transcriptions import evalplus, pissa
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _VERDICTS = {
     Outcome.PASSED: Verdict.CORRECT,
@@ -47,7 +47,7 @@ class CodeTask(Task):
         if not allow_network:
             sandbox.require_network_isolation(isolation)
         if isolation.missing():
-            log.warning("on this machine the sandbox does not isolate: %s", ", ".join(isolation.missing()))
+            logger.warning("on this machine the sandbox does not isolate: %s", ", ".join(isolation.missing()))
         sandbox.check()
 
     def machine(self) -> dict[str, Any]:

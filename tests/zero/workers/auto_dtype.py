@@ -30,11 +30,11 @@ class Lines(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage().startswith("model.dtype"):
-            self.told.append(record.getMessage())
+            self.messages.append(record.getMessage())
 
 
 def runs(folder: Path) -> None:
@@ -47,8 +47,8 @@ def runs(folder: Path) -> None:
         recipe = load_recipe(str(folder / "recipe.yaml"), [f"output.dir={folder / name}", "train.steps=2"])
         with patch.object(dtypes, "_CPUINFO", cpuinfo):
             run.train(recipe, resume, torch.device("cpu"))
-        write(folder, f"told-{number}", lines.told)
-        lines.told = []
+        write(folder, f"messages-{number}", lines.messages)
+        lines.messages = []
 
 
 if __name__ == "__main__":
