@@ -174,11 +174,19 @@ class TensorFileReader:
 
     def read_part(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements start to stop of `name` in row-major order, (stop - start,); nothing else is read."""
-        dtype = self.entries[name].dtype
-        tensor = torch.empty(stop - start, dtype=dtype)
-        self._file.seek(self._offsets[name] + start * dtype.itemsize)
-        self._file.readinto(_bytes_of(tensor))
+        tensor = torch.empty(stop - start, dtype=self.entries[name].dtype)
+        self.read_into(name, start, tensor)
         return tensor
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out`, (n,) contiguous on the CPU in the tensor's dtype, with its elements [start, start + n)."""
+        dtype = self.entries[name].dtype
+        if out.dtype != dtype:
+            raise ValueError(f"{self._path}: {name} is {dtype}, not {out.dtype}")
+        self._file.seek(self._offsets[name] + start * dtype.itemsize)
+        read = self._file.readinto(_bytes_of(out))
+        if read != out.numel() * dtype.itemsize:
+            raise TensorFileError(f"{self._path} was cut short while {name} was read")
 
     def close(self) -> None:
         self._file.close()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _LAYERS = (
     ("documents", "dtypes", "errors", "hub", "prompts", "section"),
     ("composing", "files", "ranking", "tensorfile"),
-    ("adapters",),
+    ("adapters", "base_weights"),
     ("data", "methods", "zero"),
     ("checkpoint", "recipe"),
     ("export", "report"),

@@ -157,7 +157,10 @@ def _unknown(
 
 
 def _fused_experts(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    shapes = {
+        name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()
+    }  # partitioned or not
+    return [name for name, shape in shapes.items() if len(shape) == 3 and "expert" in name]
 
 
 def _is_within(name: str, root: str) -> bool:

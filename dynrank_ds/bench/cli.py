@@ -14,6 +14,7 @@ from typing import Any
 from dynrank_ds.bench.checkpoint import measure_checkpoint
 from dynrank_ds.bench.data import measure_data
 from dynrank_ds.bench.figures import Figure
+from dynrank_ds.bench.load import measure_load
 from dynrank_ds.bench.machine import machine, versions
 from dynrank_ds.bench.peers import measure_peers, measure_trend
 from dynrank_ds.bench.step import measure_step
@@ -23,6 +24,7 @@ from dynrank_ds.recipe import Recipe, load_recipe
 Benchmark = Callable[[Recipe, bool], Iterator[Figure]]
 BENCHMARKS: dict[str, Benchmark] = {
     "data": measure_data,
+    "load": measure_load,
     "checkpoint": measure_checkpoint,
     "step": measure_step,
     "peers": measure_peers,

@@ -8,14 +8,14 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from dynrank_ds import base_weights
+from dynrank_ds.base_weights import weight_files
 from dynrank_ds.errors import ModelError
 from dynrank_ds.files import read_json
 from dynrank_ds.hub import is_hub_id
 from dynrank_ds.tensorfile import TensorFileReader
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 # Configuration, tokenizer, chat template, licence: all that a model folder holds besides weights and code.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
 
@@ -47,7 +47,7 @@ def find_base(base: str) -> BaseModel:
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(f"{folder} has no config.json: name the folder or hub id of a Hugging Face model")
-    shards = _shards(folder)
+    shards = weight_files(folder)
     companions = {path.name for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()}
     tied = bool(read_json(config).get("tie_word_embeddings"))
     return BaseModel(folder, shards, sorted(companions), tied)
@@ -66,19 +66,6 @@ def _fetch(base: str) -> Path:
             f"The base model {base} is no folder here and could not be fetched from the hub ({reason}): "
             "name its folder with --base"
         ) from error
-
-
-def _shards(folder: Path) -> list[str]:
-    if (folder / _WEIGHTS).is_file():
-        return [_WEIGHTS]
-    index = folder / _INDEX
-    if not index.is_file():
-        raise ModelError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}: only safetensors weights are read")
-    names = sorted(set(read_json(index)["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ModelError(f"{index} names the file {name}, which is not in {folder}")
-    return names
 
 
 def stored_modules(model: BaseModel, wanted: Collection[str]) -> dict[str, str]:
@@ -107,8 +94,6 @@ def loaded_names(folder: Path, stored: Sequence[str]) -> dict[str, str]:
     # transformers takes seconds to import, and most merges do not need it.
     import torch
     import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -119,14 +104,7 @@ def loaded_names(folder: Path, stored: Sequence[str]) -> dict[str, str]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{folder} is no model that transformers knows: {reason}") from error
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    known = model.state_dict()
-    return {
-        name: rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0]
-        for name in stored
-    }
+    return {name: loaded.name for name, loaded in base_weights.loaded_names(model, stored).items()}
 
 
 def model_hash(folder: Path) -> str:

@@ -30,6 +30,8 @@ from dynrank_ds.errors import ModelError
 from dynrank_ds.methods import method_class
 from dynrank_ds.recipe import ModelSection, Recipe
 from dynrank_ds.training.architecture import check_config, check_layers, text_decoder
+from dynrank_ds.training.streaming import NotStreamableError, load_streamed
+from dynrank_ds.zero.partitioner import Partitioner
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +86,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrainedModel:
+def load_model(
+    section: ModelSection, activation_checkpointing: bool, partitioner: Partitioner | None = None
+) -> PreTrainedModel:
     """Return the base model in training mode, no cache and no dropout: losses are functions of weights and data alone.
+
+    partitioner: reads each process's ZeRO-3 shards alone where the model allows it; by default all is read whole.
 
     Raises:
         ModelError: there is no causal language model there, or not all of its weights.
@@ -95,20 +101,11 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
         config = AutoConfig.from_pretrained(section.path)
         check_config(config, section.path)
         _without_dropout(config, section.path)
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            section.path,
-            config=config,
-            dtype=DTYPES[section.dtype],
-            attn_implementation=section.attention,
-            output_loading_info=True,
-        )
+        model = _streamed(section, config, partitioner) if partitioner else None
+        if model is None:
+            model = _whole(section, config)
     except _UNFIT as error:
         raise ModelError(f"model.path {section.path} is no causal language model: {_short(error)}") from error
-    model: PreTrainedModel = found[0]
-    if missing := sorted(found[1]["missing_keys"]):
-        raise ModelError(
-            f"model.path {section.path} lacks {len(missing)} weights, the first {missing[0]}: give a whole model"
-        )
     check_layers(model, section.path)
     model.config.use_cache = False
     # The first layer's input must require a gradient: see ZeroEngine.
@@ -117,6 +114,35 @@ def load_model(section: ModelSection, activation_checkpointing: bool) -> PreTrai
         # The reentrant kind runs backward hooks unevenly under ZeRO-3.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def _streamed(
+    section: ModelSection, config: PreTrainedConfig, partitioner: Partitioner
+) -> PreTrainedModel | None:
+    """Return None where transformers' own loading is needed, which is told."""
+    try:
+        return load_streamed(
+            fetch_model(section.path), config, DTYPES[section.dtype], section.attention, partitioner
+        )
+    except NotStreamableError as reason:
+        logger.warning("model.path %s is loaded whole by every process: %s", section.path, reason)
+        return None
+
+
+def _whole(section: ModelSection, config: PreTrainedConfig) -> PreTrainedModel:
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        section.path,
+        config=config,
+        dtype=DTYPES[section.dtype],
+        attn_implementation=section.attention,
+        output_loading_info=True,
+    )
+    model: PreTrainedModel = found[0]
+    if missing := sorted(found[1]["missing_keys"]):
+        raise ModelError(
+            f"model.path {section.path} lacks {len(missing)} weights, the first {missing[0]}: give a whole model"
+        )
+    return model
 
 
 def model_without_weights(path: str) -> PreTrainedModel:

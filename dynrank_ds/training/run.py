@@ -24,7 +24,7 @@ from dynrank_ds.training.architecture import decoder_layers
 from dynrank_ds.training.dtype import agree_on_dtype
 from dynrank_ds.training.loop import StepResult, Trainer, TrainingData
 from dynrank_ds.training.loss import SummedLoss, check_loss
-from dynrank_ds.training.model import adapt, load_model
+from dynrank_ds.training.model import DTYPES, adapt, load_model
 from dynrank_ds.training.resume import find_checkpoint, fingerprints, lock_directory
 from dynrank_ds.training.rundir import RunDirectory, check_output
 from dynrank_ds.training.samples import prepare_data, split_held_out
@@ -32,6 +32,7 @@ from dynrank_ds.training.saving import Saving
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.config import complete_config, load_config
 from dynrank_ds.zero.engine import ZeroEngine
+from dynrank_ds.zero.partitioner import make_partitioner
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,8 @@ def _engine(
     device: torch.device,
 ) -> tuple[ZeroEngine, Method]:
     """Return the model with its adapter in DeepSpeed, and its method, at step 0 or as they were saved."""
-    model = load_model(recipe.model, recipe.train.activation_checkpointing)
+    partitioner = make_partitioner(config, DTYPES[recipe.model.dtype])
+    model = load_model(recipe.model, recipe.train.activation_checkpointing, partitioner)
     modules = adapt(model, recipe, checkpoint.factors() if checkpoint else ())
     method = build_method(recipe.method, modules, total_steps, device)
     engine = ZeroEngine(

@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -81,6 +82,14 @@ _ASSUMPTIONS: dict[str, Callable[[], bool]] = {
     "the trace of the parameter coordinator": lambda: all(
         hasattr(PartitionedParameterCoordinator, name)
         for name in ("is_complete_trace", "is_invalid_trace", "_invalidate_trace")
+    ),
+    "what zero.Init makes and places shards by": lambda: (
+        _mentions(
+            Init, "_aligned_size", "_partition_rank", "remote_device", "ds_numel_aligned", "final_location"
+        )
+        and all(
+            hasattr(Init, name) for name in ("_convert_to_deepspeed_param", "_enable_mem_efficient_linear")
+        )
     ),
     "groups._WORLD_GROUP": lambda: hasattr(groups, "_WORLD_GROUP"),
     "ops.__compatible_ops__": lambda: hasattr(deepspeed.ops, "__compatible_ops__"),
