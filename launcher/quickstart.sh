@@ -75,9 +75,7 @@ score() { # score NAME MODEL: in the dtype that training chose for this machine,
 
 train() {
     [ -d "$run/adapter" ] && { printf 'kept: %s\n' "$run"; return; }
-    "${launch[@]}" launcher/train.py --recipe quickstart "${overrides[@]}" || return
-    # A training that a signal stopped has saved and ended without an error, and without an adapter.
-    [ -d "$run/adapter" ] || return 75
+    "${launch[@]}" launcher/train.py --recipe quickstart "${overrides[@]}" # 75 where a signal stopped it
 }
 
 make_data() {

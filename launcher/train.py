@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 8 launcher/train.py --recipe quickstart train.learning_rate=1e-3 resume=auto
 
-Exit codes: 0 done, or stopped by a signal after saving; 2 a mistake in the recipe, model, data or directory, or a
-full disk; 1 anything else, such as another process's end.
+Exit codes: 0 done; 75 stopped by a signal, saved as far as there was something to save; 2 a mistake in the recipe,
+model, data or directory, or a full disk; 1 anything else, such as another process's end.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dynrank_ds.errors import DynrankError, MachineError, RecipeError
 from dynrank_ds.files import DISK_FULL
-from dynrank_ds.recipe import Recipe, load_recipe
+from dynrank_ds.training.signals import StopRequest, exit_code_when_stopped, note_signals
+
+if TYPE_CHECKING:
+    from dynrank_ds.recipe import Recipe
+
+# What takes seconds to import is imported where it is used: signals are noted before, and a mistake in the recipe is
+# printed before DeepSpeed loads.
 
 
-def main() -> int:
+def main(stop_request: StopRequest) -> int:
     parser = argparse.ArgumentParser(
         description="Train low-rank adapters whose ranks change, by a recipe.",
         epilog="example: deepspeed --num_gpus 8 launcher/train.py --recipe quickstart train.steps=200 resume=auto",
@@ -37,8 +45,7 @@ def main() -> int:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         resume, overrides = _split_resume(arguments.overrides)
-        recipe = load_recipe(arguments.recipe, overrides)
-        return _train(recipe, resume)
+        return _train(load_recipe(arguments.recipe, overrides), resume, stop_request)
     except DynrankError as error:
         # What a machine lacks, such as room on its disk, may be seen by one process alone.
         if first_here or isinstance(error, MachineError):
@@ -46,16 +53,23 @@ def main() -> int:
         return 2
 
 
-def _train(recipe: Recipe, resume: bool) -> int:
-    # Imported late: a mistake in the recipe is printed before DeepSpeed loads.
+def load_recipe(name: str, overrides: list[str]) -> Recipe:
+    from dynrank_ds import recipe
+
+    return recipe.load_recipe(name, overrides)
+
+
+def _train(recipe: Recipe, resume: bool, stop_request: StopRequest) -> int:
     from dynrank_ds.training.run import train
+    from dynrank_ds.training.state import RunState
     from dynrank_ds.zero import processes
     from dynrank_ds.zero.peer_failure import PeerFailureError, name_failed_peer
 
     device = processes.start(recipe.deepspeed.timeout)
+    state = RunState(Path(recipe.output.dir))
     try:
-        with name_failed_peer():
-            train(recipe, resume, device)
+        with name_failed_peer(state.write_failure):
+            done = train(recipe, resume, device, stop_request, state)
     except PeerFailureError as error:
         if error.should_report:
             _print_error(f"{error}; resume with resume=auto")
@@ -68,7 +82,7 @@ def _train(recipe: Recipe, resume: bool) -> int:
             "resume=auto"
         ) from error
     processes.stop()
-    return 0
+    return 0 if done else exit_code_when_stopped()
 
 
 def _print_error(error: object) -> None:
@@ -84,4 +98,4 @@ def _split_resume(overrides: list[str]) -> tuple[bool, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(note_signals()))

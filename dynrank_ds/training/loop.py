@@ -75,7 +75,7 @@ class TrainingData:
 class Trainer:
     """Trains the adapter of `engine` by `recipe` from `progress` on.
 
-    metadata: what every checkpoint says of the run.
+    metadata: what every checkpoint says of the run. What asks `stop_request` to stop is for the caller to say.
     """
 
     def __init__(

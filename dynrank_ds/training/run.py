@@ -29,27 +29,72 @@ from dynrank_ds.training.resume import find_checkpoint, fingerprints, lock_direc
 from dynrank_ds.training.rundir import RunDirectory, check_output
 from dynrank_ds.training.samples import prepare_data, split_held_out
 from dynrank_ds.training.saving import Saving
+from dynrank_ds.training.signals import StopRequest, exit_code_when_stopped
+from dynrank_ds.training.state import FINISHED, HOW_TO_RESUME, RUNNING, STOPPED, RunState
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.config import complete_config, load_config
+from dynrank_ds.zero.early_stop import EarlyStop
 from dynrank_ds.zero.engine import ZeroEngine
 from dynrank_ds.zero.partitioner import make_partitioner
 
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, resume: bool, device: torch.device) -> None:
+def train(
+    recipe: Recipe,
+    resume: bool,
+    device: torch.device,
+    stop_request: StopRequest | None = None,
+    state: RunState | None = None,
+) -> bool:
     """Train by `recipe` in all processes of the group, and write the run directory.
+
+    stop_request: of this process; one that is asked before training begins ends every process of the group. state: what
+    the caller can write a failure into.
+
+    Returns False where the run was stopped and saved before its last step.
 
     Raises:
         DynrankError: what of the recipe, model, data or directory cannot be run; nothing is written then.
     """
-    trainer = set_up(recipe, resume, device)
+    stop_request, state = stop_request or StopRequest(), state or RunState(Path(recipe.output.dir))
+    early_stop = EarlyStop(lambda: stop_request.received, _log_early_stop, exit_code_when_stopped())
+    early_stop.start()
     try:
-        saving = Saving(trainer)
-        if _loop(trainer, saving):
-            _finish(trainer, saving.save_last())
+        trainer = set_up(recipe, resume, device)
+        try:
+            early_stop.begin_training()
+            trainer.stop_request = stop_request
+            return _train(trainer, state)
+        finally:
+            trainer.directory.unlock()
     finally:
-        trainer.directory.unlock()
+        early_stop.cancel()
+
+
+def _log_early_stop() -> None:
+    if processes.rank() == 0:
+        logger.warning(
+            "stopped by a signal before training began: nothing is lost; begin or resume with the same command and "
+            "resume=auto"
+        )
+
+
+def _train(trainer: Trainer, state: RunState) -> bool:
+    """Train, finish, and keep the run's state up to date."""
+    first = processes.rank() == 0
+    state.begin(trainer.progress, trainer.total_steps)
+    if first:
+        state.write(RUNNING, "it is running; after a kill, " + HOW_TO_RESUME)
+    saving = Saving(trainer)
+    done = _loop(trainer, saving)
+    if done:
+        _finish(trainer, saving.save_last())
+    if first:
+        state.write(FINISHED if done else STOPPED, "it is done" if done else HOW_TO_RESUME)
+    # No process ends, and makes its launcher end the others, before all of this is written.
+    processes.barrier()
+    return done
 
 
 def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
@@ -158,7 +203,7 @@ def _loop(trainer: Trainer, saving: Saving) -> bool:
 
 
 def _finish(trainer: Trainer, last: Path) -> None:
-    """Export the adapter of the last checkpoint and of the best; all processes wait for the first one's work."""
+    """Export the adapter of the last checkpoint and of the best, in the first process."""
     if processes.rank() == 0:
         directory = trainer.directory.path
         export_checkpoint(last, directory / "adapter")
@@ -172,7 +217,6 @@ def _finish(trainer: Trainer, last: Path) -> None:
                 directory / "adapter-best",
             )
         _log_summary(trainer)
-    processes.barrier()
 
 
 def _log_summary(trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -23,7 +23,7 @@ GRACE = 5.0
 _INTERVAL = 0.5
 """Seconds between two polls of the store: process 0 serves those of all processes."""
 _KEYS = ("failure_reported", "answer", "answers", "first_failure", "collective_failures", "cause", "read")
-_REPORTED, _ANSWER, _ANSWERS, _FIRST, _COLLECTIVE_FAILURES, _CAUSE, _READ = (
+FAILURE_REPORTED, _ANSWER, _ANSWERS, _FIRST, _COLLECTIVE_FAILURES, _CAUSE, _READ = (
     f"dynrank/{key}" for key in _KEYS
 )
 
@@ -40,8 +40,10 @@ class PeerFailureError(RuntimeError):
 
 
 @contextmanager
-def name_failed_peer() -> Iterator[None]:
+def name_failed_peer(record: Callable[[str], None]) -> Iterator[None]:
     """Run this process's share of a run; every process of the group must enter.
+
+    record: called with what ended a run that failed, in one of the processes that are left.
 
     Raises:
         PeerFailureError: in place of torch's error of a collective in which another process did not take part.
@@ -53,9 +55,12 @@ def name_failed_peer() -> Iterator[None]:
     except Exception as error:
         in_collective = _is_of_a_collective(error)
         monitor.report_failure(f"{type(error).__name__}: {error}", in_collective)
+        cause, should_report = monitor.cause()
+        if should_report:
+            record(cause)
         if not in_collective:
             raise
-        raise PeerFailureError(*monitor.cause()) from error
+        raise PeerFailureError(cause, should_report) from error
     finally:
         monitor.stop()
 
@@ -104,7 +109,7 @@ class _PeerMonitor(threading.Thread):
         try:
             reported = False
             while not reported and not self._stopped.wait(_INTERVAL):
-                reported = self._store.check([_REPORTED])
+                reported = self._store.check([FAILURE_REPORTED])
             if reported or self._failure:
                 self._agree_on_cause()
         except RuntimeError:
@@ -120,7 +125,7 @@ class _PeerMonitor(threading.Thread):
             if self._failure and not published:
                 self._publish_failure()
                 published = True
-            store.set(_REPORTED, "")
+            store.set(FAILURE_REPORTED, "")
             all_answered = store.add(_ANSWERS, 0) == self._size
             if all_answered and (store.check([_FIRST]) or store.add(_COLLECTIVE_FAILURES, 0) == self._size):
                 break

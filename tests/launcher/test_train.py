@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from dynrank_ds.errors import MachineError, RecipeError
+from dynrank_ds.training.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launcher" / "train.py"
@@ -48,7 +49,7 @@ def test_overrides_stand_before_or_after_the_recipe(
 
     monkeypatch.setattr(script, "load_recipe", load)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    assert script.main() == 2
+    assert script.main(StopRequest()) == 2
     assert capsys.readouterr().err == "error: r.yaml train.steps=3 output.dir=x\n"
 
 
@@ -56,7 +57,7 @@ def test_resume_is_auto_or_never(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "quickstart", "resume=yes"])
-    assert script.main() == 2
+    assert script.main(StopRequest()) == 2
     assert capsys.readouterr().err == "error: resume is 'yes': give auto or never\n"
 
 
@@ -65,10 +66,10 @@ def test_only_the_first_process_tells_a_mistake(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "nowhere"])
-    assert script.main() == 2
+    assert script.main(StopRequest()) == 2
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert script.main() == 2
+    assert script.main(StopRequest()) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -82,7 +83,7 @@ def test_what_one_machine_lacks_is_reported_by_whichever_process_sees_it(
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(script, "_train", full)
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "quickstart", "output.dir=x"])
-    assert script.main() == 2
+    assert script.main(StopRequest()) == 2
     assert capsys.readouterr().err == "error: the cache folder is full\n"
 
 
@@ -91,7 +92,7 @@ def test_help_shows_an_example(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        script.main()
+        script.main(StopRequest())
     assert stop.value.code == 0
     assert "example: deepspeed" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -51,6 +52,8 @@ def test_one_that_dies_is_named_soon(recipe: Path, world_size: int, victim: int)
     [message] = reported_errors(processes)
     assert f"process {victim} died or hung" in message and "resume=auto" in message
     assert not any("Traceback" in p.output for p in others)
+    state = json.loads((recipe.parent / f"dies-{victim}" / "state.json").read_text())
+    assert state["state"] == "failed" and f"process {victim} died or hung" in state["error"]
 
 
 @pytest.mark.parametrize("victim, zero", [(1, "zero3"), (1, "zero2"), (0, "zero3")])
@@ -95,5 +98,8 @@ def test_one_that_fails_is_named_with_its_error(recipe: Path) -> None:
     wait(processes)
     assert [p.returncode for p in processes] == [1, 1, 1]
     assert "IsADirectoryError" in processes[0].output
+    state = json.loads((run / "state.json").read_text())
+    assert state["state"] == "failed" and state["step"] >= 1
+    assert state["error"].startswith("process 0 failed first: IsADirectoryError")
     [message] = reported_errors(processes)
     assert "process 0 failed first: IsADirectoryError" in message

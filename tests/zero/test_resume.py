@@ -173,15 +173,20 @@ def test_a_signal_to_one_process_saves_and_ends_all_and_the_run_can_go_on(uninte
     os.kill(processes[1].pid, signal.SIGTERM)
     wait(processes)
     outputs = [process.output for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [process.returncode for process in processes] == [75, 75], outputs
     messages = [line for output in outputs for line in output.splitlines() if "resume=auto" in line]
     assert len(messages) == 1, outputs
     stopped_at = int(re.search(r"stopped at step (\d+)", messages[0])[1])  # type: ignore[index]
     assert 2 <= stopped_at < STEPS
     assert (run / "checkpoints" / f"step-{stopped_at}" / "state.json").is_file()
     assert len(losses(run)) == stopped_at and not (run / "adapter").exists()
+    state = json.loads((run / "state.json").read_text())
+    assert (state["state"], state["step"], state["total_steps"]) == ("stopped", stopped_at, STEPS)
+    assert state["how_to_continue"] == "resume with the same command and resume=auto"
 
     train(2, uninterrupted / "recipe.yaml", EVERY_TEN, f"output.dir={run}", "resume=auto")
     assert losses(run) == losses(uninterrupted / "run")
     assert plans(run) == plans(uninterrupted / "run")
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    state = json.loads((run / "state.json").read_text())
+    assert (state["state"], state["step"]) == ("finished", STEPS)

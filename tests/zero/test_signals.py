@@ -5,6 +5,7 @@ Processes without a launcher are tested in test_resume.py.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from tests.support.recipes import lines, write_recipe
 pytestmark = pytest.mark.slow
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+RESTARTING_TORCHRUN = (*TORCHRUN, "--max_restarts", "3")
 DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2")
 
 
@@ -83,18 +85,30 @@ def saved(folder: Path) -> bool:
     for checkpoint in found:
         check(checkpoint)
     last = lines(folder / "run" / "metrics.jsonl")[-1]["step"]
-    return [path.name for path in found] == [f"step-{last}"] and "resume=auto" in (folder / "log").read_text()
+    state = json.loads((folder / "run" / "state.json").read_text())
+    return (
+        [path.name for path in found] == [f"step-{last}"]
+        and (state["state"], state["step"]) == ("stopped", last)
+        and (folder / "log").read_text().count("resume=auto") == 1
+    )
 
 
 @pytest.mark.parametrize(
     ("launcher", "number", "receiver", "code"),
     [
-        (TORCHRUN, signal.SIGUSR1, lambda p: workers(p)[1], 0),
+        (TORCHRUN, signal.SIGUSR1, lambda p: workers(p)[1], 1),
+        (RESTARTING_TORCHRUN, signal.SIGUSR1, lambda p: workers(p)[1], 0),
         (TORCHRUN, signal.SIGTERM, lambda p: p, 1),
-        (DEEPSPEED, signal.SIGUSR1, lambda p: workers(p)[1], 0),
+        (DEEPSPEED, signal.SIGUSR1, lambda p: workers(p)[1], 75),
         (DEEPSPEED, signal.SIGTERM, the_launch_of_a_node, 1),
     ],
-    ids=["torchrun, a worker", "torchrun itself", "deepspeed, a worker", "deepspeed, its launch process"],
+    ids=[
+        "torchrun, a worker",
+        "torchrun that restarts, a worker",
+        "torchrun itself",
+        "deepspeed, a worker",
+        "deepspeed, its launch process",
+    ],
 )
 def test_the_run_is_saved_and_ends(
     launcher: tuple[str, ...],

@@ -21,7 +21,7 @@ class Stopped(Trainer):
 
     def _step(self, indices: Any) -> StepResult:
         if self.progress.step == 9:
-            self.stop_request.received = True
+            self.stop_request.ask()
         return super()._step(indices)
 
 

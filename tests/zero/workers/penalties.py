@@ -53,7 +53,7 @@ class Penalised(Trainer):
                 value += coefficient * float(penalty(whole.detach()))
             errors.append(float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)))
         write(self.directory.path, "errors", errors)
-        self.stop_request.received = True  # one step is all that is asked
+        self.stop_request.ask()  # one step is all that is asked
         result = super()._reduce(loss, gradients)
         norms = {factor: square**0.5 for factor, square in squares.items()}
         write(self.directory.path, "penalty", [value, norms, result.penalty, dict(result.gradient_norms)])
