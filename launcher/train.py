@@ -41,7 +41,7 @@ def main(stop_request: StopRequest) -> int:
     # A mistake that all processes see is printed once a node: another node's files may be at fault.
     first_here = first or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID")) == "0"
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(levelname)s %(message)s")
-    for noisy in ("DeepSpeed", "httpx", "torch.distributed"):
+    for noisy in ("httpx", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         resume, overrides = _split_resume(arguments.overrides)

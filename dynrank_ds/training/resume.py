@@ -137,7 +137,8 @@ def _refuse_without_checkpoint(folder: Path) -> None:
 def refuse_changes(path: Path, before: Mapping[str, Any], recipe: Recipe, current: Mapping[str, str]) -> None:
     """Compare the recipe and fingerprints that a checkpoint, or a run without one, holds with those of this run.
 
-    A key that the recipe did not have then counts as the value that runs had then.
+    A key that the recipe did not have then counts as the value that runs had then. `train.steps` may be raised where
+    the steps before do not depend on it: a constant learning rate, warm-up in steps, and fixed ranks.
 
     Raises:
         RunError: naming everything that differs.
@@ -155,8 +156,29 @@ def refuse_changes(path: Path, before: Mapping[str, Any], recipe: Recipe, curren
         for what, digest in current.items()
         if before["identity"].get(what, digest) != digest
     ]
-    if differing:
+    longer = _is_longer(recipe, old)
+    if differing and not (longer and len(differing) == 1 and _begins_alike_at_any_length(recipe)):
         raise RunError(
             f"{path} cannot be resumed, since this run differs from it: {'; '.join(differing)}. "
-            "Set these back, or give a new output.dir"
+            f"Set these back, or give a new output.dir{_TO_TRAIN_LONGER if longer else ''}"
         )
+
+
+_TO_TRAIN_LONGER = (
+    "; a run can be made longer only with train.schedule constant, train.warmup in steps and fixed ranks"
+)
+
+
+def _is_longer(recipe: Recipe, old: Mapping[str, Any]) -> bool:
+    now, then = recipe.train.steps, old["train"]["steps"]
+    return now is not None and then is not None and now > then
+
+
+def _begins_alike_at_any_length(recipe: Recipe) -> bool:
+    train = recipe.train
+    return (
+        train.schedule == "constant"
+        and isinstance(train.warmup, int)
+        and train.steps is not None
+        and len(recipe.method.adjustments(train.steps)) == 0
+    )

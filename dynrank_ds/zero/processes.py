@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_log_level_from_string
 from torch import Tensor
 
 from dynrank_ds.errors import MachineError
@@ -36,6 +37,8 @@ def start(timeout: float = 1800) -> torch.device:
         os.environ.update(_rank_without_launcher())
     # DeepSpeed calls collectives by names that torch has renamed: a warning per call, per process.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Its warnings and notes, such as the one of an "untested optimizer" at every rebuild, break the progress bar.
+    set_log_level_from_string("error")
     deepspeed_internals.check()
     deepspeed_internals.disable_shared_memory_op()
     accelerator = get_accelerator()

@@ -53,6 +53,17 @@ def test_overrides_stand_before_or_after_the_recipe(
     assert capsys.readouterr().err == "error: r.yaml train.steps=3 output.dir=x\n"
 
 
+def test_deepspeed_logs_errors_only() -> None:
+    code = (
+        "import logging; from dynrank_ds.zero import processes; processes.start(60); "
+        "log = logging.getLogger('DeepSpeed'); log.warning('an untested optimizer'); log.error('a failure')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "a failure" in ran.stdout + ran.stderr
+    assert "untested" not in ran.stdout + ran.stderr and "INFO" not in ran.stdout + ran.stderr
+
+
 def test_resume_is_auto_or_never(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

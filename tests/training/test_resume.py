@@ -45,6 +45,37 @@ def refused(folder: Path, about: dict[str, Any], *overrides: str) -> str:
     return ""
 
 
+def test_a_run_of_constant_rate_and_fixed_ranks_may_be_made_longer(folder: Path) -> None:
+    fixed = ("method.name=lora", "train.schedule=constant")
+    recipe = load_recipe(str(folder / "recipe.yaml"), fixed)
+    identity = fingerprints(recipe, prepare_data(recipe)[0])
+    about = {"recipe": recipe.model_dump(mode="json"), "identity": identity}
+    assert refused(folder, about, *fixed, "train.steps=30") == ""
+    assert "train.steps is 10, was 20. Set these back" in refused(folder, about, *fixed, "train.steps=10")
+    assert "train.seed is 1, was 0" in refused(folder, about, *fixed, "train.steps=30", "train.seed=1")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "train.schedule=linear",
+        "train.warmup=0.1",
+        "train.schedule=constant",
+    ],
+)
+def test_a_run_whose_first_steps_depend_on_its_length_may_not_be_made_longer(
+    option: str, folder: Path
+) -> None:
+    method = () if option == "train.schedule=constant" else ("method.name=lora",)  # else PE-DyRA
+    options = ("train.schedule=constant", *method, option)
+    recipe = load_recipe(str(folder / "recipe.yaml"), options)
+    identity = fingerprints(recipe, prepare_data(recipe)[0])
+    about = {"recipe": recipe.model_dump(mode="json"), "identity": identity}
+    assert "a run can be made longer only with train.schedule constant" in refused(
+        folder, about, *options, "train.steps=30"
+    )
+
+
 def test_the_same_run_may_go_on(folder: Path, about: dict[str, Any]) -> None:
     assert refused(folder, about) == ""
 

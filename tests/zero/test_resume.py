@@ -121,6 +121,17 @@ def test_a_run_keeps_others_out_of_its_directory_until_it_ends(uninterrupted: Pa
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
+def test_a_longer_run_is_the_same_as_a_finished_one_made_longer(uninterrupted: Path) -> None:
+    recipe, fixed = uninterrupted / "recipe.yaml", ("method.name=lora", "train.schedule=constant")
+    long, extended = uninterrupted / "long", uninterrupted / "extended"
+    train(2, recipe, *fixed, f"output.dir={long}", "train.steps=12")
+    train(2, recipe, *fixed, f"output.dir={extended}", "train.steps=8")
+    train(2, recipe, *fixed, f"output.dir={extended}", "train.steps=12", "resume=auto")
+    assert losses(extended) == losses(long)
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    assert all((long / "adapter" / n).read_bytes() == (extended / "adapter" / n).read_bytes() for n in names)
+
+
 def test_a_finished_run_that_is_resumed_keeps_its_last_checkpoint(uninterrupted: Path) -> None:
     run = uninterrupted / "finished"
     shutil.copytree(uninterrupted / "run", run)
