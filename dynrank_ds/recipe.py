@@ -107,6 +107,10 @@ class AdapterSection(Section):
     """Numbers of the decoder layers that alone are adapted; by default all."""
     max_rank: int | None = Field(default=None, ge=1)
     """Upper limit of a module's rank; by default min(in, out, 512)."""
+    ranks: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """Ranks of single modules when training begins, by full name or a dotted end of it; others have adapter.rank."""
+    init_from: LocalPath | None = None
+    """Folder of a PEFT LoRA adapter to start from, with its ranks; adapter.rank then sets the scale alone."""
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         """Return the upper limit of the rank of a module of these sides."""
@@ -191,6 +195,15 @@ class Recipe(Section):
         limit, mean = self.adapter.max_rank, self.method.final_mean_rank(self.adapter.rank)
         if limit is not None and limit < self.adapter.rank:
             raise inconsistent(f"adapter.max_rank {limit} is below adapter.rank {self.adapter.rank}")
+        above = {
+            name: rank for name, rank in self.adapter.ranks.items() if limit is not None and rank > limit
+        }
+        if above:
+            raise inconsistent(f"adapter.max_rank {limit} is below adapter.ranks of {next(iter(above))}")
+        if self.adapter.ranks and self.adapter.init_from is not None:
+            raise inconsistent(
+                "adapter.ranks is given with adapter.init_from, whose adapter has ranks of its own"
+            )
         if limit is not None and mean is not None and limit < mean:
             raise inconsistent(
                 f"adapter.max_rank {limit} is below {mean}, the mean rank that {self.method.name} ends with"

@@ -20,11 +20,13 @@ def inject(
     init: FactorInit,
     seed: int,
     splits: Mapping[str, HeadSplit] | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> dict[str, AdaptedModule]:
     """Freeze `model` and replace the linear layers `linears`, by their full names, by adapted ones.
 
     Factors are created in the dtype of the base weight. `splits` names the linears, by their last names, that fall
-    into one module a head. Returns the modules by their full module names, in the order of `linears`.
+    into one module a head. `ranks` are those of single linears, by full names, in place of `rank`. Returns the modules
+    by their full module names, in the order of `linears`.
 
     Raises:
         RecipeError: the rank exceeds a linear's sides.
@@ -35,17 +37,19 @@ def inject(
         parent, _, child = name.rpartition(".")
         split = (splits or {}).get(child)
         adapted = AdaptedLinear(linear, scale) if split is None else HeadedLinear(linear, split, scale, name)
+        wanted = (ranks or {}).get(name, rank)
         for module_name, module in adapted.adapted_modules(name).items():
-            if rank > min(module.in_features, module.out_features):
+            if wanted > min(module.in_features, module.out_features):
                 raise RecipeError(
-                    f"adapter.rank is {rank}, but {module_name} is {module.out_features} x {module.in_features}: "
+                    f"adapter.rank is {wanted}, but {module_name} is {module.out_features} x {module.in_features}: "
                     f"at most {min(module.in_features, module.out_features)} is possible"
                 )
-            module.initial_rank = rank
-            drawn = init(
-                rank, module.in_features, module.out_features, module_generator(seed, module_name, 0)
-            )
-            module.set_factors({k: v.to(linear.weight.device) for k, v in drawn.items()})
+            module.initial_rank = wanted
+            if wanted:
+                drawn = init(
+                    wanted, module.in_features, module.out_features, module_generator(seed, module_name, 0)
+                )
+                module.set_factors({k: v.to(linear.weight.device) for k, v in drawn.items()})
             modules[module_name] = module
         setattr(model.get_submodule(parent), child, adapted)
     return modules

@@ -45,6 +45,11 @@ class Checkpoint:
                 keys = {factor: factor_key(MASTER, module, factor) for factor in FACTORS}
                 yield module, {factor: file.read(key) for factor, key in keys.items() if key in file.entries}
 
+    def initial_ranks(self) -> dict[str, int]:
+        """Return the ranks that modules had when the run began; checkpoints of before this was saved say none."""
+        modules = self.metadata["blocks"].items()
+        return {name: about["initial_rank"] for name, about in modules if "initial_rank" in about}
+
     def restore(self, engine: ZeroEngine, method: Method) -> None:
         """Load optimizer state and statistics into an engine built at these ranks, and a method that was started."""
         layout = engine.layout

@@ -147,6 +147,7 @@ class _Writer:
         return {
             shape.name: {
                 "rank": rank,
+                "initial_rank": module.initial_rank,
                 "scale": module.scale,
                 "in_features": shape.in_features,
                 "out_features": shape.out_features,

@@ -38,7 +38,7 @@ def validate(recipe: Recipe) -> str:
         [
             f"model       {recipe.model.path}: {base:,} parameters, in {reason}",
             described(dataset) + (f"; {len(held_out):,} more are held out" if len(held_out) else ""),
-            f"adapter     {linears} linears, total rank {recipe.adapter.rank * len(modules)}, "
+            f"adapter     {linears} linears, total rank {sum(module.initial_rank for module in modules.values())}, "
             f"{trainable:,} trainable parameters ({trainable / base:.3%})",
             f"method      {recipe.method.name}: {method.planned_adjustments()} adjustments in {steps} steps",
         ]

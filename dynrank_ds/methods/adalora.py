@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Steps
+from dynrank_ds.methods.base import Steps, mean_initial_rank
 from dynrank_ds.methods.sensitivity import SensitivityConfig, SensitivityMethod
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples
 from dynrank_ds.ranking.schedule import Schedule
@@ -61,13 +61,13 @@ class AdaLoRA(SensitivityMethod):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.last_observed = self.schedule.end
-        initial = next(iter(modules.values())).initial_rank
-        target = config.final_mean_rank(initial)
+        initial = mean_initial_rank(modules)
+        target = config.final_mean_rank(round(initial))
         self.target_total = target * len(modules)
         self.prunes = target < initial
         if target > initial or (config.target_rank is None and target == initial):
             raise RecipeError(
-                f"method.target_rank {target} is not below adapter.rank {initial}: nothing would be pruned"
+                f"method.target_rank {target} is not below adapter.rank {initial:g}: nothing would be pruned"
             )
 
     def adjusts_at(self, step: int) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dynrank_ds.adapters.initial import lora_factors
 from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
+from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -67,6 +68,7 @@ class ARDLoRA(Method):
     """
 
     config_class = ARDLoRAConfig
+    least_rank = 1
     init = staticmethod(lora_factors)
     factors = ("lora_A", "lora_B")
     per_head = True
@@ -82,6 +84,12 @@ class ARDLoRA(Method):
         self.config = config
         self.t_i, self.end = self.schedule.t_i, self.schedule.end
         self.r0 = next(iter(modules.values())).initial_rank
+        if unlike := [name for name, module in modules.items() if module.initial_rank != self.r0]:
+            raise RecipeError(
+                f"ard_lora begins with one rank r0 in every module, but {unlike[0]} would have rank "
+                f"{modules[unlike[0]].initial_rank} and {next(iter(modules))} {self.r0}: leave out adapter.ranks, or "
+                "start from an adapter of one rank"
+            )
         # Rounded first: 1.1 x 10 is a little more than 11 in floating point.
         self.most_slots = math.ceil(round(config.alpha_max * self.r0, 9))
         self.modules = list(modules.values())

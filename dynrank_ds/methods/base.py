@@ -24,6 +24,12 @@ from dynrank_ds.section import Section
 AllReduceSum = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes, in place, and returns it; one collective."""
 
+
+def mean_initial_rank(modules: Mapping[str, AdaptedModule]) -> float:
+    """Return the mean rank of the modules when the run began."""
+    return sum(module.initial_rank for module in modules.values()) / len(modules)
+
+
 Steps = Annotated[int | float, Field(ge=0, description="whole steps, or a fraction of training below 1")]
 
 
@@ -96,6 +102,8 @@ class Method:
     factors: ClassVar[tuple[str, ...]]
     per_head: ClassVar[bool] = False
     """Whether each attention head is an adapted module of its own, instead of its whole linear."""
+    least_rank: ClassVar[int] = 0
+    """Triples that every module must begin with."""
     observes_after_step = False
     """Whether `observe` sees the weights after the optimizer step and clipped gradients, as in some authors' code,
     instead of both as they were before."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView
+from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView, mean_initial_rank
 from dynrank_ds.methods.penalties import add_penalty, variance
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples
@@ -99,13 +99,13 @@ class DynamicDoRA(Method):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.beta = config.beta
-        initial = next(iter(modules.values())).initial_rank
-        target = config.final_mean_rank(initial)
-        self.surplus = (initial - target) * len(modules)
+        initial = mean_initial_rank(modules)
+        target = config.final_mean_rank(round(initial))
+        self.surplus = round((initial - target) * len(modules))
         """Triples that are removed by the end."""
         if target > initial or (config.target_rank is None and target == initial):
             raise RecipeError(
-                f"method.target_rank {target} is not below adapter.rank {initial}: nothing would be pruned"
+                f"method.target_rank {target} is not below adapter.rank {initial:g}: nothing would be pruned"
             )
         # All components count, masked ones too, as in the authors' code; eq. 10 prints twice this.
         self._variance = config.variance / (2 * initial * len(modules))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import MicroBatch, Steps, StepView
+from dynrank_ds.methods.base import MicroBatch, Steps, StepView, mean_initial_rank
 from dynrank_ds.methods.sensitivity import OrthogonalConfig, OrthogonalMethod
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
@@ -58,6 +58,7 @@ class IncreLoRA(OrthogonalMethod):
     """IncreLoRA with physical growth to exactly target_rank * modules triples."""
 
     config_class = IncreLoRAConfig
+    least_rank = 1
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class IncreLoRA(OrthogonalMethod):
         self.add_rank = config.add_rank or config.target_rank // 2
         self.target_total = config.target_rank * len(modules)
         self.total_rank = self.initial_total = sum(module.initial_rank for module in modules.values())
-        self._refuse(next(iter(modules.values())).initial_rank, sum(b.max_rank for b in modules.values()))
+        self._refuse(mean_initial_rank(modules), sum(b.max_rank for b in modules.values()))
 
         sizes = [s.in_features * s.out_features for s in self.shapes]
         self._sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
@@ -80,7 +81,7 @@ class IncreLoRA(OrthogonalMethod):
         )
         self.replicated_state |= {"sensitivity": self.smoothed, "uncertainty": self.uncertainty}
 
-    def _refuse(self, initial: int, largest_total: int) -> None:
+    def _refuse(self, initial: float, largest_total: int) -> None:
         """Raise RecipeError for what would do nothing, fall short of the target, or need too much memory."""
         config, base = self.config, sum(s.in_features * s.out_features for s in self.shapes)
         if base > LARGEST_BASE:
@@ -91,7 +92,7 @@ class IncreLoRA(OrthogonalMethod):
             )
         if config.target_rank <= initial:
             raise RecipeError(
-                f"method.target_rank {config.target_rank} is not above adapter.rank {initial}: nothing would grow"
+                f"method.target_rank {config.target_rank} is not above adapter.rank {initial:g}: nothing would grow"
             )
         if largest_total < self.target_total:
             raise RecipeError(

@@ -83,6 +83,7 @@ class PEDyRA(ReallocationMethod):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.config = config
+        self.initial_ranks = [module.initial_rank for module in modules.values()]
         if config.moves != "expand":
             refuse_rank_one(config.name, modules)
         self.energy = InputEnergy(self.shapes, config.beta1, device, self.dtype)
@@ -155,7 +156,9 @@ class PEDyRA(ReallocationMethod):
             new = spread_over_modules(means, count, ones, room)
         else:
             costs = [shape.triple_parameters(self.factors) for shape in self.shapes]
-            left = sum(c * (state.initial_rank - r) for c, r in zip(costs, kept, strict=True))
+            left = sum(
+                c * (initial - r) for c, initial, r in zip(costs, self.initial_ranks, kept, strict=True)
+            )
             new = spread_over_modules(means, left, costs, room)
         return RankPlan(keep, tuple(new))
 

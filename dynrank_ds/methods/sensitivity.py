@@ -118,6 +118,8 @@ class ReallocationConfig(SensitivityConfig):
 class ReallocationMethod(SensitivityMethod):
     """Adjusts every `interval` steps between t_i and the last t_f; every module keeps at least one triple."""
 
+    least_rank = 1
+
     def __init__(
         self,
         config: ReallocationConfig,
@@ -131,7 +133,7 @@ class ReallocationMethod(SensitivityMethod):
 
 def refuse_rank_one(name: str, modules: Mapping[str, AdaptedModule]) -> None:
     """Raise RecipeError where a method that leaves every module one triple could prune none."""
-    if next(iter(modules.values())).initial_rank == 1:
+    if all(module.initial_rank == 1 for module in modules.values()):
         raise RecipeError(
             f"adapter.rank is 1: {name} leaves every module one triple, so that none could be pruned; give at least 2"
         )

@@ -82,6 +82,7 @@ class WeightLoRA(Method):
     config_class: ClassVar[type[MethodConfig]] = WeightLoRAConfig
     init = staticmethod(lora_factors)
     factors = ("lora_A", "lora_B")
+    least_rank = 1
 
     def __init__(
         self,

@@ -250,9 +250,7 @@ class Trainer:
 
     def _adjust(self, scores: Sequence[Tensor]) -> None:
         before = self.engine.layout.ranks
-        shapes = self.engine.shapes
-        largest_rank = self.recipe.adapter.largest_rank
-        limits = tuple(largest_rank(shape.in_features, shape.out_features) for shape in shapes)
+        limits = tuple(module.max_rank for module in self.engine.modules)
         state = RankState(before, limits, self.recipe.adapter.rank, self.progress.step, self.total_steps)
         plan = self.method.plan(scores, state)
         if not processes.agree(plan.sha256(), self.device):

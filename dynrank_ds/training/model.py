@@ -30,6 +30,7 @@ from dynrank_ds.errors import ModelError
 from dynrank_ds.methods import method_class
 from dynrank_ds.recipe import ModelSection, Recipe
 from dynrank_ds.training.architecture import check_config, check_layers, text_decoder
+from dynrank_ds.training.starting import StartingAdapter, ranks_of_linears
 from dynrank_ds.training.streaming import NotStreamableError, load_streamed
 from dynrank_ds.zero.partitioner import Partitioner
 
@@ -174,11 +175,21 @@ def _without_dropout(config: PreTrainedConfig, path: str) -> None:
 
 
 def adapt(
-    model: PreTrainedModel, recipe: Recipe, restored: Iterable[tuple[str, Mapping[str, Tensor]]] = ()
+    model: PreTrainedModel,
+    recipe: Recipe,
+    restored: Iterable[tuple[str, Mapping[str, Tensor]]] = (),
+    initial_ranks: Mapping[str, int] | None = None,
 ) -> dict[str, AdaptedModule]:
     """Freeze the model and inject the recipe's adapter; return the adapted modules by full name.
 
-    restored: (module, {factor: weights}) that take the place of initial values.
+    Args:
+        model: the base.
+        recipe: of the run.
+        restored: (module, {factor: weights}) that take the place of initial values.
+        initial_ranks: of a run that is resumed, by module; None is a run that begins.
+
+    Raises:
+        RecipeError, RunError: ranks or adapter.init_from do not fit the model or the method.
     """
     section = recipe.adapter
     method = method_class(recipe.method)
@@ -192,8 +203,16 @@ def adapt(
             lost[0],
             len(lost) - 1,
         )
-    modules = inject(model, linears, section.rank, section.scale, method.init, recipe.train.seed, splits)
-    for module in modules.values():
+    ranks = ranks_of_linears(section, linears, method.least_rank)
+    modules = inject(
+        model, linears, section.rank, section.scale, method.init, recipe.train.seed, splits, ranks
+    )
+    if section.init_from is not None and initial_ranks is None:
+        with StartingAdapter(Path(section.init_from), section, linears) as start:
+            restored = list(start.factors(modules, method.factors))
+        initial_ranks = {name: len(factors["lora_A"]) for name, factors in restored}
+    for name, module in modules.items():
+        module.initial_rank = (initial_ranks or {}).get(name, module.initial_rank)
         module.max_rank = section.largest_rank(module.in_features, module.out_features)
     for name, factors in restored:
         modules[name].set_factors(factors)

@@ -157,7 +157,10 @@ def _engine(
     """Return the model with its adapter in DeepSpeed, and its method, at step 0 or as they were saved."""
     partitioner = make_partitioner(config, DTYPES[recipe.model.dtype])
     model = load_model(recipe.model, recipe.train.activation_checkpointing, partitioner)
-    modules = adapt(model, recipe, checkpoint.factors() if checkpoint else ())
+    if checkpoint:
+        modules = adapt(model, recipe, checkpoint.factors(), checkpoint.initial_ranks())
+    else:
+        modules = adapt(model, recipe)
     method = build_method(recipe.method, modules, total_steps, device)
     engine = ZeroEngine(
         SummedLoss(model),

@@ -36,10 +36,11 @@ def pe_dyra(
     sides: Sides = SIDES,
     total_steps: int = 20,
     dtype: torch.dtype = torch.float32,
+    rank: int = 0,
     **config: Any,
 ) -> PEDyRA:
     times = {"t_i": 4, "interval": 3, "t_f": 5, **config}
-    return PEDyRA(PEDyRAConfig(**times), make_modules(sides, dtype=dtype), total_steps, CPU)
+    return PEDyRA(PEDyRAConfig(**times), make_modules(sides, rank, dtype), total_steps, CPU)
 
 
 def step_view(

@@ -21,7 +21,9 @@ def plan(
     limits = tuple(max_ranks or [9] * len(scores))
     sides = {str(i): (i + 2, 2) for i in range(len(scores))}
     state = RankState(tuple(map(len, scores)), limits, INITIAL, step, 20)
-    return pe_dyra(sides, **config).plan([torch.tensor(s, dtype=torch.float64) for s in scores], state)
+    return pe_dyra(sides, rank=INITIAL, **config).plan(
+        [torch.tensor(s, dtype=torch.float64) for s in scores], state
+    )
 
 
 def test_the_lowest_go_and_the_modules_of_highest_mean_grow() -> None:
