@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         help="peft: rank_pattern and alpha_pattern; padded: one rank for all, right on every engine",
     )
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the factors")
+    export.add_argument(
+        "--scores", type=Path, help="output of dynrank-eval, for the card; by default RUN/eval"
+    )
 
     merge = _command(commands, "merge", _merge, "add an adapter to its base model, tensor by tensor")
     merge.epilog = "example: dynrank merge --adapter adapter --output merged"
@@ -141,7 +144,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from dynrank_ds.export import export_adapter
 
-    export_adapter(arguments.run, arguments.output, format=arguments.format, dtype=arguments.dtype)
+    export_adapter(arguments.run, arguments.output, arguments.format, arguments.dtype, arguments.scores)
     print(arguments.output)
 
 

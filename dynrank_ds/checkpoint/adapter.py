@@ -47,7 +47,9 @@ class TrainedAdapter:
         linears: the shape of every adapted linear by its module name, those of rank 0 too.
         description: what messages call it.
         base_model: folder or hub id of the frozen base.
-        base_model_hash: what `model_hash` gave for it; None in checkpoints of tests and old versions.
+        base_model_hash: what `model_hash` gave for it; None where the checkpoint does not say.
+        recipe: with every default; {} where the checkpoint does not say.
+        held_out_loss: of a checkpoint that was kept for it.
 
     Raises:
         RunError: if the checkpoint is missing or damaged.
@@ -57,6 +59,8 @@ class TrainedAdapter:
         state = read_state(checkpoint)
         self.base_model: str = state["base_model"]
         self.base_model_hash: str | None = state.get("identity", {}).get("base model")
+        self.recipe: dict[str, Any] = state.get("recipe", {})
+        self.held_out_loss: float | None = state.get("held_out_loss")
         self.step: int = state["step"]
         self.method: str = state["method"]
         self.description = f"step {self.step}"

@@ -8,12 +8,15 @@ from typing import Any
 from dynrank_ds.checkpoint.adapter import TrainedAdapter
 from dynrank_ds.checkpoint.files import newest_checkpoint
 from dynrank_ds.export.folder import staged_folder
+from dynrank_ds.export.model_card import CARD, RESULTS, evaluation_scores, model_card, provenance
 from dynrank_ds.export.peft_writer import DTYPES, Format, write_adapter
 
 logger = logging.getLogger(__name__)
 
 
-def export_adapter(run: Path, output: Path, format: Format = "peft", dtype: str = "fp32") -> None:
+def export_adapter(
+    run: Path, output: Path, format: Format = "peft", dtype: str = "fp32", scores: Path | None = None
+) -> None:
     """Write the adapter of a run's newest checkpoint as the PEFT folder `output`.
 
     Args:
@@ -21,16 +24,25 @@ def export_adapter(run: Path, output: Path, format: Format = "peft", dtype: str 
         output: a folder that is new, empty, or an earlier export of the same run and format.
         format: `peft`, every module at its own rank, or `padded`, one rank for all.
         dtype: fp32, bf16 or fp16, of the stored factors.
+        scores: an output folder of dynrank-eval, for the model card; by default RUN/eval where that is one.
 
     Raises:
-        RunError: for a run without a checkpoint, a damaged or untrained one, values beyond the range of `dtype`, or
-            an output folder of something else.
+        RunError: for a run without a checkpoint, a damaged or untrained one, values beyond the range of `dtype`,
+            `scores` without results, or an output folder of something else.
     """
-    export_checkpoint(newest_checkpoint(run), output, format, dtype)
+    if scores is None and (run / "eval" / RESULTS).is_file():
+        scores = run / "eval"
+    export_checkpoint(newest_checkpoint(run), output, format, dtype, scores)
 
 
-def export_checkpoint(checkpoint: Path, output: Path, format: Format = "peft", dtype: str = "fp32") -> None:
-    """Write the adapter of the checkpoint folder `checkpoint`.
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    format: Format = "peft",
+    dtype: str = "fp32",
+    scores: Path | None = None,
+) -> None:
+    """Write the adapter of the checkpoint folder `checkpoint`, with a model card and dynrank.json on its origin.
 
     Raises:
         RunError: as `export_adapter`.
@@ -41,15 +53,14 @@ def export_checkpoint(checkpoint: Path, output: Path, format: Format = "peft", d
             "from": str(checkpoint),
             "format": format,
             "dtype": dtype,
-            "method": adapter.method,
-            "step": adapter.step,
-            "base_model": adapter.base_model,
-            "base_model_hash": adapter.base_model_hash,
+            **provenance(adapter),
         }
+        card = model_card(adapter, format, evaluation_scores(scores) if scores else {})
         source = _source(record)
         inputs = (checkpoint, checkpoint.parent, checkpoint.parent.parent)
         with staged_folder(output, record, lambda there: _source(there) == source, inputs) as folder:
             write_adapter(adapter, folder, format, DTYPES[dtype])
+            (folder / CARD).write_text(card)
         _tell_ranks(adapter)
 
 
