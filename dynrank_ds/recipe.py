@@ -162,7 +162,7 @@ class TrainSection(Section):
 class DeepSpeedSection(Section):
     config: LocalPath = "zero3"
     """Name of a shipped configuration, or a path."""
-    timeout: float = Field(default=1800, gt=0)
+    timeout: float = Field(default=600, gt=0)
     """Seconds that processes wait for one of them before the run ends."""
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def locked(entry: Path, timeout: float) -> Iterator[bool]:
     """Hold the entry's lock, and yield whether the entry is still to be written.
 
-    timeout: seconds for which another process that writes it is waited for.
+    timeout: seconds for which another process that writes it is waited for without any progress of it.
 
     Raises:
-        MachineError: the cache folder cannot be written to, or the other process took longer.
+        MachineError: the cache folder cannot be written to, or the other process made no progress for so long.
     """
     # Asked first: a compute node may see its cache read-only.
     if (entry / _ABOUT).is_file():
@@ -84,11 +84,11 @@ def locked(entry: Path, timeout: float) -> Iterator[bool]:
     lock = FileLock(f"{entry}.lock")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout)
+        _acquire(lock, entry, timeout)
     except Timeout as error:  # an OSError too
         raise MachineError(
-            f"another process has been tokenising into {entry} for over {timeout:g} s: look whether it hangs, or "
-            "tokenise before the run with `dynrank prepare`"
+            f"another process is tokenising into {entry} and has written nothing for {timeout:g} s: look whether it "
+            "hangs, or tokenise before the run with `dynrank prepare`"
         ) from error
     except OSError as error:
         raise MachineError(
@@ -98,6 +98,29 @@ def locked(entry: Path, timeout: float) -> Iterator[bool]:
         yield not (entry / _ABOUT).is_file()
     finally:
         lock.release()
+
+
+def _acquire(lock: FileLock, entry: Path, timeout: float) -> None:
+    written = _bytes_written(entry)
+    while True:
+        try:
+            lock.acquire(timeout)
+            return
+        except Timeout:
+            before, written = written, _bytes_written(entry)
+            if written == before:
+                raise
+
+
+def _bytes_written(entry: Path) -> int:
+    """Return how much of an entry that is being written is there."""
+    with suppress(FileNotFoundError):  # it is whole now, or its folder not made yet
+        return sum(path.stat().st_size for path in _unfinished(entry).iterdir())
+    return 0
+
+
+def _unfinished(entry: Path) -> Path:
+    return entry.with_name(entry.name + ".tmp")
 
 
 def write(
@@ -113,7 +136,7 @@ def write(
         DataError, ModelError: a row that cannot be read, no row at all, or a tokenizer that cannot be trained with.
         MachineError: the disk is full.
     """
-    unfinished = entry.with_name(entry.name + ".tmp")
+    unfinished = _unfinished(entry)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     drops = Drops()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,12 +16,10 @@ from deepspeed.utils import set_log_level_from_string
 from torch import Tensor
 
 from dynrank_ds.errors import MachineError
-from dynrank_ds.zero import deepspeed_internals
-
-_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+from dynrank_ds.zero import deepspeed_internals, rendezvous
 
 
-def start(timeout: float = 1800) -> torch.device:
+def start(timeout: float = 600) -> torch.device:
     """Join the process group, started by `deepspeed`, `torchrun`, bare `srun` or alone.
 
     timeout: seconds for which a collective waits for a process.
@@ -30,11 +27,10 @@ def start(timeout: float = 1800) -> torch.device:
     Returns this process's device.
 
     Raises:
-        MachineError: under srun, the address of the first node is not set; the port is in use; not all processes came
-            in time; or the installed DeepSpeed lacks what this package uses of it.
+        MachineError: under srun, the address of the first node is not set; it does not resolve; the port is in use; not
+            all processes came in time; or the installed DeepSpeed lacks what this package uses of it.
     """
-    if "RANK" not in os.environ:
-        os.environ.update(_rank_without_launcher())
+    rendezvous.set_variables()
     # DeepSpeed calls collectives by names that torch has renamed: a warning per call, per process.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Its warnings and notes, such as the one of an "untested optimizer" at every rebuild, break the progress bar.
@@ -46,40 +42,14 @@ def start(timeout: float = 1800) -> torch.device:
         # Under srun a process may be shown its own device alone.
         accelerator.set_device(int(os.environ["LOCAL_RANK"]) % accelerator.device_count())
     backend = accelerator.communication_backend_name()
+    rendezvous.wait_for_name(min(timeout, rendezvous.RESOLVE_SECONDS))
     try:
-        deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout), verbose=False)
-        deepspeed_internals.set_world_group(world_size(), timeout)
+        with rendezvous.watched(timeout):
+            deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout), verbose=False)
+            deepspeed_internals.set_world_group(world_size(), timeout)
     except dist.DistError as error:
-        raise MachineError(_rendezvous_failure(error, timeout)) from error
+        raise MachineError(rendezvous.failure(error, timeout)) from error
     return torch.device(accelerator.current_device_name())
-
-
-def _rendezvous_failure(error: dist.DistError, timeout: float) -> str:
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-        return (
-            f"port {port} of {address} is in use, perhaps by another run: give a free port with --master_port of "
-            "deepspeed or torchrun, or with MASTER_PORT"
-        )
-    size = os.environ["WORLD_SIZE"]
-    return f"the {size} processes did not all meet at {address}:{port} within {timeout:g} s: {error}"
-
-
-def _rank_without_launcher() -> dict[str, str]:
-    """Return the variables that a launcher would have set: from srun's, or for a single process."""
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        if "MASTER_ADDR" not in os.environ:
-            raise MachineError(
-                "MASTER_ADDR is not set under srun with several tasks: set it to the first node's name"
-            )
-        return {name: os.environ[slurm] for name, slurm in _SLURM.items()} | {
-            "MASTER_PORT": os.environ.get("MASTER_PORT", "29500")
-        }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def stop() -> None:
