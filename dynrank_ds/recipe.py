@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from dynrank_ds.composing import read_recipe
@@ -58,6 +58,16 @@ def _check_targets(targets: tuple[str, ...] | str) -> tuple[str, ...] | str:
 Targets = Annotated[tuple[str, ...] | str, AfterValidator(_check_targets)]
 
 
+def _check_quantisation(value: object) -> object:
+    if value in ("int8", "8bit", 8):
+        raise PydanticCustomError(
+            "int8",
+            "not supported: bitsandbytes takes int8 weights out of their parameters at the first forward, where ZeRO "
+            "would look for them; give nf4",
+        )
+    return value
+
+
 class ModelSection(Section):
     path: LocalPath
     """Folder of a Hugging Face model, or its hub id."""
@@ -65,6 +75,16 @@ class ModelSection(Section):
     """auto: bf16 where the device computes it natively, else fp32; a resumed run keeps what it began with."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of transformers; flash_attention_2 needs a GPU, bf16 and the flash-attn package."""
+    quantisation: Annotated[Literal["nf4"] | None, BeforeValidator(_check_quantisation)] = None
+    """nf4: the base's linear layers, but for the output layer, in 4 bits a weight by bitsandbytes, as in QLoRA."""
+    double_quantisation: bool = False
+    """Quantise the scales of nf4 too: 0.37 bits a weight less."""
+
+    @model_validator(mode="after")
+    def _refuse_double_quantisation_of_nothing(self) -> ModelSection:
+        if self.double_quantisation and self.quantisation is None:
+            raise inconsistent("model.double_quantisation is given without model.quantisation: give nf4 too")
+        return self
 
 
 class DataSection(Section):

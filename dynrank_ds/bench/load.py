@@ -14,6 +14,7 @@ from dynrank_ds.bench.memory import added_memory
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.dtype import agree_on_dtype
 from dynrank_ds.training.model import DTYPES, adapt, load_model
+from dynrank_ds.training.quantisation import constant_bytes
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.config import complete_config, load_config
 from dynrank_ds.zero.partitioner import make_partitioner
@@ -26,7 +27,7 @@ class LoadCost:
     """Bytes and seconds of one process."""
 
     share: int
-    """Of the base, that it holds afterwards, wherever that lies."""
+    """Of the base, that it holds afterwards, wherever that lies; with all of its quantisation constants."""
     largest: int
     """Of the whole tensor with most elements."""
     peak: int
@@ -58,14 +59,15 @@ def load_cost(recipe: Recipe) -> LoadCost:
     """Load the base and put the adapter into it, as a run does; every process must call it."""
     bf16 = recipe.model.dtype == "bf16"
     config = complete_config(load_config(recipe.deepspeed.config, bf16), 1, 1, 1.0, bf16)
-    _import_everything(recipe.model.path)
+    _import_everything(recipe.model.path, recipe.model.quantisation is not None)
     shares: list[int] = []
     largest: list[int] = []
 
     def load() -> None:
         model = load_model(recipe.model, False, make_partitioner(config, DTYPES[recipe.model.dtype]))
         base = list(model.parameters())
-        shares.append(sum(getattr(p, "ds_tensor", p).nbytes for p in base))
+        constants = constant_bytes(model) if recipe.model.quantisation else 0
+        shares.append(sum(getattr(p, "ds_tensor", p).nbytes for p in base) + constants)
         largest.append(max(getattr(p, "ds_numel", p.numel()) * p.dtype.itemsize for p in base))
         adapt(model, recipe)
 
@@ -74,7 +76,9 @@ def load_cost(recipe: Recipe) -> LoadCost:
     return LoadCost(shares[0], largest[0], peak, time.perf_counter() - started)
 
 
-def _import_everything(path: str) -> None:
+def _import_everything(path: str, quantised: bool) -> None:
     """Import the code of the model's class, which is no part of the model."""
     config = AutoConfig.from_pretrained(path)
     import_module(AutoModelForCausalLM._model_mapping[type(config)].__module__)
+    if quantised:
+        import_module("dynrank_ds.zero.nf4")

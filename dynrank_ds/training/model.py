@@ -30,6 +30,7 @@ from dynrank_ds.errors import ModelError
 from dynrank_ds.methods import method_class
 from dynrank_ds.recipe import ModelSection, Recipe
 from dynrank_ds.training.architecture import check_config, check_layers, text_decoder
+from dynrank_ds.training.quantisation import keep_layout, quantisation_config
 from dynrank_ds.training.starting import StartingAdapter, ranks_of_linears
 from dynrank_ds.training.streaming import NotStreamableError, load_streamed
 from dynrank_ds.zero.partitioner import Partitioner
@@ -88,14 +89,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    section: ModelSection, activation_checkpointing: bool, partitioner: Partitioner | None = None
+    section: ModelSection,
+    activation_checkpointing: bool,
+    partitioner: Partitioner | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Return the base model in training mode, no cache and no dropout: losses are functions of weights and data alone.
 
-    partitioner: reads each process's ZeRO-3 shards alone where the model allows it; by default all is read whole.
+    Args:
+        partitioner: reads each process's ZeRO-3 shards alone where the model allows it; by default all is read whole.
+        device: where a base that is quantised whole is quantised, by default the CPU.
 
     Raises:
         ModelError: there is no causal language model there, or not all of its weights.
+        MachineError: a package that quantises is missing.
     """
     check_model_folder(section.path)
     try:
@@ -104,10 +111,12 @@ def load_model(
         _without_dropout(config, section.path)
         model = _streamed(section, config, partitioner) if partitioner else None
         if model is None:
-            model = _whole(section, config)
+            model = _whole(section, config, device or torch.device("cpu"))
     except _UNFIT as error:
         raise ModelError(f"model.path {section.path} is no causal language model: {_short(error)}") from error
     check_layers(model, section.path)
+    if section.quantisation:
+        keep_layout(model)
     model.config.use_cache = False
     # The first layer's input must require a gradient: see ZeroEngine.
     model.enable_input_require_grads()
@@ -122,21 +131,26 @@ def _streamed(
 ) -> PreTrainedModel | None:
     """Return None where transformers' own loading is needed, which is told."""
     try:
-        return load_streamed(
-            fetch_model(section.path), config, DTYPES[section.dtype], section.attention, partitioner
-        )
+        dtype = DTYPES[section.dtype]
+        quantisation = quantisation_config(section, dtype)
+        folder = fetch_model(section.path)
+        return load_streamed(folder, config, dtype, section.attention, partitioner, quantisation)
     except NotStreamableError as reason:
         logger.warning("model.path %s is loaded whole by every process: %s", section.path, reason)
         return None
 
 
-def _whole(section: ModelSection, config: PreTrainedConfig) -> PreTrainedModel:
+def _whole(section: ModelSection, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    dtype = DTYPES[section.dtype]
+    quantisation = quantisation_config(section, dtype)
     found: Any = AutoModelForCausalLM.from_pretrained(
         section.path,
         config=config,
-        dtype=DTYPES[section.dtype],
+        dtype=dtype,
         attn_implementation=section.attention,
         output_loading_info=True,
+        # DeepSpeed moves the model, unless it is quantised, which happens where it is meant to be.
+        **({"quantization_config": quantisation, "device_map": {"": device}} if quantisation else {}),
     )
     model: PreTrainedModel = found[0]
     if missing := sorted(found[1]["missing_keys"]):

@@ -156,7 +156,7 @@ def _engine(
 ) -> tuple[ZeroEngine, Method]:
     """Return the model with its adapter in DeepSpeed, and its method, at step 0 or as they were saved."""
     partitioner = make_partitioner(config, DTYPES[recipe.model.dtype])
-    model = load_model(recipe.model, recipe.train.activation_checkpointing, partitioner)
+    model = load_model(recipe.model, recipe.train.activation_checkpointing, partitioner, device)
     if checkpoint:
         modules = adapt(model, recipe, checkpoint.factors(), checkpoint.initial_ranks())
     else:

@@ -10,15 +10,21 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from dynrank_ds.base_weights import BaseWeights, has_weight_files, loaded_names
 from dynrank_ds.errors import ModelError
+from dynrank_ds.training.quantisation import constant_bytes, replace_linears
 from dynrank_ds.zero.partitioner import Partitioner
+
+if TYPE_CHECKING:
+    from dynrank_ds.zero.nf4 import Nf4Quantiser
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +44,16 @@ class _Plan:
 
 
 def load_streamed(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: str, partitioner: Partitioner
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    partitioner: Partitioner,
+    quantisation: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Return the base with every parameter partitioned, this process's shards filled, and every buffer whole.
+
+    quantisation: of the layers that transformers quantises, each process doing its own blocks; by default of none.
 
     Raises:
         ModelError: weights are missing or of another shape; nothing is allocated then.
@@ -55,10 +68,13 @@ def load_streamed(
     model.tie_weights()  # one object under both names: ZeRO must see one parameter, and it is read once
     with BaseWeights(folder) as weights:
         plan = _plan(model, weights, folder, dtype)
+        quantiser = _quantiser(model, quantisation, partitioner) if quantisation else None
         _fill_buffers(model, plan, weights, partitioner.device)
-        _fill_parameters(model, plan, weights, partitioner)
+        _fill_parameters(model, plan, weights, partitioner, quantiser)
     logger.info(
-        "the base is read into ZeRO-3 shards: %.3f GiB on this process", partitioner.shard_bytes / 2**30
+        "the base is read into ZeRO-3 shards: %.3f GiB on this process%s",
+        partitioner.shard_bytes / 2**30,
+        f", and {constant_bytes(model) / 2**30:.3f} GiB of quantisation constants" if quantiser else "",
     )
     return model
 
@@ -171,13 +187,43 @@ def _fill_buffers(model: PreTrainedModel, plan: _Plan, weights: BaseWeights, dev
         raise NotStreamableError(f"{unfilled[0]} is neither stored nor made by transformers' initialisation")
 
 
+def _quantiser(
+    model: PreTrainedModel, quantisation: BitsAndBytesConfig, partitioner: Partitioner
+) -> Nf4Quantiser:
+    """Return what quantises the layers that transformers would, which are replaced in `model`."""
+    from dynrank_ds.zero.nf4 import BLOCK, Nf4Quantiser  # bitsandbytes is not needed otherwise
+
+    linears = {f"{name}.weight": linear for name, linear in replace_linears(model, quantisation).items()}
+    for name, linear in linears.items():
+        if linear.in_features * linear.out_features % BLOCK:
+            raise NotStreamableError(
+                f"{name} has {linear.out_features} x {linear.in_features} weights, no multiple of NF4's {BLOCK}"
+            )
+    return Nf4Quantiser(linears, model.dtype, quantisation.bnb_4bit_use_double_quant, partitioner)
+
+
 def _fill_parameters(
-    model: PreTrainedModel, plan: _Plan, weights: BaseWeights, partitioner: Partitioner
+    model: PreTrainedModel,
+    plan: _Plan,
+    weights: BaseWeights,
+    partitioner: Partitioner,
+    quantiser: Nf4Quantiser | None,
 ) -> None:
+    quantised = quantiser.linears if quantiser else {}
+    # All shards first: temporary memory of the reading would leave gaps between them.
+    dtype = model.dtype
+    shards = []
     for stored, names in plan.parameters.items():
-        param = partitioner.parameter(weights.entries[stored].shape, model.dtype)
-        shard = partitioner.partition(param)
-        weights.read_into(stored, shard.start, shard.data)
+        if quantiser and names[0] in quantised:
+            param = quantiser.parameter(names[0])
+        else:
+            param = partitioner.parameter(weights.entries[stored].shape, dtype)
+        shards.append(partitioner.partition(param))
         for name in names:
             parent, _, last = name.rpartition(".")
             model.get_submodule(parent)._parameters[last] = param
+    for (stored, names), shard in zip(plan.parameters.items(), shards, strict=True):
+        if quantiser and names[0] in quantised:
+            quantiser.fill(names[0], shard, partial(weights.read_into, stored))
+        else:
+            weights.read_into(stored, shard.start, shard.data)

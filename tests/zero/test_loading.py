@@ -71,7 +71,7 @@ def test_a_checkpoint_that_is_converted_on_loading_is_loaded_whole_and_told(fold
         assert process["parameters"] == process["buffers"] == [] and process["logits"]
 
 
-def write_large(folder: Path, hidden: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
+def write_large(folder: Path, hidden: int, layers: int, dtype: torch.dtype, **model: Any) -> dict[str, int]:
     """A LLaMA in four files with its recipe; returns the bytes of its tensors."""
     config = LlamaConfig(
         hidden_size=hidden,
@@ -82,25 +82,21 @@ def write_large(folder: Path, hidden: int, layers: int, dtype: torch.dtype) -> d
         vocab_size=8000,
     )
     sizes = write_sharded(folder / "model", config, dtype, files=4)
-    write_recipe(folder, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
+    write_recipe(folder, dtype="bf16" if dtype == torch.bfloat16 else "fp32", **model)
     return sizes
 
 
-@pytest.mark.parametrize(
-    ("hidden", "layers", "dtype"),
-    [
-        (640, 12, torch.float32),
-        # 1.05 B parameters, 2.1 GB.
-        pytest.param(2048, 44, torch.bfloat16, marks=pytest.mark.slow),
-    ],
-)
+SMALL = (768, 12, torch.float32)
+# 1.05 B parameters, 2.1 GB.
+LARGE = pytest.param(2048, 44, torch.bfloat16, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("hidden", "layers", "dtype"), [SMALL, LARGE])
 def test_a_process_holds_its_share_the_largest_tensor_and_a_tenth_more_at_most(
     tmp_path: Path, hidden: int, layers: int, dtype: torch.dtype
 ) -> None:
     sizes = write_large(tmp_path, hidden, layers, dtype)
-    run_worker(2, "load_memory", tmp_path)
-    for cost, engine in zip(outcomes(tmp_path, "cost", 2), outcomes(tmp_path, "engine", 2), strict=True):
-        print({name: round(value / 2**20, 1) for name, value in cost.items()}, "MiB; engine", engine / 2**20)
+    for cost in costs_of_loading(tmp_path):
         assert cost["share"] == sum(sizes.values()) / 2
         assert cost["bound"] == pytest.approx(1.1 * (cost["share"] + max(sizes.values())))
         assert cost["peak"] <= cost["bound"]
@@ -110,3 +106,29 @@ def test_a_process_holds_its_share_the_largest_tensor_and_a_tenth_more_at_most(
     assert expected.std() > 0
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"logits-{rank}.pt"), expected)
+
+
+@pytest.mark.parametrize("double", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("hidden", "layers", "dtype"), [(896, 10, torch.float32), LARGE])
+def test_in_nf4_a_process_holds_its_packed_share_constants_the_largest_tensor_and_a_tenth_more_at_most(
+    tmp_path: Path, hidden: int, layers: int, dtype: torch.dtype, double: bool
+) -> None:
+    sizes = write_large(tmp_path, hidden, layers, dtype, quantisation="nf4", double_quantisation=double)
+    packed = {name for name in sizes if name.endswith("_proj.weight")}
+    weights = sum(sizes[name] for name in packed) // dtype.itemsize
+    others = sum(size for name, size in sizes.items() if name not in packed)
+    scales = sum(sizes[name] // dtype.itemsize // 64 for name in packed)
+    constants = sum(-(-sizes[name] // dtype.itemsize // 64 // 256) * 4 for name in packed) + scales
+    for cost in costs_of_loading(tmp_path):
+        assert cost["share"] == (weights / 2 + others) / 2 + (constants if double else 4 * scales)
+        largest = max(size for name, size in sizes.items() if name not in packed)
+        assert cost["bound"] == pytest.approx(1.1 * (cost["share"] + largest))
+        assert cost["peak"] <= cost["bound"]
+
+
+def costs_of_loading(folder: Path) -> list[dict[str, float]]:
+    run_worker(2, "load_memory", folder)
+    costs: list[dict[str, float]] = outcomes(folder, "cost", 2)
+    for cost, engine in zip(costs, outcomes(folder, "engine", 2), strict=True):
+        print({name: round(value / 2**20, 1) for name, value in cost.items()}, "MiB; engine", engine / 2**20)
+    return costs

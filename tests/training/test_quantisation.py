@@ -1,0 +1,64 @@
+"""Which layers are quantised, what is refused, and what a CPU must not do to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bitsandbytes.nn import modules
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynrank_ds.errors import MachineError, RecipeError
+from dynrank_ds.recipe import ModelSection, check_recipe
+from dynrank_ds.training import quantisation
+from dynrank_ds.training.model import load_model
+from dynrank_ds.training.quantisation import quantised_linears
+
+
+def section(folder: Path) -> ModelSection:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=100,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return ModelSection(path=str(folder), dtype="fp32", quantisation="nf4")
+
+
+def test_all_linear_layers_but_the_head_are_quantised_and_never_rearranged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    linears = quantised_linears(load_model(section(tmp_path), False))
+    assert len(linears) == 2 * 7 and not any("head" in name for name in linears)
+    assert not any(linear.support_avx512bf16_for_cpu for linear in linears.values())
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantisation, "find_spec", lambda _: None)
+    with pytest.raises(
+        MachineError, match=r"model.quantisation nf4 needs bitsandbytes: pip install bitsandbytes"
+    ):
+        load_model(section(tmp_path), False)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"quantisation": "int8"}, r"'model.quantisation' is 'int8': not supported: .*give nf4"),
+        ({"quantisation": "nf5"}, r"'model.quantisation' is 'nf5': input should be 'nf4'"),
+        ({"double_quantisation": True}, r"double_quantisation is given without model.quantisation: give nf4"),
+    ],
+)
+def test_other_quantisations_are_refused_with_a_reason(model: dict[str, object], message: str) -> None:
+    values = {
+        "model": {"path": "m", **model},
+        "data": {"source": "d.jsonl"},
+        "method": {"name": "lora"},
+        "train": {"steps": 1, "global_batch_size": 1, "learning_rate": 1e-3},
+        "output": {"dir": "r"},
+    }
+    with pytest.raises(RecipeError, match=message):
+        check_recipe(values, "a recipe")
