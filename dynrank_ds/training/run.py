@@ -189,9 +189,9 @@ def _loop(trainer: Trainer, saving: Saving) -> bool:
     with tqdm(total=trainer.total_steps, initial=progress.step, unit="step", disable=not first) as bar:
 
         def after_step(result: StepResult) -> None:
-            bar.set_postfix_str(
-                f"loss {result.loss:.4f}, {result.tokens_per_second:.0f} tok/s, rank {trainer.engine.layout.total_rank}"
-            )
+            rank, speed = trainer.engine.layout.total_rank, result.tokens_per_second
+            # `update` draws, no more often than TQDM_MININTERVAL asks for.
+            bar.set_postfix_str(f"loss {result.loss:.4f}, {speed:.0f} tok/s, rank {rank}", refresh=False)
             bar.update(progress.step - bar.n)
             saving.after_step(result)
 

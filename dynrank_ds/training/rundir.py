@@ -22,6 +22,8 @@ from dynrank_ds.recipe import Recipe
 
 RECIPE, ENVIRONMENT = "recipe.resolved.yaml", "environment.json"
 METRICS, RANKS = "metrics.jsonl", "ranks.jsonl"
+SLURM = "slurm"
+"""Folder of launcher/slurm/submit.py in a run directory, of which the run itself writes nothing."""
 _LOCK = ".run.lock"
 _PACKAGES = ("dynrank-ds", "torch", "deepspeed", "transformers", "datasets", "peft", "safetensors")
 
@@ -142,8 +144,9 @@ def check_output(path: Path, resume: bool) -> None:
         raise RunError(
             f"output.dir {path} already holds a run: add resume=auto to go on with it, or give a new folder"
         )
-    # A run killed at its very start leaves the lock and the recipe's temporary name.
-    if not is_run and any(name != _LOCK and not name.endswith(".tmp") for name in os.listdir(path)):
+    # A run killed at its very start leaves the lock and the recipe's temporary name; a job is submitted before it runs.
+    expected = (_LOCK, SLURM)
+    if not is_run and any(name not in expected and not name.endswith(".tmp") for name in os.listdir(path)):
         raise RunError(f"output.dir {path} is not empty and holds no run: give a new folder")
 
 
@@ -154,16 +157,22 @@ def _environment(world_size: int) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    revision = ""
-    if git := shutil.which("git"):
-        command, here = [git, "rev-parse", "HEAD"], Path(__file__).parent
-        revision = subprocess.run(
-            command, cwd=here, capture_output=True, text=True, check=False
-        ).stdout.strip()
     return {
         "versions": versions,
         "python": sys.version.split()[0],
-        "git_revision": revision or None,
+        "git_revision": code_revision(),
         "world_size": world_size,
         "command": sys.argv,
     }
+
+
+def code_revision() -> str | None:
+    """Return the git revision of this package, of a copy the one that its copier noted; None where it is unknown."""
+    noted = Path(__file__).parents[2] / "REVISION"
+    if noted.is_file():
+        return noted.read_text().strip()
+    if not (git := shutil.which("git")):
+        return None
+    command, here = [git, "rev-parse", "HEAD"], Path(__file__).parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
