@@ -7,6 +7,7 @@ import errno
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dynrank_ds.errors import DataError, DynrankError, ModelError
@@ -106,6 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "write a page and pictures of what the ranks did")
     report.epilog = "example: dynrank report --run runs/quickstart/run"
     report.add_argument("--run", required=True, type=Path, help="run directory")
+    report.add_argument(
+        "--compare", nargs="+", default=[], type=Path, metavar="RUN", help="runs to show beside this one"
+    )
+    mode = report.add_mutually_exclusive_group()
+    mode.add_argument("--watch", action="store_true", help="write the page again while the run trains")
+    mode.add_argument(
+        "--replay",
+        action="store_true",
+        help="instead of a page: plan every adjustment again from the logged scores; exit with 1 if one differs",
+    )
     return parser
 
 
@@ -170,10 +181,28 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 1 if found.defects else 0
 
 
-def _report(arguments: argparse.Namespace) -> None:
-    from dynrank_ds.report import write_report
+def _report(arguments: argparse.Namespace) -> int:
+    if arguments.replay:
+        return _replay(arguments.run)
+    from dynrank_ds.report import watch_report, write_report
 
-    print(write_report(arguments.run))
+    if arguments.watch:
+        print(arguments.run / "report.html", flush=True)
+        with suppress(KeyboardInterrupt):
+            watch_report(arguments.run, arguments.compare)
+    print(write_report(arguments.run, compare=arguments.compare))
+    return 0
+
+
+def _replay(run: Path) -> int:
+    from dynrank_ds.commands.replay import replay
+
+    number, differing = replay(run)
+    if differing:
+        print(f"{len(differing)} of {number} logged plans do not follow from the log: steps {differing}")
+        return 1
+    print(f"all {number} logged plans follow from the logged scores and ranks")
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dynrank_ds.checkpoint.files import FORMAT, write_sums
 
@@ -19,6 +21,8 @@ def metric(step: int, loss: float) -> dict:
         loss=loss,
         learning_rate=1e-3,
         grad_norm=1.0,
+        grad_norms={"lora_A": 0.6, "lora_B": 0.8},
+        penalty=0.25,
         tokens_per_second=100.0 + step,
         total_rank_live=144,
         total_rank_stored=144,
@@ -26,6 +30,11 @@ def metric(step: int, loss: float) -> dict:
         memory_gib=1.5,
         seconds=0.5,
     )
+
+
+def scores(ranks: dict[str, int]) -> dict[str, list[float]]:
+    """A triple's score is its module's number: the mean importance of modules ascends in the model's order."""
+    return {name: [float(number)] * rank for number, (name, rank) in enumerate(ranks.items(), start=1)}
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
@@ -38,7 +47,14 @@ def write_run(run: Path, final: dict[str, int], method: str) -> Path:
     shapes = {name: dict(rank=rank, scale=1.0, in_features=8, out_features=8) for name, rank in final.items()}
     state = dict(format=FORMAT, step=30, method=method, base_model="<tiny>", blocks=shapes)
     (checkpoint / "state.json").write_text(json.dumps(state))
-    (checkpoint / "state.safetensors").touch()
+    generator = torch.Generator().manual_seed(0)
+    triples = {
+        f"master/{name}.{factor}": torch.randn(rank, 8, generator=generator)
+        for name, rank in final.items()
+        if rank
+        for factor in ("lora_A", "lora_B")
+    }
+    save_file(triples, checkpoint / "state.safetensors")
     write_sums(checkpoint)
     write_lines(run / "metrics.jsonl", [metric(step, 3.0 - step / 30) for step in range(1, 31)])
     return run
@@ -47,8 +63,8 @@ def write_run(run: Path, final: dict[str, int], method: str) -> Path:
 @pytest.fixture
 def run(tmp_path) -> Path:
     run = write_run(tmp_path / "run", AFTER_20, "pe_dyra")
-    first = dict(adjustment=1, step=10, before=START, after=AFTER_10)
-    second = dict(adjustment=2, step=20, before=AFTER_10, after=AFTER_20)
+    first = dict(adjustment=1, step=10, before=START, after=AFTER_10, scores=scores(START))
+    second = dict(adjustment=2, step=20, before=AFTER_10, after=AFTER_20, scores=scores(AFTER_10))
     write_lines(run / "ranks.jsonl", [first, second])
     return run
 

@@ -1,6 +1,8 @@
 import numpy as np
 
-from dynrank_ds.report.figures import Place, course, place, rank_heatmap, rank_history
+from dynrank_ds.report.places import Place, place
+from dynrank_ds.report.progress import course
+from dynrank_ds.report.ranks import rank_heatmap, rank_history
 
 from .conftest import AFTER_10, AFTER_20, START, metric
 
