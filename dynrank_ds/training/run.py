@@ -32,7 +32,7 @@ from dynrank_ds.training.saving import Saving
 from dynrank_ds.training.signals import StopRequest, exit_code_when_stopped
 from dynrank_ds.training.state import FINISHED, HOW_TO_RESUME, RUNNING, STOPPED, RunState
 from dynrank_ds.zero import processes
-from dynrank_ds.zero.config import complete_config, load_config
+from dynrank_ds.zero.config import check_processes, complete_config, load_config
 from dynrank_ds.zero.early_stop import EarlyStop
 from dynrank_ds.zero.engine import ZeroEngine
 from dynrank_ds.zero.partitioner import make_partitioner
@@ -138,8 +138,10 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
 
 def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     bf16 = recipe.model.dtype == "bf16"
+    config = load_config(recipe.deepspeed.config, bf16)
+    check_processes(config, recipe.deepspeed.config, processes.world_size())
     return complete_config(
-        load_config(recipe.deepspeed.config, bf16),
+        config,
         recipe.train.micro_batch_size,
         recipe.accumulation(processes.world_size()),
         recipe.train.max_grad_norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,20 @@ def load_config(name: str, bf16: bool) -> dict[str, Any]:
             f"deepspeed.config {name} has zero_optimization.stage 1 with model.dtype bf16: give stage 2, or fp32"
         )
     return config
+
+
+def check_processes(config: Mapping[str, Any], name: str, world_size: int) -> None:
+    """Refuse a configuration that does not fit the number of processes.
+
+    Raises:
+        RecipeError: the group that hpZ gathers within is no divisor of it.
+    """
+    group = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if not isinstance(group, int) or group < 1 or world_size % group:
+        raise RecipeError(
+            f"deepspeed.config {name} has zero_hpz_partition_size {group}, which does not divide {world_size} "
+            "processes: give the number of processes on a node"
+        )
 
 
 def complete_config(
