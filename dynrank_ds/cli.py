@@ -1,4 +1,4 @@
-"""`dynrank`: everything around training that needs no process group."""
+"""`dynrank`: everything around training; `suggest-ranks` alone can also be started in several processes."""
 
 from __future__ import annotations
 
@@ -104,6 +104,24 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--adapter", required=True, type=Path, help="PEFT adapter folder")
     inspect.add_argument("--base", help="model folder or hub id to compare with: modules, shapes and hash")
 
+    suggest = _command(
+        commands, "suggest-ranks", _suggest_ranks, "suggest a rank for each layer from a calibration pass"
+    )
+    suggest.epilog = "example: dynrank suggest-ranks --recipe my.yaml --mean-rank 2 --batches 4"
+    suggest.add_argument("--recipe", required=True, help="name of a shipped recipe, or a YAML file")
+    budget = suggest.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--mean-rank", type=int, help="mean rank of a layer")
+    budget.add_argument("--parameters", type=int, help="at most so many elements of all factors")
+    suggest.add_argument("--batches", type=int, default=64, help="global batches to read; 64 by default")
+    suggest.add_argument(
+        "--score",
+        choices=("gradient", "energy", "sensitivity", "pe_dyra"),
+        default="gradient",
+        help="gradient: norm of the gradient by the weight (default); energy: components of the inputs, as EVA; "
+        "sensitivity, pe_dyra: of triples that are trained for so many steps",
+    )
+    suggest.add_argument("overrides", nargs="*", help="section.key=value")
+
     report = _command(commands, "report", _report, "write a page and pictures of what the ranks did")
     report.epilog = "example: dynrank report --run runs/quickstart/run"
     report.add_argument("--run", required=True, type=Path, help="run directory")
@@ -179,6 +197,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
     found = inspect_adapter(arguments.adapter, arguments.base)
     print(found.text())
     return 1 if found.defects else 0
+
+
+def _suggest_ranks(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.commands.suggest_ranks import suggest_ranks, suggestion_text
+    from dynrank_ds.recipe import load_recipe
+    from dynrank_ds.zero import processes
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    ranks = suggest_ranks(
+        recipe, arguments.score, arguments.batches, arguments.mean_rank, arguments.parameters
+    )
+    if processes.rank() == 0:
+        print(suggestion_text(recipe, ranks))
+    processes.stop()
 
 
 def _report(arguments: argparse.Namespace) -> int:

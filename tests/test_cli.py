@@ -147,7 +147,9 @@ def test_a_home_folder_is_found_in_a_recipe() -> None:
     assert recipe.output.dir == f"{Path.home()}/run" and recipe.model.path == f"{Path.home()}/model"
 
 
-@pytest.mark.parametrize("command", ["validate", "prepare", "export", "merge", "inspect", "resize", "report"])
+@pytest.mark.parametrize(
+    "command", ["validate", "prepare", "export", "merge", "inspect", "resize", "suggest-ranks", "report"]
+)
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

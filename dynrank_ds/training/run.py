@@ -107,7 +107,7 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
     check_output(directory.path, resume)
     before = directory.metadata() if resume else None
     recipe = agree_on_dtype(recipe, before and before["recipe"], device)
-    config = _deepspeed_config(recipe)
+    config = deepspeed_config(recipe)
     samples, pad_id = prepare_data(recipe)
     data = TrainingData(
         *split_held_out(samples, recipe), PackedCollator() if recipe.data.packing else PaddedCollator(pad_id)
@@ -118,7 +118,7 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
         lock_directory(directory, resume, identity, device)
         checkpoint = find_checkpoint(directory, recipe, identity, device) if resume else None
         total_steps = recipe.total_steps(len(data.samples))
-        engine, method = _engine(recipe, config, checkpoint, total_steps, device)
+        engine, method = build_engine(recipe, config, checkpoint, total_steps, device)
         check_loss(engine.evaluate, data.samples, data.collator, recipe.model.dtype, device)
         progress = checkpoint.progress if checkpoint else Progress()
         if processes.rank() == 0:
@@ -136,7 +136,12 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
     return Trainer(recipe, data, engine, method, directory, progress, metadata)
 
 
-def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of the recipe's run in this process group.
+
+    Raises:
+        RecipeError: there is none, or the global batch does not fit the group.
+    """
     bf16 = recipe.model.dtype == "bf16"
     config = load_config(recipe.deepspeed.config, bf16)
     check_processes(config, recipe.deepspeed.config, processes.world_size())
@@ -149,7 +154,7 @@ def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def _engine(
+def build_engine(
     recipe: Recipe,
     config: dict[str, Any],
     checkpoint: Checkpoint | None,
