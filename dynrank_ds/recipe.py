@@ -189,6 +189,8 @@ class DeepSpeedSection(Section):
 class OutputSection(Section):
     dir: LocalPath
     """The run directory: logs, checkpoints, adapter."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Experiment trackers that the first process writes to."""
 
 
 class EvalSection(Section):

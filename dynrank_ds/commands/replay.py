@@ -30,7 +30,7 @@ def replay(run: Path) -> tuple[int, list[int]]:
     steps = recipe.train.steps or recipe.total_steps(len(split_held_out(prepare_data(recipe)[0], recipe)[0]))
     modules = adapt(model_without_weights(recipe.model.path), recipe)
     method = build_method(recipe.method, modules, steps, torch.device("meta"))
-    limits = tuple(recipe.adapter.largest_rank(m.in_features, m.out_features) for m in modules.values())
+    limits = tuple(module.max_rank for module in modules.values())
     adjustments = RunDirectory(run).adjustments()
     differing = []
     for line in adjustments:

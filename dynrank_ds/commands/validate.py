@@ -12,6 +12,7 @@ from dynrank_ds.methods import build_method
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.model import adapt, model_without_weights
 from dynrank_ds.training.samples import described, prepare_data, split_held_out
+from dynrank_ds.training.trackers import check_packages
 from dynrank_ds.zero.config import load_config
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ def validate(recipe: Recipe) -> str:
     Raises:
         DynrankError: what cannot be run.
     """
+    check_packages(recipe)
     recipe, reason = _with_dtype_of_this_machine(recipe)
     load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
     recipe.accumulation(world_size=1)

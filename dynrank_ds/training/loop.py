@@ -33,6 +33,7 @@ from dynrank_ds.training.held_out import held_out_loss
 from dynrank_ds.training.rundir import RunDirectory
 from dynrank_ds.training.schedule import learning_rate
 from dynrank_ds.training.signals import StopRequest
+from dynrank_ds.training.trackers import Trackers
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.engine import ZeroEngine
 
@@ -104,6 +105,9 @@ class Trainer:
             self.dropout = TokenDropout(recipe.adapter.dropout, recipe.train.seed)
             for shape, module in zip(engine.shapes, engine.modules, strict=True):
                 module.dropout = self.dropout.of_linear(module.part.linear if module.part else shape.name)
+        self.trackers = Trackers()
+        self.last_adjustment = ""
+        """What the last adjustment since this process began changed, for the progress line."""
         self._discarded_in_a_row = 0
         self._warned_of_replaced_triples = False
 
@@ -249,6 +253,7 @@ class Trainer:
             )
 
     def _adjust(self, scores: Sequence[Tensor]) -> None:
+        started = time.perf_counter()
         before = self.engine.layout.ranks
         limits = tuple(module.max_rank for module in self.engine.modules)
         state = RankState(before, limits, self.recipe.adapter.rank, self.progress.step, self.total_steps)
@@ -265,7 +270,7 @@ class Trainer:
         self.method.applied(plan, self.progress.step)
         self.adjustments += 1
         if self.is_first:
-            self._log_adjustment(plan, before, scores)
+            self._log_adjustment(plan, before, scores, time.perf_counter() - started)
             self._warn_of_replaced_triples(plan, before)
 
     def _warn_of_replaced_triples(self, plan: RankPlan, before: Sequence[int]) -> None:
@@ -291,7 +296,7 @@ class Trainer:
             return
         layout = self.engine.layout
         evaluated = {} if result.held_out_loss is None else {"held_out_loss": result.held_out_loss}
-        self.directory.log_step(
+        values: dict[str, Any] = dict(
             step=self.progress.step,
             batch=self.progress.batch,
             loss=result.loss if math.isfinite(result.loss) else None,
@@ -308,11 +313,15 @@ class Trainer:
             seconds=seconds,
             **evaluated,
         )
+        self.directory.log_step(**values)
+        self.trackers.log_step(values)
 
-    def _log_adjustment(self, plan: RankPlan, before: Sequence[int], scores: Sequence[Tensor]) -> None:
+    def _log_adjustment(
+        self, plan: RankPlan, before: Sequence[int], scores: Sequence[Tensor], seconds: float
+    ) -> None:
         names = [shape.name for shape in self.engine.shapes]
         pruned = plan.pruned(before)
-        self.directory.log_adjustment(
+        values: dict[str, Any] = dict(
             adjustment=self.adjustments,
             step=self.progress.step,
             before=dict(zip(names, before, strict=True)),
@@ -322,4 +331,11 @@ class Trainer:
             masked={n: list(m) for n, m in zip(names, plan.masked, strict=False) if m},
             scores={n: s.tolist() for n, s in zip(names, scores, strict=True)},
             plan_sha256=plan.sha256(),
+            seconds=seconds,
+        )
+        self.directory.log_adjustment(**values)
+        self.trackers.log_adjustment(values)
+        self.last_adjustment = (
+            f"step {self.progress.step}: {sum(map(len, pruned))} triples pruned, {sum(plan.new)} added, "
+            f"{sum(map(len, plan.masked))} masked"
         )

@@ -38,7 +38,7 @@ MAY_CHANGE = {
         "held_out_interval",
     },
     "deepspeed": {"config", "timeout"},
-    "output": {"dir"},
+    "output": {"dir", "report_to"},
     "eval": {"tasks", "data_dir"},
 }
 """Keys of the recipe that say where things lie or how they are computed, not what: model and data are compared by

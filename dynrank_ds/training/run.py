@@ -31,6 +31,7 @@ from dynrank_ds.training.samples import prepare_data, split_held_out
 from dynrank_ds.training.saving import Saving
 from dynrank_ds.training.signals import StopRequest, exit_code_when_stopped
 from dynrank_ds.training.state import FINISHED, HOW_TO_RESUME, RUNNING, STOPPED, RunState
+from dynrank_ds.training.trackers import Trackers, check_packages
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.config import check_processes, complete_config, load_config
 from dynrank_ds.zero.early_stop import EarlyStop
@@ -86,8 +87,10 @@ def _train(trainer: Trainer, state: RunState) -> bool:
     state.begin(trainer.progress, trainer.total_steps)
     if first:
         state.write(RUNNING, "it is running; after a kill, " + HOW_TO_RESUME)
+        trainer.trackers = Trackers.open(trainer.directory, trainer.recipe, trainer.progress.step + 1)
     saving = Saving(trainer)
     done = _loop(trainer, saving)
+    trainer.trackers.close()
     if done:
         _finish(trainer, saving.save_last())
     if first:
@@ -105,6 +108,8 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
     """
     directory = RunDirectory(Path(recipe.output.dir))
     check_output(directory.path, resume)
+    if processes.rank() == 0:
+        check_packages(recipe)
     before = directory.metadata() if resume else None
     recipe = agree_on_dtype(recipe, before and before["recipe"], device)
     config = deepspeed_config(recipe)
@@ -198,7 +203,10 @@ def _loop(trainer: Trainer, saving: Saving) -> bool:
         def after_step(result: StepResult) -> None:
             rank, speed = trainer.engine.layout.total_rank, result.tokens_per_second
             # `update` draws, no more often than TQDM_MININTERVAL asks for.
-            bar.set_postfix_str(f"loss {result.loss:.4f}, {speed:.0f} tok/s, rank {rank}", refresh=False)
+            change = f" ({trainer.last_adjustment})" if trainer.last_adjustment else ""
+            bar.set_postfix_str(
+                f"loss {result.loss:.4f}, {speed:.0f} tok/s, rank {rank}{change}", refresh=False
+            )
             bar.update(progress.step - bar.n)
             saving.after_step(result)
 
