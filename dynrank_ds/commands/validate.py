@@ -10,7 +10,8 @@ import torch
 from dynrank_ds import dtypes
 from dynrank_ds.methods import build_method
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.training.model import adapt, model_without_weights
+from dynrank_ds.training.model import DTYPES, adapt, model_without_weights
+from dynrank_ds.training.quantisation import quantisation_config
 from dynrank_ds.training.samples import described, prepare_data, split_held_out
 from dynrank_ds.training.trackers import check_packages
 from dynrank_ds.zero.config import load_config
@@ -29,6 +30,7 @@ def validate(recipe: Recipe) -> str:
     load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
     recipe.accumulation(world_size=1)
     dataset, held_out = split_held_out(prepare_data(recipe)[0], recipe)
+    quantisation_config(recipe.model, DTYPES[recipe.model.dtype])  # which needs packages
     model = model_without_weights(recipe.model.path)
     modules = adapt(model, recipe)
     steps = recipe.total_steps(len(dataset))
@@ -38,12 +40,20 @@ def validate(recipe: Recipe) -> str:
     linears = len({module.part.linear if module.part else name for name, module in modules.items()})
     return "\n".join(
         [
-            f"model       {recipe.model.path}: {base:,} parameters, in {reason}",
+            f"model       {recipe.model.path}: {base:,} parameters, in {reason}{_quantised(recipe)}",
             described(dataset) + (f"; {len(held_out):,} more are held out" if len(held_out) else ""),
             f"adapter     {linears} linears, total rank {sum(module.initial_rank for module in modules.values())}, "
             f"{trainable:,} trainable parameters ({trainable / base:.3%})",
             f"method      {recipe.method.name}: {method.planned_adjustments()} adjustments in {steps} steps",
         ]
+    )
+
+
+def _quantised(recipe: Recipe) -> str:
+    if recipe.model.quantisation is None:
+        return ""
+    return f"; linear layers in {recipe.model.quantisation}" + (
+        ", doubly quantised" if recipe.model.double_quantisation else ""
     )
 
 

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _UNFIT = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
 """What transformers raises of a folder that it cannot load."""
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_SECOND_COPIES = ["consolidated*", "original/*"]
+"""Of the weights, for other programs, in some hub repositories."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -65,7 +67,7 @@ def fetch_model(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        folder = Path(snapshot_download(path, allow_patterns=_MODEL_FILES))
+        folder = Path(snapshot_download(path, allow_patterns=_MODEL_FILES, ignore_patterns=_SECOND_COPIES))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {path} cannot be fetched from the hub: {_short(error)}") from error
     if not any(folder.glob("*.safetensors")):

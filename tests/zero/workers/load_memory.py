@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import deepspeed
@@ -20,6 +21,7 @@ def measure(folder: Path) -> None:
     recipe = load_recipe(str(folder / "recipe.yaml"))
     cost = load_cost(recipe)
     write(folder, "cost", {"share": cost.share, "peak": cost.peak, "bound": cost.bound})
+    gc.collect()  # the shards, which DeepSpeed's functions on each parameter hold in a cycle
 
 
 def logits(folder: Path) -> None:

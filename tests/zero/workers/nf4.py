@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Params4bit
+from transformers import PreTrainedModel
 
 from dynrank_ds.recipe import Recipe, load_recipe
 from dynrank_ds.training.adamw import RowAgedAdamW
@@ -46,6 +49,7 @@ def step(recipe: Recipe, folder: Path) -> None:
     )
     evaluated = engine.evaluate(**batch())  # which on some CPUs would rearrange the weights for good
     loss = engine(**batch())
+    write(folder, "kept", kept_gathered(model))
     engine.backward(loss)
     gradients = engine.layout.split(engine.gradients())
     pieces = {
@@ -58,6 +62,13 @@ def step(recipe: Recipe, folder: Path) -> None:
     )
     write(folder, "whole", whole_weights)
     engine._close()
+
+
+def kept_gathered(model: PreTrainedModel) -> int:
+    """How many packed weights somebody holds whole, such as autograd until backward."""
+    shapes = {getattr(p, "ds_shape", p.shape) for p in model.parameters() if isinstance(p, Params4bit)}
+    tensors = [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor)]  # no proxies
+    return sum(held.dim() == 2 and held.shape in shapes for held in tensors)
 
 
 if __name__ == "__main__":
