@@ -41,6 +41,7 @@ def cache_folder() -> Path:
     """Return the folder of the entries: $DYNRANK_CACHE, else dynrank_ds in the user's cache folder."""
     if chosen := os.environ.get("DYNRANK_CACHE"):
         return Path(chosen).expanduser()
+    # Two lines instead of the package platformdirs: DeepSpeed runs on Linux, where this is all that it does.
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynrank_ds"
 
 
