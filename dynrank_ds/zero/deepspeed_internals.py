@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import Init
@@ -19,7 +20,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
-from torch import nn
+from torch import Tensor, nn
 
 from dynrank_ds.errors import MachineError
 
@@ -111,6 +112,27 @@ def disable_shared_memory_op() -> None:
     Building it takes a minute of g++, and a run that is killed meanwhile leaves a lock that every later run waits for.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def zero3_masters(optimizer: Any) -> Iterator[tuple[Tensor, list[Any]]]:
+    """Yield each flat fp32 master of this process, with the parameters whose shards it is made of, in order.
+
+    DeepSpeed's documented safe_get_local_fp32_param copies what is offloaded to the GPU: no view to change.
+    """
+    yield from zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+
+
+def zero2_master(optimizer: Any) -> Tensor:
+    """Return the flat fp32 master of this process under ZeRO-1 and 2, which have one parameter group here."""
+    master: Tensor = optimizer.single_partition_of_fp32_groups[0]
+    return master
+
+
+def zero2_gradients(optimizer: Any) -> Tensor:
+    """Return the flat gradient of `zero2_master`, in a copy: DeepSpeed clips its own in place later."""
+    if optimizer.cpu_offload:
+        return zero2_master(optimizer).grad.clone()  # type: ignore[union-attr]
+    return torch.cat([gradient.flatten() for gradient in optimizer.averaged_gradients[0]])
 
 
 @contextmanager

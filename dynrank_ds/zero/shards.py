@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
 from dynrank_ds.ranking.layout import FragmentOf, ModuleShape, ShardLayout
+from dynrank_ds.zero.deepspeed_internals import zero2_gradients, zero2_master, zero3_masters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -75,10 +76,9 @@ class Zero3Shards:
             self._params, self._layout.fragments, _runs(births, rates, self._layout), strict=True
         ):
             padded[param.ds_id] = _padded(runs, param.partition_numel(), rates[fragment.factor])
-        groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
         # Not by DeepSpeed's safe_get_local_fp32_param, which copies what is offloaded to the GPU: these must be views.
         pieces: dict[str, dict[int, Tensor]] = {name: {} for name in ("master", *MOMENTS)}
-        for flat, group in groups:
+        for flat, group in zero3_masters(self._optimizer):
             runs = torch.cat([padded[param.ds_id] for param in group], dim=1)
             self._optimizer.optimizer.set_state(flat, updates, *runs.to(flat.device))
             states = {"master": flat.detach(), **self._optimizer.optimizer.state[flat]}
@@ -119,7 +119,7 @@ class Zero2Shards:
 
     def seed(self, births: Sequence[Tensor], rates: Mapping[str, float], updates: int) -> None:
         """Reset the optimizer's state to zero moments after `updates` steps; see `_runs`."""
-        flat = self._optimizer.single_partition_of_fp32_groups[0]
+        flat = zero2_master(self._optimizer)
         runs = _padded(torch.cat(_runs(births, rates, self._layout), dim=1), flat.numel(), 1.0)
         self._optimizer.optimizer.set_state(flat, updates, *runs.to(flat.device))
         state = self._optimizer.optimizer.state[flat]
@@ -127,11 +127,7 @@ class Zero2Shards:
         self.moments = {name: self._layout.split(state[name][: self._layout.numel]) for name in MOMENTS}
 
     def gradients(self) -> Tensor:
-        if self._optimizer.cpu_offload:
-            flat = self._optimizer.single_partition_of_fp32_groups[0].grad.clone()  # clipped in place later
-        else:
-            flat = torch.cat([g.flatten() for g in self._optimizer.averaged_gradients[0]])
-        return flat[: self._layout.numel].to(self._layout.device, torch.float32)
+        return zero2_gradients(self._optimizer)[: self._layout.numel].to(self._layout.device, torch.float32)
 
     def zero_gates(self, masked: Sequence[Sequence[int]]) -> None:
         """Set lora_E of these triples to 0, in master and 16-bit copy."""
