@@ -20,7 +20,7 @@ _LAYERS = (
     ("checkpoint", "recipe"),
     ("export", "report"),
     ("training",),
-    ("bench", "commands"),
+    ("bench", "commands", "integrations"),
     ("cli",),
 )
 

@@ -1,0 +1,1 @@
+"""Use of the methods in trainers of other libraries."""
