@@ -97,9 +97,6 @@ class Zero3Shards:
             self.masters[number][local] = 0
             param = self._params[number]
             param.ds_tensor.view(-1)[local] = 0
-            param.ds_secondary_tensor = (
-                None  # hpZ's copy within the node, which a forward since the step has made
-            )
             if param.ds_status == ZeroParamStatus.AVAILABLE:  # kept gathered between uses
                 param.data.view(-1)[triples] = 0
 
