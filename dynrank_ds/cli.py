@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--adapter", required=True, type=Path, help="PEFT adapter folder")
     merge.add_argument("--base", help="model folder or hub id; by default what the adapter names")
     merge.add_argument("--output", required=True, type=Path, help="folder to make")
+    merge.add_argument("--workers", type=int, default=1, help="files of the base merged at one time")
+    merge.add_argument(
+        "--force", action="store_true", help="merge into another base than the adapter was trained on"
+    )
 
     resize = _command(
         commands, "resize", _resize, "write a PEFT LoRA adapter at another size, as the best approximation"
@@ -180,7 +184,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from dynrank_ds.export import merge_adapter
 
-    merge_adapter(arguments.adapter, arguments.base, arguments.output)
+    merge_adapter(arguments.adapter, arguments.base, arguments.output, arguments.workers, arguments.force)
     print(arguments.output)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ _NAME_OF_DTYPE = {
 }
 _DTYPE_OF_NAME = {name: dtype for dtype, name in _NAME_OF_DTYPE.items()}
 _LENGTH_BYTES = 8
+_PIECE_BYTES = 2**22
 _LARGEST_HEADER = 100_000_000  # the safetensors library's own bound
 
 
@@ -99,6 +100,18 @@ class TensorFileWriter:
             )
         self._file.seek(self._offsets[name])
         self._file.write(_bytes_of(tensor.detach().cpu().contiguous()))
+        del self._pending[name]
+
+    def copy(self, name: str, reader: "TensorFileReader") -> None:
+        """Put the announced tensor `name` of another file into this one, through a small buffer."""
+        entry = self._pending.get(name)
+        if entry is None or reader.entries[name] != entry:
+            raise ValueError(
+                f"{self._path}: tensor {name} was not announced like that, or is already written"
+            )
+        self._file.seek(self._offsets[name])
+        for piece in reader.pieces(name):
+            self._file.write(piece)
         del self._pending[name]
 
     def close(self) -> None:
@@ -187,6 +200,17 @@ class TensorFileReader:
         read = self._file.readinto(_bytes_of(out))
         if read != out.numel() * dtype.itemsize:
             raise TensorFileError(f"{self._path} was cut short while {name} was read")
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of the tensor `name`, in pieces that are valid until the next one."""
+        left = self.entries[name].nbytes
+        buffer = memoryview(bytearray(min(left, _PIECE_BYTES)))
+        self._file.seek(self._offsets[name])
+        while left:
+            piece = buffer[: min(left, len(buffer))]
+            self._file.readinto(piece)
+            yield piece
+            left -= len(piece)
 
     def close(self) -> None:
         self._file.close()

@@ -5,6 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import dynrank_ds.tensorfile
 from dynrank_ds.tensorfile import (
     TensorEntry,
     TensorFileError,
@@ -133,3 +134,17 @@ def test_a_damaged_file_is_reported_in_one_sentence(tmp_path, tensors):
 def test_checksum_is_that_of_the_bytes(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     assert file_sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_tensor_is_copied_from_another_file_in_pieces(tmp_path, tensors, monkeypatch):
+    monkeypatch.setattr(dynrank_ds.tensorfile, "_PIECE_BYTES", 7)
+    write_all(tmp_path / "first", tensors)
+    with (
+        TensorFileReader(tmp_path / "first") as reader,
+        TensorFileWriter(tmp_path / "second", entries_of(tensors)) as writer,
+    ):
+        for name in tensors:
+            writer.copy(name, reader)
+        with pytest.raises(ValueError, match="is already written"):
+            writer.copy("half", reader)
+    assert (tmp_path / "second").read_bytes() == (tmp_path / "first").read_bytes()

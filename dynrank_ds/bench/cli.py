@@ -16,6 +16,7 @@ from dynrank_ds.bench.data import measure_data
 from dynrank_ds.bench.figures import Figure
 from dynrank_ds.bench.load import measure_load
 from dynrank_ds.bench.machine import machine, versions
+from dynrank_ds.bench.merge import measure_merge
 from dynrank_ds.bench.peers import measure_peers, measure_trend
 from dynrank_ds.bench.step import measure_step
 from dynrank_ds.errors import DynrankError, RecipeError
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "data": measure_data,
     "load": measure_load,
     "checkpoint": measure_checkpoint,
+    "merge": measure_merge,
     "step": measure_step,
     "peers": measure_peers,
     "peers_trend": measure_trend,

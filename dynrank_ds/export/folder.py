@@ -64,6 +64,19 @@ def staged_folder(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what dynrank.json of a folder says; {} where there is none, as in adapters of PEFT's.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    path = folder / RECORD
+    record = read_json(path) if path.is_file() else {}
+    if not isinstance(record, dict):
+        raise RunError(f"{path} holds {type(record).__name__}, not an object")
+    return record
+
+
 def _refuse_input(output: Path, folder: Path) -> None:
     folder = folder.resolve()
     read_from = (

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import torch
 
-from dynrank_ds.errors import RunError
 from dynrank_ds.export.base_model import BaseModel, find_base, model_hash, stored_modules
-from dynrank_ds.export.folder import RECORD
+from dynrank_ds.export.folder import read_record
 from dynrank_ds.export.low_rank import effective_rank, singular_values
 from dynrank_ds.export.peft_adapter import Update, factor_key, module_of, open_weights
 from dynrank_ds.export.peft_config import CONFIG, AdapterConfig, read_config
-from dynrank_ds.files import read_json
 from dynrank_ds.tensorfile import TensorEntry, TensorFileReader
 
 # What PEFT's LoRA stores beside lora_A and lora_B of linear layers.
@@ -226,11 +224,7 @@ def _compare_modules(
 
 def _compare_hash(adapter: Path, model: BaseModel, defects: list[str]) -> str:
     """Compare the base's hash with the one that `dynrank export` wrote; return a line on it."""
-    path = adapter / RECORD
-    record = read_json(path) if path.is_file() else {}
-    if not isinstance(record, dict):
-        raise RunError(f"{path} holds {type(record).__name__}, not an object")
-    found, trained_on = model_hash(model.folder), record.get("base_model_hash")
+    found, trained_on = model_hash(model.folder), read_record(adapter).get("base_model_hash")
     if trained_on is None:
         return f"{model.folder}, hash {found[:12]}; the adapter says no hash of the base it was trained on"
     if found != trained_on:

@@ -13,11 +13,10 @@ from torch import Tensor
 from dynrank_ds.adapters.initial import lora_factors, module_generator
 from dynrank_ds.checkpoint.adapter import LinearShape
 from dynrank_ds.errors import RunError
-from dynrank_ds.export.folder import RECORD, staged_folder
+from dynrank_ds.export.folder import read_record, staged_folder
 from dynrank_ds.export.low_rank import difference_norm, singular_values, svd
 from dynrank_ds.export.peft_adapter import PeftAdapter, Update
 from dynrank_ds.export.peft_writer import write_adapter
-from dynrank_ds.files import read_json
 
 # Singular values below this share of a module's largest are rounding of the factorisation.
 _ROUNDING = 1e-12
@@ -252,10 +251,8 @@ def _uniform_ranks(source: PeftAdapter, spectra: Mapping[str, Spectrum], size: S
 
 def _provenance(adapter: Path) -> dict[str, Any]:
     """What dynrank.json of the source says of its training."""
-    path = adapter / RECORD
-    record = read_json(path) if path.is_file() else {}
-    keys = ("method", "step", "base_model", "base_model_hash")
-    return {key: record[key] for key in keys if key in record} if isinstance(record, dict) else {}
+    record = read_record(adapter)
+    return {k: record[k] for k in ("method", "step", "base_model", "base_model_hash") if k in record}
 
 
 def changes_text(changes: list[ModuleChange]) -> str:
