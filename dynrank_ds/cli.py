@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     validate = _command(
         commands, "validate", _validate, "check a recipe, its model and its data, without a GPU"
     )
+    validate.add_argument(
+        "--processes", type=_positive, default=1, metavar="N", help="how many will train together (default 1)"
+    )
     validate.epilog = "example: dynrank validate --recipe quickstart train.steps=50"
 
     prepare = _command(
@@ -150,6 +153,12 @@ def _command(
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number of processes")
+    return int(text)
+
+
 def _origin(arguments: argparse.Namespace, error: DynrankError) -> str:
     """Return which command makes the model and data of the shipped recipe that lacks them, as the end of a message."""
     of_quickstart = str(getattr(arguments, "recipe", "")).startswith("quickstart")
@@ -164,7 +173,7 @@ def _validate(arguments: argparse.Namespace) -> None:
     from dynrank_ds.commands.validate import validate
     from dynrank_ds.recipe import load_recipe
 
-    print(validate(load_recipe(arguments.recipe, arguments.overrides)))
+    print(validate(load_recipe(arguments.recipe, arguments.overrides), arguments.processes))
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -62,11 +62,13 @@ def load_recipe(name: str, overrides: list[str]) -> Recipe:
 
 
 def _train(recipe: Recipe, resume: bool, stop_request: StopRequest) -> int:
+    from dynrank_ds.training.checks import check_before_meeting
     from dynrank_ds.training.run import train
     from dynrank_ds.training.state import RunState
     from dynrank_ds.zero import processes
     from dynrank_ds.zero.peer_failure import PeerFailureError, name_failed_peer
 
+    check_before_meeting(recipe, resume)
     device = processes.start(recipe.deepspeed.timeout)
     state = RunState(Path(recipe.output.dir))
     try:

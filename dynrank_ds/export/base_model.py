@@ -96,11 +96,14 @@ def loaded_names(folder: Path, stored: Sequence[str]) -> dict[str, str]:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # Composite models are not among Auto's causal language models.
         kind = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
-            model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+            if kind:
+                model = kind(config)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{folder} is no model that transformers knows: {reason}") from error

@@ -83,7 +83,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     check_model_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.path {path} holds no tokenizer that transformers can load: {_short(error)}"
@@ -108,7 +108,7 @@ def load_model(
     """
     check_model_folder(section.path)
     try:
-        config = AutoConfig.from_pretrained(section.path)
+        config = AutoConfig.from_pretrained(section.path, trust_remote_code=False)
         check_config(config, section.path)
         _without_dropout(config, section.path)
         model = _streamed(section, config, partitioner) if partitioner else None
@@ -148,6 +148,7 @@ def _whole(section: ModelSection, config: PreTrainedConfig, device: torch.device
     found: Any = AutoModelForCausalLM.from_pretrained(
         section.path,
         config=config,
+        trust_remote_code=False,
         dtype=dtype,
         attn_implementation=section.attention,
         output_loading_info=True,
@@ -170,10 +171,10 @@ def model_without_weights(path: str) -> PreTrainedModel:
     """
     check_model_folder(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_config(config, path)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except _UNFIT as error:
         raise ModelError(f"model.path {path} is no causal language model: {_short(error)}") from error
     check_layers(model, path)

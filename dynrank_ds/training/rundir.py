@@ -19,12 +19,15 @@ import yaml
 from dynrank_ds.errors import RunError
 from dynrank_ds.files import read_json, replace_text
 from dynrank_ds.recipe import Recipe
+from dynrank_ds.training.state import STATE
 
 RECIPE, ENVIRONMENT = "recipe.resolved.yaml", "environment.json"
 METRICS, RANKS = "metrics.jsonl", "ranks.jsonl"
 SLURM = "slurm"
 """Folder of launcher/slurm/submit.py in a run directory, of which the run itself writes nothing."""
 _LOCK = ".run.lock"
+_TRACKED = {"tensorboard", "wandb", "wandb_id"}
+_BEFORE_THE_FIRST_STEP = {_LOCK, RECIPE, ENVIRONMENT, METRICS, STATE, "checkpoints", *_TRACKED}
 _PACKAGES = ("dynrank-ds", "torch", "deepspeed", "transformers", "datasets", "peft", "safetensors")
 
 logger = logging.getLogger(__name__)
@@ -58,12 +61,21 @@ class RunDirectory:
         return True
 
     def unlock(self) -> None:
-        """Let other runs in; a directory in which nothing was written goes."""
+        """Let other runs in; a directory whose run ended before its first step goes."""
         if self._lock:
-            if os.listdir(self.path) == [_LOCK]:
+            if self._is_before_the_first_step():
                 shutil.rmtree(self.path)
             self._lock.close()
             self._lock = None
+
+    def _is_before_the_first_step(self) -> bool:
+        """Whether nothing lies there but what a run writes before its first step, discarded batches' lines too."""
+        checkpoints = self.path / "checkpoints"
+        if checkpoints.is_dir() and os.listdir(checkpoints):
+            return False
+        return _BEFORE_THE_FIRST_STEP.issuperset(os.listdir(self.path)) and not any(
+            line["step"] for line in (self._lines(METRICS) if (self.path / METRICS).is_file() else [])
+        )
 
     def create(self, recipe: Recipe, identity: Mapping[str, str], world_size: int) -> None:
         """Write the resolved recipe and the environment into the locked directory."""

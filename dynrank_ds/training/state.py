@@ -46,8 +46,8 @@ class RunState:
         replace_text(self.path, json.dumps(values, indent=2) + "\n")
 
     def write_failure(self, error: str) -> None:
-        """Write `failed` where training had begun; a disk on which that is impossible is no second failure."""
-        if self._progress is None:
+        """Write `failed` where a step was made; a disk on which that is impossible is no second failure."""
+        if self._progress is None or not self.path.parent.is_dir():  # which goes where no step was made
             return
         try:
             self.write(FAILED, f"see to the error, then {HOW_TO_RESUME}", error)

@@ -63,7 +63,7 @@ def load_streamed(
         raise NotStreamableError("its weights are not in safetensors files")
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     model.tie_weights()  # one object under both names: ZeRO must see one parameter, and it is read once
     with BaseWeights(folder) as weights:

@@ -8,7 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dynrank_ds.documents import DuplicateKeyError, parse_json
 from dynrank_ds.errors import RecipeError
+from dynrank_ds.zero.config_checks import check_config
 
 _OWNED = {
     "train_batch_size": "train.global_batch_size",
@@ -27,7 +29,8 @@ def load_config(name: str, bf16: bool) -> dict[str, Any]:
 
     Raises:
         RecipeError: no such file, not JSON, a key that the recipe owns, or no ZeRO stage from 1 to 3;
-            stage 1 in bf16, for which DeepSpeed has another optimizer, without shards of its own to resize.
+            stage 1 in bf16, for which DeepSpeed has another optimizer, without shards of its own to resize; or what
+            `check_config` refuses.
     """
     shipped = resources.files("dynrank_ds.ds_configs").joinpath(f"{name}.json")
     path = Path(name)
@@ -37,7 +40,9 @@ def load_config(name: str, bf16: bool) -> dict[str, Any]:
         )
         raise RecipeError(f"deepspeed.config is '{name}': neither a file nor one of {', '.join(known)}")
     try:
-        config = json.loads(shipped.read_text() if shipped.is_file() else path.read_text())
+        config = parse_json(shipped.read_text() if shipped.is_file() else path.read_text())
+    except DuplicateKeyError as error:
+        raise RecipeError(f"deepspeed.config {name}: {error}: remove one of the two") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"deepspeed.config {name} is not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -55,6 +60,8 @@ def load_config(name: str, bf16: bool) -> dict[str, Any]:
         raise RecipeError(
             f"deepspeed.config {name} has zero_optimization.stage 1 with model.dtype bf16: give stage 2, or fp32"
         )
+    if not shipped.is_file():  # a test checks those; DeepSpeed's schema takes seconds to import
+        check_config(config, f"deepspeed.config {name}")
     return config
 
 

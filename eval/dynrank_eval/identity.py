@@ -20,7 +20,8 @@ def describe_model(model: str) -> dict[str, Any]:
         return {"name": model, **_folder(folder)}
     from transformers import AutoConfig
 
-    return {"name": model, "revision": getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)}
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return {"name": model, "revision": getattr(config, "_commit_hash", None)}
 
 
 def describe_adapter(adapter: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from dynrank_ds.checkpoint import files
 from dynrank_ds.checkpoint.files import complete_checkpoints, incomplete_checkpoints
 from dynrank_ds.errors import RunError
+from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.rundir import RunDirectory, _environment, check_output
 
 
@@ -69,6 +70,36 @@ def test_a_directory_is_one_runs_at_a_time_and_goes_when_nothing_was_written(tmp
     first.unlock()
     assert not path.exists()
     assert second.lock()
-    (path / "recipe.resolved.yaml").touch()
+    second.log_step(step=1)
     second.unlock()
     assert path.is_dir() and first.lock()
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_no_directory(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart")
+    path = tmp_path / "runs" / "run"
+
+    def begun() -> RunDirectory:
+        directory = RunDirectory(path)
+        assert directory.lock()
+        directory.create(recipe, {}, 1)
+        (path / "state.json").write_text("{}")
+        return directory
+
+    begun().unlock()
+    assert not path.exists()
+    discarded = begun()
+    discarded.log_step(step=0, batch=1)
+    discarded.unlock()
+    assert not path.exists()
+    stepped = begun()
+    stepped.log_step(step=0, batch=1)
+    stepped.log_step(step=1, batch=2)
+    stepped.unlock()
+    assert path.exists()
+    (path / "metrics.jsonl").unlink()
+    (path / "checkpoints" / "step-1").mkdir()
+    resumed = RunDirectory(path)
+    resumed.lock()
+    resumed.unlock()
+    assert path.exists(), "a checkpoint is worth more than the log"

@@ -181,7 +181,10 @@ def load_adapted(spec: ModelSpec) -> Any:
     """Return the model, with the adapter on it where there is one; ModelError where it cannot be loaded."""
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            spec.model, dtype=getattr(torch, spec.torch_dtype), use_safetensors=True
+            spec.model,
+            dtype=getattr(torch, spec.torch_dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]

@@ -111,7 +111,7 @@ def load_config(model: str) -> Any:
 
 def _load(kind: Any, model: str, what: str) -> Any:
     try:
-        return kind.from_pretrained(model)
+        return kind.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"--model {model}: its {what} cannot be loaded: {first}") from error
