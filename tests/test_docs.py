@@ -101,10 +101,10 @@ def run_dynrank(words: list[str], workspace: Path) -> None:
     elif words[-1] == "quickstart" or "quickstart" in words or "NAME" in words:
         _check_recipe("quickstart", [w for w in words[1:] if "=" in w])
         dynrank_ds.cli._parser().parse_args(words)
-    elif words[0] == "suggest-ranks":  # it forms a process group, which this process must not be in
-        subprocess.run([sys.executable, "-m", "dynrank_ds.cli", *words], check=True, cwd=workspace)
     elif len(words) == 1:
         assert f"{words[0]} " in dynrank_ds.cli._parser().format_help()
+    elif words[0] == "suggest-ranks":  # it forms a process group, which this process must not be in
+        subprocess.run([sys.executable, "-m", "dynrank_ds.cli", *words], check=True, cwd=workspace)
     else:
         assert dynrank_ds.cli.main(words) == 0
 
