@@ -30,6 +30,7 @@ from dynrank_ds.training.rundir import RunDirectory, check_output
 from dynrank_ds.training.samples import prepare_data, split_held_out
 from dynrank_ds.training.saving import Saving
 from dynrank_ds.training.signals import StopRequest, exit_code_when_stopped
+from dynrank_ds.training.starting import warn_of_another_base
 from dynrank_ds.training.state import FINISHED, HOW_TO_RESUME, RUNNING, STOPPED, RunState
 from dynrank_ds.training.trackers import Trackers, check_packages
 from dynrank_ds.zero import processes
@@ -127,6 +128,8 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
         check_loss(engine.evaluate, data.samples, data.collator, recipe.model.dtype, device)
         progress = checkpoint.progress if checkpoint else Progress()
         if processes.rank() == 0:
+            if recipe.adapter.init_from and not checkpoint:
+                warn_of_another_base(Path(recipe.adapter.init_from), identity["base model"])
             directory.create(recipe, identity, processes.world_size())
             directory.cut_logs(progress.step, progress.batch)
             if checkpoint:

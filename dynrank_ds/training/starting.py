@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dynrank_ds.adapters.linear import AdaptedModule, Part
 from dynrank_ds.errors import RecipeError, RunError
+from dynrank_ds.export.folder import read_record
 from dynrank_ds.export.low_rank import svd
 from dynrank_ds.export.peft_adapter import PeftAdapter, Update
 from dynrank_ds.recipe import AdapterSection
@@ -46,6 +47,15 @@ def ranks_of_linears(
             )
         ranks |= dict.fromkeys(fitting, rank)
     return ranks
+
+
+def warn_of_another_base(adapter: Path, model_hash: str) -> None:
+    """Warn if the adapter says that it was trained on a base of another hash; adapters of PEFT's say nothing."""
+    trained_on = read_record(adapter).get("base_model_hash")
+    if trained_on is not None and trained_on != model_hash:
+        logger.warning(
+            "adapter.init_from %s was trained on another base than model.path: their hashes differ", adapter
+        )
 
 
 class StartingAdapter:

@@ -18,6 +18,7 @@ from dynrank_ds.export import export_adapter
 from dynrank_ds.methods import build_method
 from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.model import adapt
+from dynrank_ds.training.starting import warn_of_another_base
 from tests.support.launch import train
 from tests.support.methods import METHODS
 from tests.support.recipes import lines, write_recipe
@@ -175,3 +176,14 @@ def test_an_adapter_of_another_model_is_refused(recipe: Path, tmp_path: Path) ->
     config.hidden_size, config.intermediate_size = 40, 44
     with pytest.raises(RecipeError, match="is it an adapter of this model"):
         adapt(LlamaForCausalLM(config), read)
+
+
+def test_an_adapter_that_was_trained_on_another_base_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_another_base(tmp_path, "abc")
+    (tmp_path / "dynrank.json").write_text('{"base_model_hash": "abc"}')
+    warn_of_another_base(tmp_path, "abc")
+    assert not caplog.records
+    warn_of_another_base(tmp_path, "xyz")
+    assert "was trained on another base than model.path" in caplog.text
