@@ -23,6 +23,7 @@ from dynrank_ds.methods import build_method
 from dynrank_ds.methods.base import Method
 from dynrank_ds.ranking.schedule import resolve_steps
 from dynrank_ds.recipe import Recipe
+from dynrank_ds.training.architecture import check_attention
 from dynrank_ds.training.model import DTYPES, adapt, check_model_folder, model_without_weights
 from dynrank_ds.training.quantisation import quantisation_config
 from dynrank_ds.training.rundir import check_output
@@ -68,6 +69,7 @@ def check_run(recipe: Recipe, n_processes: int) -> CheckedRun:
     check_model_files(recipe.model.path)
     quantisation_config(recipe.model, DTYPES[recipe.model.dtype])  # which needs packages
     model = model_without_weights(recipe.model.path)
+    check_attention(model.config, recipe.model.attention)
     samples, held_out = split_held_out(prepare_data(recipe)[0], recipe)
     _check_samples(samples, held_out, model, recipe)
     steps = recipe.total_steps(len(samples))

@@ -29,7 +29,7 @@ from dynrank_ds.adapters.targets import describe_targets, find_linears, lost_in_
 from dynrank_ds.errors import ModelError
 from dynrank_ds.methods import method_class
 from dynrank_ds.recipe import ModelSection, Recipe
-from dynrank_ds.training.architecture import check_config, check_layers, text_decoder
+from dynrank_ds.training.architecture import check_attention, check_config, check_layers, text_decoder
 from dynrank_ds.training.quantisation import keep_layout, quantisation_config
 from dynrank_ds.training.starting import StartingAdapter, ranks_of_linears
 from dynrank_ds.training.streaming import NotStreamableError, load_streamed
@@ -110,6 +110,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(section.path, trust_remote_code=False)
         check_config(config, section.path)
+        check_attention(config, section.attention)
         _without_dropout(config, section.path)
         model = _streamed(section, config, partitioner) if partitioner else None
         if model is None:

@@ -28,6 +28,9 @@ _NEOX = {key: value for key, value in _COMMON.items() if key not in ("num_key_va
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.4}
 
+_OWN_SIZES = ("gpt_neox", "falcon")
+"""Model types whose configuration refuses some of the common sizes."""
+
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "LLaMA": ("llama", {}),
     "Mistral": ("mistral", {"sliding_window": 8}),
@@ -77,13 +80,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_chunk_size": 16,
         },
     ),
+    "OPT": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "BLOOM": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "Falcon": ("falcon", {**_NEOX, "alibi": False, "new_decoder_architecture": False}),
 }
 """Name -> model type and what its configuration says beyond the common sizes."""
 
 
 def architecture_config(model_type: str, changes: dict[str, Any]) -> Any:
     """The configuration of a model of that type with 2 layers of width 32."""
-    common = {} if changes is _NEOX else _COMMON
+    common = {} if model_type in _OWN_SIZES else _COMMON
     return AutoConfig.for_model(model_type, **common | changes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import ModelError
 from dynrank_ds.training.architecture import find_decoder_layers
 from dynrank_ds.training.loss import SummedLoss, check_loss
-from tests.support.architectures import ARCHITECTURES, architecture_config
+from tests.support.architectures import ARCHITECTURES, architecture_config, write_architecture
+from tests.support.recipes import write_recipe
 from tests.support.tiny import write_data, write_tokenizer
 
 SMALL = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
@@ -76,7 +78,7 @@ def test_the_decoder_layers_are_found(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture_config(*ARCHITECTURES[name]))
     found = find_decoder_layers(model)
-    assert found is not None and len(found[1]) == 2 and found[0] == "layers"
+    assert found is not None and len(found[1]) == 2 and found[0] in ("layers", "h")
 
 
 def samples() -> TokenisedDataset:
@@ -133,3 +135,16 @@ def test_logits_that_are_not_made_from_the_decoder_alone_are_refused() -> None:
     model.forward = forward  # type: ignore[method-assign]
     with pytest.raises(ModelError, match=r"by the model's own forward on each alone"):
         check(model, packing=False)
+
+
+def test_sdpa_is_refused_where_transformers_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    write_architecture(tmp_path / "model", *ARCHITECTURES["BLOOM"])
+    linears = ("adapter.targets=all-linear",)
+    assert main(["validate", "--recipe", str(recipe), *linears]) == 2
+    sentence = "error: model.attention is sdpa, which transformers does not have for bloom models: give eager"
+    assert sentence in capsys.readouterr().err
+    assert main(["validate", "--recipe", str(recipe), "model.attention=eager", *linears]) == 0

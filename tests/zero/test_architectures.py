@@ -29,6 +29,9 @@ SAMPLES = 12
 # PEFT 0.21 takes gate_proj, up_proj and down_proj of this model for its experts, wherever they are.
 TARGETS = {"DeepSeek-V3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]}
 
+# transformers has no other attention for it.
+ATTENTION = {"BLOOM": "eager"}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
@@ -38,15 +41,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     chosen = [item for item in request.session.items if "name" in getattr(item, "fixturenames", ())]
     names = sorted({item.callspec.params["name"] for item in chosen if item.path == request.path})
     for name in names:
-        write_recipe(folder / name, *ARCHITECTURES[name], TARGETS.get(name, "all-linear"))
+        targets, attention = TARGETS.get(name, "all-linear"), ATTENTION.get(name, "sdpa")
+        write_recipe(folder / name, *ARCHITECTURES[name], targets, attention)
     run_worker(2, "architectures", folder, *names)
     return folder
 
 
-def write_recipe(folder: Path, model_type: str, changes: dict[str, Any], targets: str | list[str]) -> None:
+def write_recipe(
+    folder: Path, model_type: str, changes: dict[str, Any], targets: str | list[str], attention: str
+) -> None:
     write_architecture(folder / "model", model_type, changes)
     recipe = {
-        "model": {"path": str(folder / "model"), "dtype": "fp32"},
+        "model": {"path": str(folder / "model"), "dtype": "fp32", "attention": attention},
         "data": {"source": str(folder.parent / "data.jsonl"), "max_length": 200},
         "adapter": {"rank": 4, "alpha": 16.0, "targets": targets},
         "method": {"name": "lora"},
