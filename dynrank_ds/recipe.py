@@ -100,10 +100,14 @@ class DataSection(Section):
     """Take only rows whose fields have these values (or one of several)."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first rows, of those that pass the filter."""
-    format: str = "metamathqa"
-    """Which fields of a row are prompt and answer, and the prompt's template: dynrank_ds/data/README.md."""
+    format: LocalPath = "metamathqa"
+    """Which fields of a row are prompt and answer, and the prompt: dynrank_ds/data/README.md; or a Jinja file."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of other names: {field of the format: column of the data}."""
     max_length: int = Field(default=512, ge=2)
-    """Longest sample in tokens, prompt and answer together; longer rows are dropped and counted."""
+    """Longest sample in tokens, prompt and answer together."""
+    overflow: Literal["drop", "truncate"] = "drop"
+    """What becomes of longer rows: dropped and counted, or cut at their end."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
     """Largest share of rows that may be dropped without failing."""
     packing: bool = False

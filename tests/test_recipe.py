@@ -53,7 +53,7 @@ def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_pat
         ("trian", {}, "unknown key 'trian': did you mean 'train'?"),
         ("train.lerning_rate", 1, "unknown key 'train.lerning_rate': did you mean 'learning_rate'?"),
         ("method.intervall", 3, "unknown key 'method.intervall': did you mean 'interval'?"),
-        ("data.xyzzy", 3, "unknown key 'data.xyzzy': known are filter, format,"),
+        ("data.xyzzy", 3, "unknown key 'data.xyzzy': known are columns, filter, format,"),
         ("data.held_out", 1.5, "data.held_out is 1.5: give whole samples, or a share below 1"),
         ("train.held_out_interval", 5, "train.held_out_interval is given, but data.held_out is 0"),
         ("train.steps", "many", "'train.steps' is 'many': input should be a valid integer"),

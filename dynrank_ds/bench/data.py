@@ -14,7 +14,7 @@ from dynrank_ds.bench.figures import Figure
 from dynrank_ds.data import store
 from dynrank_ds.data.batching import GlobalBatches
 from dynrank_ds.data.collating import Collator, PackedCollator, PaddedCollator
-from dynrank_ds.data.formats import FORMATS
+from dynrank_ds.data.formats import find_format
 from dynrank_ds.data.rows import Drops, Row
 from dynrank_ds.data.sources import open_source
 from dynrank_ds.data.tokenising import TokenisedDataset, tokenise
@@ -43,7 +43,7 @@ def measure_data(recipe: Recipe, quick: bool) -> Iterator[Figure]:
 def _tokenising_rate(recipe: Recipe, rows: list[Row]) -> str:
     tokenizer = load_tokenizer(recipe.model.path)
     started = time.perf_counter()
-    chunks = tokenise(rows, tokenizer, FORMATS[recipe.data.format], recipe.data.max_length, Drops())
+    chunks = tokenise(rows, tokenizer, find_format(recipe.data.format), recipe.data.max_length, Drops())
     tokens = sum(len(sample.ids) for chunk in chunks for sample in chunk)
     seconds = time.perf_counter() - started
     return f"{len(rows) / seconds:,.0f} rows/s, {tokens / seconds:,.0f} tokens/s"

@@ -27,6 +27,7 @@ class ChatFormat(Format):
     """
 
     templated = True
+    fields = ("messages", "tools", "system", "documents", "chat_template_kwargs")
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.chat_template is None:

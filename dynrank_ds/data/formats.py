@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from dynrank_ds.data.chat import ChatFormat
+from dynrank_ds.data.own_prompt import ENDINGS, OwnPrompt
 from dynrank_ds.data.rows import Row
 from dynrank_ds.data.text import Format, Text
+from dynrank_ds.errors import RecipeError
 from dynrank_ds.prompts import PROMPTS, render
 
 
@@ -18,6 +20,10 @@ class PromptFormat(Format):
     question: str
     answer: str
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.question, self.answer)
+
     def text(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
         return _answered(render(self.prompt, row.text(self.question)), row.text(self.answer))
 
@@ -28,6 +34,8 @@ class PromptFormat(Format):
 @dataclass(frozen=True)
 class AlpacaFormat(Format):
     """Stanford Alpaca's rows: instruction, output, and often an input, which has a prompt of its own."""
+
+    fields = ("instruction", "input", "output")
 
     def text(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
         instruction, output = row.text("instruction"), row.text("output")
@@ -49,6 +57,8 @@ class AlpacaFormat(Format):
 class CompletionFormat(Format):
     """A prompt and its completion, byte for byte: nothing is added or stripped but the end-of-text token."""
 
+    fields = ("prompt", "completion")
+
     def text(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
         prompt = row.raw_text("prompt")
         return Text(prompt + row.raw_text("completion"), (prompt,))
@@ -60,6 +70,21 @@ class CompletionFormat(Format):
 def _answered(prompt: str, answer: str) -> Text:
     """Return prompt and answer, which starts with the one space that a model writes after a prompt."""
     return Text(f"{prompt} {answer}", (prompt,))
+
+
+def find_format(name: str) -> Format:
+    """The format of this name, or of this Jinja file.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name.endswith(ENDINGS):
+        return OwnPrompt.load(name)
+    if name not in FORMATS:
+        raise RecipeError(
+            f"data.format is '{name}': known are {', '.join(sorted(FORMATS))}, or a file that ends in {ENDINGS[0]}"
+        )
+    return FORMATS[name]
 
 
 FORMATS: dict[str, Format] = {

@@ -32,7 +32,7 @@ from dynrank_ds.files import DISK_FULL
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _ABOUT = "about.json"
 _ARRAYS = {"tokens": np.int32, "targets": np.bool_, "lengths": np.int64, "target_counts": np.int64}
 
@@ -130,6 +130,7 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     format: Format,
     max_length: int,
+    truncates: bool = False,
 ) -> None:
     """Tokenise all rows into the folder `entry`, under a temporary name until it is whole.
 
@@ -142,7 +143,9 @@ def write(
     unfinished.mkdir(parents=True)
     drops = Drops()
     try:
-        n_samples, n_tokens = _write_arrays(unfinished, tokenise(rows, tokenizer, format, max_length, drops))
+        n_samples, n_tokens = _write_arrays(
+            unfinished, tokenise(rows, tokenizer, format, max_length, drops, truncates)
+        )
         about = {"samples": n_samples, "tokens": n_tokens, "drops": asdict(drops)}
         (unfinished / _ABOUT).write_text(json.dumps(about))
         unfinished.rename(entry)

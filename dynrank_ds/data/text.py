@@ -30,6 +30,11 @@ class Format(ABC):
     templated = False
     """Whether the tokenizer's chat template writes the text, special tokens included."""
 
+    @property
+    def fields(self) -> tuple[str, ...] | None:
+        """The fields of a row that are read, None where any may be."""
+        return None
+
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027 - most formats need nothing
         """Raises ModelError for a tokenizer that the format cannot be used with."""
 

@@ -68,6 +68,7 @@ def tokenise(
     format: Format,
     max_length: int,
     drops: Drops,
+    truncates: bool = False,
 ) -> Iterator[list[Sample]]:
     """Yield the samples of each chunk of rows, in their order; the tokenizer works on a chunk with all cores.
 
@@ -78,17 +79,17 @@ def tokenise(
     tokenizer treats the start of a text in its own way. In a chat, the end-of-text token is the special token
     that the template ends a turn with.
 
-    Rows that cannot be trained on are left out and counted in `drops`: longer than max_length tokens (never cut,
-    since a cut answer teaches not to stop), without a text, with a special token in their text, or with a prompt
-    whose last token changes when the answer follows. Raises ModelError for a tokenizer without end-of-text
+    Rows that cannot be trained on are left out and counted in `drops`: longer than max_length tokens (unless
+    `truncates` has them cut, which teaches not to stop), without a text, with a special token in their text, or with
+    a prompt whose last token changes when the answer follows. Raises ModelError for a tokenizer without end-of-text
     token or that appends it to prompts, or without the chat template that the format needs.
     """
     check_tokenizer(tokenizer, format)
-    encoder = _Encoder(tokenizer, format, max_length)
+    encoder = _Encoder(tokenizer, format, max_length, drops, truncates)
     remaining = iter(rows)
     while chunk := list(islice(remaining, _CHUNK)):
         drops.n_rows += len(chunk)
-        yield list(encoder.samples(chunk, drops))
+        yield list(encoder.samples(chunk))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, format: Format) -> None:
@@ -120,18 +121,26 @@ def _parts(text: Text) -> list[str]:
 
 
 class _Encoder:
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, format: Format, max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        format: Format,
+        max_length: int,
+        drops: Drops,
+        truncates: bool,
+    ) -> None:
         self.tokenizer, self.format, self.max_length = tokenizer, format, max_length
+        self.drops, self.truncates = drops, truncates
         self.specials = special_ids(tokenizer)
 
-    def samples(self, rows: Sequence[Row], drops: Drops) -> Iterator[Sample]:
+    def samples(self, rows: Sequence[Row]) -> Iterator[Sample]:
         """Yield the samples of the rows that can be trained on."""
         texts: list[tuple[Row, Text]] = []
         for row in rows:
             try:
                 texts.append((row, self._text(row)))
             except UnfitRowError as error:
-                drops.add(error)
+                self.drops.add(error)
         parts = [part for _, text in texts for part in _parts(text)]
         if not parts:
             return
@@ -148,7 +157,7 @@ class _Encoder:
                     whole = self._joined(row, whole, prompts[-1] + next(encoded))
                 yield self._sample(row, whole, prompts, ends)
             except UnfitRowError as error:
-                drops.add(error)
+                self.drops.add(error)
 
     def _joined(self, row: Row, whole: list[int], joined: list[int]) -> list[int]:
         """Return the tokens of prompt and answer one by one, which must be the same text as both together."""
@@ -162,7 +171,8 @@ class _Encoder:
     def _text(self, row: Row) -> Text:
         text = self.format.text(row, self.tokenizer)
         # A book that slipped into a row would take minutes and gigabytes to tokenise, only to be dropped.
-        if len(text.text) > _CHARACTERS_A_TOKEN * self.max_length:
+        if len(text.text) > _CHARACTERS_A_TOKEN * self.max_length and not self.truncates:
+            self.drops.add_length(None)
             raise row.unfit(
                 "too long",
                 f"{len(text.text):,} characters, too many for the {self.max_length} tokens of data.max_length",
@@ -175,7 +185,8 @@ class _Encoder:
         if not self.format.templated:
             self._refuse_specials(row, ids)
             ids = [*ids, self.tokenizer.eos_token_id]
-        if len(ids) > self.max_length:
+        if len(ids) > self.max_length and not self.truncates:
+            self.drops.add_length(len(ids))
             raise row.unfit(
                 "too long", f"{len(ids)} tokens, more than the {self.max_length} of data.max_length"
             )
@@ -194,6 +205,14 @@ class _Encoder:
                     "on a boundary it never sees: the prompt must end with a whole token",
                 )
             targets[start : self._end_of_turn(row, ids, start, end)] = True
+        if len(ids) > self.max_length:
+            ids, targets = ids[: self.max_length], targets[: self.max_length]
+            if not targets.any():
+                raise row.unfit(
+                    "nothing left of the answer",
+                    f"the {self.max_length} tokens of data.max_length leave nothing of the answer",
+                )
+            self.drops.n_truncated += 1
         return Sample(np.asarray(ids, dtype=np.int32), targets)
 
     def _end_of_turn(self, row: Row, ids: list[int], start: int, end: list[int] | None) -> int:

@@ -6,11 +6,12 @@ import logging
 
 from dynrank_ds.data import store
 from dynrank_ds.data.batching import draw_held_out
-from dynrank_ds.data.formats import FORMATS
+from dynrank_ds.data.formats import find_format
 from dynrank_ds.data.sources import open_source, select
+from dynrank_ds.data.text import Format
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import DataError, RecipeError
-from dynrank_ds.recipe import Recipe
+from dynrank_ds.recipe import DataSection, Recipe
 from dynrank_ds.training.model import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
         DataError, ModelError, RecipeError: what is missing or malformed.
     """
     data = recipe.data
-    if data.format not in FORMATS:
-        raise RecipeError(f"data.format is '{data.format}': known are {', '.join(sorted(FORMATS))}")
+    format = find_format(data.format)
+    _check_columns(data, format)
     tokenizer = load_tokenizer(recipe.model.path)
     folder = store.cache_folder()
     source = open_source(
@@ -35,26 +36,46 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
     )
     name = store.fingerprint(
         tokenizer,
-        FORMATS[data.format],
+        format,
         source=source.identity(),
         filter=data.filter,
+        columns=data.columns,
+        overflow=data.overflow,
         limit=data.limit,
         max_length=data.max_length,
     )
     entry = folder / "tokenised" / name
     with store.locked(entry, recipe.deepspeed.timeout) as missing:
         if missing:
-            rows = select(source.rows(), data.filter, data.limit)
-            store.write(entry, rows, tokenizer, FORMATS[data.format], data.max_length)
+            chosen = select(source.rows(), data.filter, data.limit)
+            rows = (row.renamed(data.columns) for row in chosen)
+            store.write(entry, rows, tokenizer, format, data.max_length, data.overflow == "truncate")
     dataset, drops = store.read(entry)
     if drops.n_rows == 0:
-        chosen = " that passes data.filter" if data.filter else ""
-        raise DataError(f"{data.source}: the data set is empty, at least one row{chosen} is needed")
-    drops.check(data.max_dropped)
+        passing = " that passes data.filter" if data.filter else ""
+        raise DataError(f"{data.source}: the data set is empty, at least one row{passing} is needed")
+    advice = drops.advice(dataset.lengths, data.max_length)
+    drops.check(data.max_dropped, advice)
     if drops.n_dropped:
-        logger.warning("%s and were dropped", drops.summary())
+        logger.warning("%s and were dropped%s", drops.summary(), advice)
+    if drops.n_truncated:
+        logger.warning(
+            "%d of %d rows were cut to the %d tokens of data.max_length, and lost the end of their answer",
+            drops.n_truncated,
+            drops.n_rows,
+            data.max_length,
+        )
     # Not the padding token, which the model may have no embedding of (LLaMA-2); no other token ever sees padding.
     return dataset, tokenizer.eos_token_id
+
+
+def _check_columns(data: DataSection, format: Format) -> None:
+    """Refuse names that the format does not read, and columns given to two of them."""
+    unknown = sorted(set(data.columns) - set(data.columns if format.fields is None else format.fields))
+    if unknown:
+        raise RecipeError(
+            f"data.columns maps '{unknown[0]}', but data.format {data.format} reads {', '.join(format.fields or ())}"
+        )
 
 
 def split_held_out(dataset: TokenisedDataset, recipe: Recipe) -> tuple[TokenisedDataset, TokenisedDataset]:

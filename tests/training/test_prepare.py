@@ -297,3 +297,59 @@ def test_a_model_that_the_hub_does_not_give_is_reported_in_one_sentence(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"model.path nobody/nothing cannot be fetched from the hub: "):
         fetch_model("nobody/nothing")
+
+
+def test_columns_give_fields_other_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    as_named, _ = prepare_data(recipe(folder))
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    renamed = [{"q": row["query"], "query": "not this", "a": row["response"]} for row in rows]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    columns = {"query": "q", "response": "a"}
+    mapped, _ = prepare_data(recipe(folder, columns=columns, filter={"q": [row["query"] for row in rows]}))
+    assert np.array_equal(as_named.tokens, mapped.tokens) and np.array_equal(as_named.targets, mapped.targets)
+    assert "data.columns maps 'question', but data.format metamathqa reads query, response" in refused(
+        folder, capsys, columns={"question": "q"}
+    )
+    assert "field 'response' is missing" in refused(folder, capsys, columns={"query": "q", "response": "z"})
+
+
+def test_long_rows_are_cut_where_asked_for_and_their_number_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, _ = prepare_data(recipe(folder))
+    shortest, longest = int(whole.lengths.min()), int(whole.lengths.max())
+    assert shortest < longest - 3
+    cut, _ = prepare_data(recipe(folder, max_length=longest - 3, overflow="truncate"))
+    assert len(cut) == len(whole)
+    for index in range(len(whole)):
+        for mine, before in zip(cut.sample(index), whole.sample(index), strict=True):
+            assert np.array_equal(mine, before[: longest - 3])
+    n_cut = int((whole.lengths > longest - 3).sum())
+    assert f"{n_cut} of 12 rows were cut to the {longest - 3} tokens of data.max_length" in caplog.text
+    short = folder / "short.jsonl"
+    short.write_text('{"query": "w1", "response": "w2"}\n{"query": "' + "w1 " * 50 + '", "response": "w2"}\n')
+    left, _ = prepare_data(
+        recipe(folder, source=str(short), max_length=50, overflow="truncate", max_dropped=0.5)
+    )
+    assert len(left) == 1 and "leave nothing of the answer" in caplog.text
+
+
+@pytest.mark.parametrize("n_long", [1, 3, 100])
+def test_the_length_that_would_keep_99_percent_is_suggested(n_long: int, folder: Path) -> None:
+    words = [1] * 197 + [20] * n_long + [40] * 1
+    lines = [json.dumps({"query": "w1", "response": " ".join(["w2"] * n)}) + "\n" for n in words]
+    (folder / "data.jsonl").write_text("".join(lines))
+    whole, _ = prepare_data(recipe(folder))
+    by_length = np.sort(whole.lengths)
+    kept = int(by_length[int(np.ceil(0.99 * len(by_length))) - 1])
+    limit = int(by_length[0])
+    if n_long == 1:  # 2 of 199 are too long: more than 1 % by a little
+        assert kept == by_length[-2]
+    with pytest.raises(
+        DataError, match=f"; data.max_length {kept} would keep 99 % of the rows, and data.overflow"
+    ):
+        prepare_data(recipe(folder, max_length=limit))
+    again, _ = prepare_data(recipe(folder, max_length=kept))
+    assert len(again) >= 0.99 * len(whole)
+    with pytest.raises(DataError, match="would keep 99 %"):
+        prepare_data(recipe(folder, max_length=kept - 1))
