@@ -54,7 +54,20 @@ def _parser() -> argparse.ArgumentParser:
         "fetch a recipe's model and data and tokenise it, for machines without internet",
     )
     prepare.epilog = "example: dynrank prepare --recipe quickstart; afterwards HF_HUB_OFFLINE=1 can be set"
-    for command in (validate, prepare):
+    plan = _command(
+        commands, "plan", _plan, "predict memory, traffic and time on a number of GPUs, without any"
+    )
+    plan.epilog = (
+        "example: dynrank plan --recipe llama2_70b+metamathqa+lora --gpus-per-node 8 --gpu-memory-gib 80"
+    )
+    plan.add_argument("--nodes", type=int, default=1, help="machines, by default 1")
+    plan.add_argument("--gpus-per-node", type=int, required=True)
+    plan.add_argument("--gpu-memory-gib", type=float, required=True, help="memory of one GPU")
+    plan.add_argument(
+        "--gpu", choices=("h100", "h200", "a100"), default="h100", help="whose speeds are taken"
+    )
+    plan.add_argument("--samples", type=int, help="rows of the data set, by default data.limit")
+    for command in (validate, prepare, plan):
         command.add_argument(
             "--recipe",
             required=True,
@@ -181,6 +194,23 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from dynrank_ds.recipe import load_recipe
 
     print(prepare(load_recipe(arguments.recipe, arguments.overrides)))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from dynrank_ds.commands.plan import plan
+    from dynrank_ds.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(
+        plan(
+            recipe,
+            arguments.nodes,
+            arguments.gpus_per_node,
+            arguments.gpu_memory_gib,
+            arguments.gpu,
+            arguments.samples,
+        )
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -95,7 +95,7 @@ def workspace(finished: Path, tmp_path: Path) -> Path:
 
 def run_dynrank(words: list[str], workspace: Path) -> None:
     recipe = words[words.index("--recipe") + 1] if "--recipe" in words else ""
-    if JOIN in recipe:
+    if words[0] == "plan" or JOIN in recipe:  # tests/planning runs the documented plans
         _check_recipe(recipe, [w for w in words[1:] if "=" in w])
         dynrank_ds.cli._parser().parse_args(words)
     elif words[-1] == "quickstart" or "quickstart" in words or "NAME" in words:

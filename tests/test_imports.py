@@ -20,6 +20,7 @@ _LAYERS = (
     ("checkpoint", "recipe"),
     ("export", "report"),
     ("training",),
+    ("planning",),
     ("bench", "commands", "integrations"),
     ("cli",),
 )

@@ -1,0 +1,97 @@
+"""`dynrank plan`: what a run needs on a number of GPUs, without any."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from dynrank_ds.errors import RecipeError
+from dynrank_ds.planning.plan import CONTEXT, GIB, SLACK, Cluster, Plan, first_change, make_plan
+from dynrank_ds.planning.speed import ARITHMETIC, HARDWARE, LINKS
+from dynrank_ds.recipe import Recipe
+
+
+def plan(
+    recipe: Recipe, nodes: int, gpus_per_node: int, gpu_memory_gib: float, gpu: str, samples: int | None
+) -> str:
+    """Return a plan as text.
+
+    Raises:
+        RecipeError, ModelError: a number is no number of GPUs, or the recipe cannot run on so many.
+    """
+    given = {"nodes": nodes, "gpus-per-node": gpus_per_node, "gpu-memory-gib": gpu_memory_gib}
+    given["samples"] = 1 if samples is None else samples
+    for name, value in given.items():
+        if value <= 0:
+            raise RecipeError(f"--{name} is {value}: give a number above 0")
+    cluster = Cluster(nodes, gpus_per_node, gpu_memory_gib * GIB, HARDWARE[gpu])
+    made = make_plan(recipe, cluster, samples)
+    start = made.architecture.trainable_parameters
+    return "\n".join(
+        [
+            f"model       {recipe.model.path}: {made.architecture.base_parameters:,} parameters",
+            f"adapter     {recipe.method.name}: {start:,} trainable parameters at start "
+            f"({start / made.architecture.base_parameters:.3%}), {made.most_parameters:,} at most",
+            f"batch       {recipe.train.global_batch_size} samples a step: {cluster.gpus} GPUs x "
+            f"{recipe.train.micro_batch_size} x {made.accumulation} accumulated, of at most {made.batch.tokens} tokens",
+            *_memory(made),
+            f"host        {_gib(made.memory.host_while_loading * gpus_per_node)} GiB a node while the base is loaded"
+            + (
+                f", {_gib(made.memory.host_of_optimizer * gpus_per_node)} GiB for the optimizer"
+                if made.memory.host_of_optimizer
+                else ""
+            ),
+            f"traffic     {_gib(made.traffic.parameters)} GiB of parameters and {_gib(made.traffic.gradients)} GiB of "
+            f"gradients received by a GPU and step, at most {made.traffic.adjustment / 2**20:.1f} MiB an adjustment",
+            *_time(made),
+            _verdict(recipe, made, samples),
+        ]
+    )
+
+
+def _gib(n: float) -> str:
+    return f"{n / GIB:.2f}"
+
+
+def _memory(made: Plan) -> list[str]:
+    parts = made.memory.parts
+    lines = [f"memory      of a GPU, in GiB, when it is largest: {made.memory.moment}"]
+    lines += [f"  {field.name:<20}{_gib(getattr(parts, field.name)):>8}" for field in fields(parts)]
+    lines.append(f"  {f'allocator, {SLACK:.0%}':<20}{_gib(parts.total * SLACK):>8}")
+    lines.append(f"  {'CUDA, NCCL':<20}{_gib(CONTEXT):>8}")
+    lines.append(f"  {'sum':<20}{_gib(made.gpu_bytes):>8}  of {_gib(made.cluster.memory)}")
+    return lines
+
+
+def _time(made: Plan) -> list[str]:
+    hardware, time = made.cluster.hardware, made.time
+    rates = f"{hardware.within_node / 1e9:.0f} GB/s within a node"
+    if made.cluster.nodes > 1:
+        rates += f", {hardware.between_nodes / 1e9:.0f} GB/s a GPU between nodes"
+    lines = [
+        f"step        {time.overlapped:.2f} s where traffic is hidden, {time.serial:.2f} s where it is not: "
+        f"{time.arithmetic:.2f} s of arithmetic,",
+        f"            {time.traffic:.2f} s of traffic; all samples taken to be of the largest length",
+        f"            at {ARITHMETIC:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s and {LINKS:.0%} of {rates} "
+        f"({hardware.name})",
+    ]
+    if made.steps is None:
+        return [*lines, "run         give --samples, the rows of the data set, for its steps and hours"]
+    hours = [made.steps * seconds / 3600 for seconds in (time.overlapped, time.serial)]
+    return [
+        *lines,
+        f"run         {made.steps:,} steps, {made.adjustments} adjustments, at most {hours[0]:.1f} hours, or "
+        f"{hours[1]:.1f} where traffic is not hidden",
+    ]
+
+
+def _verdict(recipe: Recipe, made: Plan, samples: int | None) -> str:
+    share = made.gpu_bytes / made.cluster.memory
+    if made.fits:
+        return f"verdict     fits: {share:.0%} of the GPU's memory"
+    change = first_change(recipe, made, samples)
+    if change is None:
+        return f"verdict     does not fit: {share:.0%} of the GPU's memory, and 64 nodes would not help"
+    return (
+        f"verdict     does not fit: {share:.0%} of the GPU's memory; first change: {change.what}, "
+        f"with which it takes {change.plan.gpu_bytes / change.plan.cluster.memory:.0%}"
+    )

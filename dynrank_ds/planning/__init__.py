@@ -1,0 +1,1 @@
+"""What a run will need, from its recipe and its model's architecture alone: memory, traffic, time."""

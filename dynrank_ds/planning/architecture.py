@@ -1,0 +1,144 @@
+"""The sides of a model that decide what training it costs, from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from dynrank_ds.adapters.linear import AdaptedModule
+from dynrank_ds.errors import ModelError
+from dynrank_ds.recipe import Recipe
+from dynrank_ds.training.architecture import decoder_layers
+from dynrank_ds.training.model import adapt, model_without_weights
+
+_70B: dict[str, Any] = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-2-7b-hf": {},  # the defaults of transformers' LlamaConfig
+    "meta-llama/Llama-2-13b-hf": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+    "meta-llama/Llama-2-70b-hf": _70B,
+    "meta-llama/Meta-Llama-3-8B": {
+        "vocab_size": 128256,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+    },
+    "meta-llama/Meta-Llama-3-70B": _70B | {"vocab_size": 128256},
+    "meta-llama/Llama-3.1-70B": _70B | {"vocab_size": 128256},
+}
+"""Published configurations, as far as they decide sizes: these models are planned without a download."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module whose parameters ZeRO-3 gathers together."""
+
+    name: str
+    parameters: tuple[int, ...]
+    """Elements of each of its own, in the order in which they are gathered."""
+    whole_layer: bool = False
+    """Whether it is a decoder layer, gathered with all modules in it."""
+
+    @property
+    def elements(self) -> int:
+        return sum(self.parameters)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder with its adapter."""
+
+    units: tuple[Unit, ...]
+    """In the order of the forward: embedding, layers, what is between the last layer and the head, head."""
+    modules: dict[str, AdaptedModule]
+    """Adapted modules without weights."""
+    base_parameters: int
+    trainable_parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    query_width: int
+    """Heads times their size."""
+    key_width: int
+    """Key/value heads times their size."""
+    vocabulary: int
+    tied: bool
+    """Whether the head's weights are the embedding's."""
+
+
+def describe(recipe: Recipe) -> Architecture:
+    """Return the architecture of a recipe's model with the recipe's adapter in it.
+
+    Raises:
+        ModelError: there is no configuration of a causal language model, or it lacks the sides of a decoder layer.
+    """
+    model = _model(recipe.model.path)
+    base = sum(p.numel() for p in model.parameters())
+    modules = adapt(model, recipe)
+    config = model.config.get_text_config()
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads")
+    if lacking := [name for name in needed if not isinstance(getattr(config, name, None), int)]:
+        raise ModelError(
+            f"model.path {recipe.model.path}: its config.json has no number {lacking[0]}, so that its activations "
+            "cannot be planned"
+        )
+    heads: int = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    units = _units(model)
+    return Architecture(
+        units=units,
+        modules=modules,
+        base_parameters=base,
+        trainable_parameters=sum(p.numel() for m in modules.values() for p in m.factors().values()),
+        layers=sum(unit.whole_layer for unit in units),
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=heads,
+        query_width=heads * head_dim,
+        key_width=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        vocabulary=config.vocab_size,
+        tied=_weight(model.get_output_embeddings()) is _weight(model.get_input_embeddings()),
+    )
+
+
+def _model(path: str) -> PreTrainedModel:
+    if path in BUILT_IN and not Path(path).is_dir():
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**BUILT_IN[path]))
+        return model
+    return model_without_weights(path)
+
+
+def _units(model: PreTrainedModel) -> tuple[Unit, ...]:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = decoder_layers(model)
+    # Parameters of the base are gathered before those of the adapters, which are made later.
+    inside = [sorted(layer.parameters(), key=lambda p: p.requires_grad) for layer in layers]
+    known = {id(p) for layer in inside for p in layer} | {id(_weight(embedding)), id(_weight(head))}
+    rest = tuple(p.numel() for p in model.parameters() if id(p) not in known)
+    return (
+        Unit("embedding", (_weight(embedding).numel(),)),
+        *(Unit(f"layer {i}", tuple(p.numel() for p in layer), True) for i, layer in enumerate(inside)),
+        Unit("norm", rest),
+        Unit("head", (_weight(head).numel(),)),
+    )
+
+
+def _weight(module: nn.Module | None) -> nn.Parameter:
+    assert module is not None and isinstance(module.weight, nn.Parameter)
+    return module.weight

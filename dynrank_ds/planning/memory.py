@@ -1,0 +1,167 @@
+"""Memory of one process at the worst moment of training, by part, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from dynrank_ds.planning.activations import Activations, MicroBatch, activations
+from dynrank_ds.planning.architecture import Architecture, Unit
+from dynrank_ds.planning.gathers import GatherLimits, Moment, follow
+from dynrank_ds.recipe import Recipe
+
+ITEM = {"bf16": 2, "fp32": 4}
+_STEP_VECTORS = 5
+"""fp32 vectors of the adapters' shard beside the optimizer's state while it steps: weights and gradients for the
+method, and three temporaries of AdamW."""
+_BUCKET = 500_000_000
+"""DeepSpeed's default of reduce_bucket_size, elements."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of one process; the sum is what its tensors need at the moment that needs most."""
+
+    base: int
+    """The base, or its shard."""
+    gathers: int
+    """Whole parameters that are gathered, prefetched or kept for backward, and buffers that they arrive in."""
+    adapters: int
+    """Adapter weights in the base's dtype."""
+    optimizer: int
+    """fp32 master weights, both moments, gradients."""
+    statistics: int
+    """What the method keeps for each adapter weight."""
+    activations: int
+    logits: int
+    buffers: int
+    """The bucket that gradients are reduced in, and vectors of the optimizer's step."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one process in training, and of the machine while the base is loaded."""
+
+    parts: Parts
+    moment: str
+    """When the sum is largest."""
+    host_of_optimizer: int
+    """Bytes of the optimizer's state that is offloaded to the machine, of one process."""
+    host_while_loading: int
+    """Bytes of one process on the machine while the base is loaded."""
+    gathered_elements: int
+    """Parameters that a process gathers in one micro-batch."""
+
+
+def _shard(elements: int, processes: int) -> int:
+    return -(-elements // processes)
+
+
+def memory(
+    recipe: Recipe,
+    architecture: Architecture,
+    zero: Mapping[str, Any],
+    processes: int,
+    batch: MicroBatch,
+    trainable: int,
+    row_statistics: int,
+    on_cpu: bool = False,
+) -> Memory:
+    """Return the memory of a process.
+
+    Args:
+        recipe: with model.dtype bf16 or fp32.
+        architecture: of its model.
+        zero: `zero_optimization` of its DeepSpeed configuration.
+        processes: the world size.
+        batch: the largest micro-batch.
+        trainable: adapter parameters at most.
+        row_statistics: vectors that the method keeps of the adapters' size.
+        on_cpu: where what is allocated and never touched, such as the end of a bucket, takes no memory.
+    """
+    item, partitioned = ITEM[recipe.model.dtype], int(zero["stage"]) == 3
+    shard = _shard(trainable, processes)
+    moments, gathered = _gathers(recipe, architecture, zero, processes)
+    acts = activations(architecture, batch, item, recipe.model.attention)
+    bucket = int(zero.get("reduce_bucket_size", _BUCKET))
+    filled = 4 * min(bucket, trainable)
+    in_backward = _moments(architecture.units, moments, acts, recipe.train.activation_checkpointing, item)
+    # Gradients that are reduced are copied for it.
+    live = max((replace(each, buffers=filled) for each in in_backward), key=lambda each: each.total)
+    live = max(live, _Live("optimizer step", 0, 0, 0, _STEP_VECTORS * 4 * shard), key=lambda each: each.total)
+    states = 16 * shard
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    base = architecture.base_parameters
+    parts = Parts(
+        base=(_shard(base, processes) if partitioned else base) * item,
+        gathers=live.gathers,
+        adapters=(shard if partitioned else trainable) * item,
+        optimizer=0 if offloaded and not on_cpu else states,
+        statistics=4 * row_statistics * shard,
+        activations=live.activations,
+        logits=live.logits,
+        buffers=live.buffers + (filled if on_cpu else 4 * bucket),
+    )
+    largest = max(n for unit in architecture.units for n in unit.parameters)
+    return Memory(
+        parts=parts,
+        moment=live.name,
+        host_of_optimizer=states if offloaded else 0,
+        host_while_loading=(_shard(largest, processes) if partitioned else base) * item,
+        gathered_elements=gathered,
+    )
+
+
+def _gathers(
+    recipe: Recipe, architecture: Architecture, zero: Mapping[str, Any], processes: int
+) -> tuple[list[Moment], int]:
+    moments, gathered = follow(
+        architecture.units, architecture.tied, recipe.train.activation_checkpointing, GatherLimits.of(zero)
+    )
+    if int(zero["stage"]) == 3 and processes > 1:
+        return moments, gathered
+    # Every parameter is there: under stages 1 and 2 whole, and with one process the shard is the parameter.
+    return [Moment(m.unit, m.backward, 0, 0, 0) for m in moments], 0
+
+
+@dataclass(frozen=True)
+class _Live:
+    """What is held at one moment beside what is always held, bytes."""
+
+    name: str
+    gathers: int
+    activations: int
+    logits: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.gathers + self.activations + self.logits + self.buffers
+
+
+def _moments(
+    units: Sequence[Unit], moments: Sequence[Moment], acts: Activations, recomputed: bool, item: int
+) -> list[_Live]:
+    """Every turn of forward and backward, while parameters arrive and while it computes."""
+    kept = acts.layer_input if recomputed else acts.layer_input + acts.layer
+    found = []
+    for moment in moments:
+        unit = units[moment.unit]
+        before = kept * sum(u.whole_layer for u in units[: moment.unit])
+        during = logits = 0
+        if unit.whole_layer and moment.backward:
+            before += kept  # of the layer itself
+            during = acts.layer_backward + (acts.layer if recomputed else 0)
+        elif unit.whole_layer:
+            during = acts.layer_input + acts.layer
+        elif unit.name == "head":
+            logits = acts.logits
+        where = f"{'backward' if moment.backward else 'forward'} of {unit.name}"
+        found.append(_Live(f"parameters arriving for {where}", moment.arriving * item, before, 0, 0))
+        found.append(_Live(where, moment.held * item, before + during, logits, 0))
+    return found
