@@ -69,6 +69,7 @@ def check_run(recipe: Recipe, n_processes: int) -> CheckedRun:
     check_model_files(recipe.model.path)
     quantisation_config(recipe.model, DTYPES[recipe.model.dtype])  # which needs packages
     model = model_without_weights(recipe.model.path)
+    check_weight_files(recipe.model.path)
     check_attention(model.config, recipe.model.attention)
     samples, held_out = split_held_out(prepare_data(recipe)[0], recipe)
     _check_samples(samples, held_out, model, recipe)
@@ -195,8 +196,7 @@ def check_model_files(path: str) -> None:
     """Refuse a local model folder whose files are not what their names say; hub ids pass.
 
     Raises:
-        ModelError: a file is a Git LFS pointer, weights are not safetensors or are missing, or the model needs code of
-            its own.
+        ModelError: a file is a Git LFS pointer, or the model needs code of its own.
     """
     check_model_folder(path)
     folder = Path(path)
@@ -208,6 +208,18 @@ def check_model_files(path: str) -> None:
                 f"model.path {path}: {file.name} is a Git LFS pointer, not the file: run `git lfs pull` in its "
                 "repository"
             )
+    _check_code(folder, path)
+
+
+def check_weight_files(path: str) -> None:
+    """Refuse a local model folder whose weights are not safetensors, or not all there; hub ids pass.
+
+    Raises:
+        ModelError: naming what is there or lacks.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
     if not any(folder.glob("*.safetensors")):
         pickled = [name for pattern in ("*.bin", "*.pt", "*.pth") for name in folder.glob(pattern)]
         if pickled:
@@ -217,7 +229,6 @@ def check_model_files(path: str) -> None:
             )
         raise ModelError(f"model.path {path} has no weights (*.safetensors)")
     _check_index(folder, path)
-    _check_code(folder, path)
 
 
 def _check_index(folder: Path, path: str) -> None:
