@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -71,12 +72,13 @@ class EarlyStop(threading.Thread):
         store.add(_READY, 1)
         while store.add(_READY, 0) < size:
             time.sleep(_INTERVAL / 5)
+        self._before_exit()
         store.add(_LEAVING, 1)
         deadline = time.monotonic() + GRACE
-        # Process 0 serves the store: it stays until the others have read.
-        while dist.get_rank() == 0 and store.add(_LEAVING, 0) < size and time.monotonic() < deadline:
-            time.sleep(_INTERVAL / 5)
-        self._before_exit()
+        # At the first end, a launcher may kill the others. Where the store is gone, process 0 has ended here.
+        with suppress(RuntimeError):
+            while store.add(_LEAVING, 0) < size and time.monotonic() < deadline:
+                time.sleep(_INTERVAL / 5)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(self._exit_code)  # the main thread may be in a collective or reading weights

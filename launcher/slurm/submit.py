@@ -162,7 +162,7 @@ def _render(recipe: Recipe, run: Path, arguments: argparse.Namespace, processes:
         "TASKS": " ".join(recipe.eval.tasks),
         "LAST_TASK": len(recipe.eval.tasks) - 1,
         "EVALUATE_OPTIONS": " ".join([shlex.join(data), arguments.evaluate_options]).strip(),
-        "SCORE_OPTIONS": shlex.join(data),
+        "SCORE_OPTIONS": shlex.join([*data, *_options_of_tasks(arguments.evaluate_options)]),
     }
     if re.search(r"[^\w./+=@-]", str(run)):
         raise RecipeError(f"output.dir {run}: SLURM's files need a path of letters, digits and ./_+=@-")
@@ -173,6 +173,15 @@ def _render(recipe: Recipe, run: Path, arguments: argparse.Namespace, processes:
     }
     names = list(options) if arguments.evaluate else ["train.sbatch"]
     return {name: _filled(name, {**values, "OPTIONS": "\n".join(options[name])}) for name in names}
+
+
+def _options_of_tasks(text: str) -> list[str]:
+    """Return those of the options of `dynrank-eval generate` that say which problems: scoring needs them too."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("limit", "n", "protocol"):
+        parser.add_argument(f"--{name}")
+    given = vars(parser.parse_known_args(shlex.split(text))[0])
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
 
 
 def _filled(name: str, values: dict[str, object]) -> str:

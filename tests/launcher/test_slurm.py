@@ -63,6 +63,7 @@ def test_a_dry_run_prints_the_batch_files_and_writes_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--wrap", "apptainer exec --nv image.sif", "--evaluate", "--dry-run")
+    options += ("--evaluate-options", "--engine hf --limit 9")
     tasks = "eval.tasks=[gsm8k,humaneval]"
     assert script("submit").main(["--recipe", str(recipe), *TWO_NODES, *options, tasks]) == 0
     found = files(capsys.readouterr().out, tmp_path / "run/slurm")
@@ -87,7 +88,11 @@ def test_a_dry_run_prints_the_batch_files_and_writes_nothing(
         "#SBATCH --array=0-1\n" in found["evaluate.sbatch"]
         and "#SBATCH --gpus=1\n" in found["evaluate.sbatch"]
     )
-    assert "tasks=(gsm8k humaneval)\n" in found["score.sbatch"]
+    assert "--engine hf --limit 9 --output" in found["evaluate.sbatch"]
+    assert (
+        "tasks=(gsm8k humaneval)\n" in found["score.sbatch"]
+        and "    --limit 9 --output" in found["score.sbatch"]
+    )
     assert not (tmp_path / "run").exists()
 
 
