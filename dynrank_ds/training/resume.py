@@ -7,7 +7,6 @@ fingerprints of their content, the recipe key by key.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import RunError
 from dynrank_ds.export.base_model import model_hash
 from dynrank_ds.recipe import Recipe, value_before_key_existed
+from dynrank_ds.training.agreement import check_same_everywhere
 from dynrank_ds.training.model import fetch_model, load_tokenizer
 from dynrank_ds.training.rundir import RunDirectory, check_output
 from dynrank_ds.zero import processes
@@ -76,11 +76,7 @@ def lock_directory(
     Raises:
         RunError: on every process: another run uses the directory, or the processes hold different models or data.
     """
-    if not processes.agree(hashlib.sha256(json.dumps(current).encode()).hexdigest(), device):
-        raise RunError(
-            f"the processes hold different models, tokenizers or data: {', '.join(current)} must be the same on every "
-            "node"
-        )
+    check_same_everywhere(current, device)
     refused = torch.tensor(float(processes.rank() == 0 and not directory.lock()), device=device)
     if processes.all_reduce_sum(refused) > 0:
         raise RunError(

@@ -162,15 +162,20 @@ def check_output(path: Path, resume: bool) -> None:
         raise RunError(f"output.dir {path} is not empty and holds no run: give a new folder")
 
 
-def _environment(world_size: int) -> dict[str, Any]:
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that shape a run; None for one that is not installed."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    return versions
+
+
+def _environment(world_size: int) -> dict[str, Any]:
     return {
-        "versions": versions,
+        "versions": package_versions(),
         "python": sys.version.split()[0],
         "git_revision": code_revision(),
         "world_size": world_size,

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", default="1", help="N, or MIN-MAX: as many as there are when it starts")
     parser.add_argument("--gpus-per-node", type=int, required=True, help="0 for training on CPUs")
     parser.add_argument("--processes-per-node", type=int, help="by default one per GPU")
-    parser.add_argument("--cpus-per-process", type=int, help="by default the cluster's")
+    parser.add_argument("--cpus-per-process", type=int, default=1, help="CPU cores; default: 1")
     for name in ("time", "partition", "account", "qos"):
         parser.add_argument(f"--{name}", help=f"as of sbatch, e.g. {_EXAMPLES[name]}")
     parser.add_argument("--after", metavar="JOB", help="begin after this job has ended without an error")
@@ -145,14 +145,16 @@ def _render(recipe: Recipe, run: Path, arguments: argparse.Namespace, processes:
         for name in ("partition", "account", "qos", "time")
         if (value := getattr(arguments, name))
     ]
-    if arguments.cpus_per_process:
-        common.append(f"#SBATCH --cpus-per-task={arguments.cpus_per_process}")
+    cpus = arguments.cpus_per_process
+    alone = [*common, f"#SBATCH --cpus-per-task={cpus}"]
     gpus = arguments.gpus_per_node
     data = ["--data-dir", recipe.eval.data_dir] if recipe.eval.data_dir else []
     values = {
         "NAME": run.name,
         "NODES": arguments.nodes,
         "PROCESSES": processes,
+        "CPUS": cpus,
+        "CPUS_OF_NODE": cpus * processes,
         "FOLDER": run / "slurm",
         "RUN": run,
         "STOP_BEFORE": arguments.stop_before,
@@ -168,8 +170,8 @@ def _render(recipe: Recipe, run: Path, arguments: argparse.Namespace, processes:
         raise RecipeError(f"output.dir {run}: SLURM's files need a path of letters, digits and ./_+=@-")
     options = {
         "train.sbatch": [*common, f"#SBATCH --gpus-per-node={gpus}"] if gpus else common,
-        "evaluate.sbatch": [*common, "#SBATCH --gpus=1"] if gpus else common,
-        "score.sbatch": common,
+        "evaluate.sbatch": [*alone, "#SBATCH --gpus=1"] if gpus else alone,
+        "score.sbatch": alone,
     }
     names = list(options) if arguments.evaluate else ["train.sbatch"]
     return {name: _filled(name, {**values, "OPTIONS": "\n".join(options[name])}) for name in names}

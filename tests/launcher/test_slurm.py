@@ -75,7 +75,7 @@ def test_a_dry_run_prints_the_batch_files_and_writes_nothing(
     train = found["train.sbatch"]
     for line in (
         "nodes=2",
-        "ntasks-per-node=3",
+        "mincpus=3",
         "gpus-per-node=3",
         "time=1:00:00",
         "partition=gpu",

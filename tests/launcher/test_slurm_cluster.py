@@ -30,9 +30,11 @@ EVALUATION = "--engine hf --dtype fp32 --max-new-tokens 8 --limit 4"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with slurm.cluster(tmp_path_factory.mktemp("slurm")):
-        yield
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a SLURM of two nodes."""
+    folder = tmp_path_factory.mktemp("slurm")
+    with slurm.cluster(folder):
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -141,16 +143,16 @@ def test_a_job_that_is_stopped_twice_ends_as_one_that_never_was_and_is_scored(fo
     assert scores[0] == scores[1]
 
 
-def test_a_node_that_fails_leaves_the_job_to_the_other(folder: Path) -> None:
+def test_a_node_that_fails_leaves_the_job_to_the_other(cluster: Path, folder: Path) -> None:
     run = folder / "failed-node"
     job = submit(folder, run, "--nodes", "1-2", "train.checkpoint_interval=2")["train"]
     slurm.wait_until(lambda: len(steps(run)) >= 5, 240, lambda: logs(run))
-    slurm.command("scontrol", "update", "nodename=n1", "state=down", "reason=test")
+    assert "start 1, on n[0-1]\n" in logs(run)
+    slurm.stop_node(cluster, "n1")
     try:
-        slurm.start_now(job)
-        slurm.wait_until(lambda: slurm.state_of(job) == "COMPLETED", 300, lambda: logs(run))
+        slurm.wait_for_end(job, 400, lambda: logs(run) + slurm.command("scontrol", "show", "job", job))
     finally:
-        slurm.command("scontrol", "update", "nodename=n1", "state=resume")
+        slurm.start_node("n1")
     assert "start 2, on n0\n" in logs(run)
     assert json.loads((run / "environment.json").read_text())["world_size"] == 1
     whole = losses(folder / "whole")

@@ -68,7 +68,7 @@ def cluster(folder: Path) -> Iterator[None]:
     try:
         subprocess.run(["slurmctld"], check=True)
         for node in NODES:
-            subprocess.run(["slurmd", "-N", node], check=True)
+            start_node(node)
         wait_until(lambda: command("sinfo", "-h", "-o", "%D %t") == "2 idle", 60)
         yield
     finally:
@@ -78,6 +78,17 @@ def cluster(folder: Path) -> Iterator[None]:
         if started_munge:
             _terminate(Path("/run/munge/munged.pid"))
         del os.environ["SLURM_CONF"]
+
+
+def start_node(name: str) -> None:
+    """Starts the daemon of a node."""
+    subprocess.run(["slurmd", "-N", name], check=True)
+
+
+def stop_node(folder: Path, name: str) -> None:
+    """Ends the daemon of a node, and tells the controller so: it would notice minutes later."""
+    _terminate(folder / f"slurmd-{name}.pid")
+    command("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
 
 
 def _start_munge() -> bool:
@@ -112,17 +123,24 @@ def state_of(job: str) -> str:
     )
 
 
+def wait_for_end(job: str, seconds: float, about: Callable[[], str]) -> None:
+    """Waits until a job that may be requeued is complete, and spares it most of its two minutes."""
+
+    def ended() -> bool:
+        state = state_of(job)
+        if state == "PENDING":
+            start_now(job)
+        return state == "COMPLETED"
+
+    wait_until(ended, seconds, about)
+
+
 def start_now(job: str) -> None:
     """Waits until a requeued job is pending, and spares it most of its two minutes."""
-    wait_until(lambda: state_of(job) == "PENDING", 120)
+    wait_until(lambda: state_of(job) == "PENDING", 120, lambda: command("scontrol", "show", "job", job))
     time.sleep(5)  # started in the second of its end, a job is taken for the one that was killed
-
-    def started() -> bool:
-        command("scontrol", "update", f"jobid={job}", "starttime=now")
-        time.sleep(2)
-        return state_of(job) != "PENDING"
-
-    wait_until(started, 120, lambda: command("scontrol", "show", "job", job))
+    command("scontrol", "update", f"jobid={job}", "starttime=now")
+    wait_until(lambda: state_of(job) != "PENDING", 150, lambda: command("scontrol", "show", "job", job))
 
 
 def wait_until(condition: Callable[[], object], seconds: float, about: Callable[[], str] = str) -> None:

@@ -31,8 +31,21 @@ def test_processes_that_see_different_checkpoints_are_asked_to_share_a_disk(shar
 
 def test_processes_that_hold_different_data_are_reported_before_anything_is_made(shards: Path) -> None:
     for message in outcomes(shards, "differing", 2):
-        assert message.startswith("the processes hold different models, tokenizers or data")
+        assert re.match(
+            "the processes are not alike: tokenised data is .* in process 1 on .* in process 0", message
+        )
     assert not (shards / "differing").exists()
+
+
+def test_nodes_with_other_code_packages_or_recipe_are_named_with_what_differs(shards: Path) -> None:
+    for message in outcomes(shards, "unlike", 2):
+        assert message.startswith(
+            "the processes are not alike: code of dynrank_ds is bbbbbbbbbbbb in process 1 on node1"
+        )
+        assert "torch is 2.12.0 in process 1 on node1, 2.13.0 in process 0 on node0" in message
+        assert re.search("recipe is [0-9a-f]{12} in process 1 on node1", message) and "peft" not in message
+        assert message.endswith("They must be the same on every node")
+    assert not (shards / "unlike").exists()
 
 
 def test_a_run_whose_ranks_never_changed_ends_with_a_warning(shards: Path) -> None:

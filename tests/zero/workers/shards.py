@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import ModuleBackward
+from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import RunError
 from dynrank_ds.methods.pe_dyra import PEDyRA
 from dynrank_ds.ranking.plan import RankPlan, RankState
-from dynrank_ds.recipe import load_recipe
-from dynrank_ds.training import run
+from dynrank_ds.recipe import Recipe, load_recipe
+from dynrank_ds.training import agreement, run
 from dynrank_ds.training.loop import StepResult, Trainer
+from dynrank_ds.training.samples import prepare_data
 from dynrank_ds.zero import processes
 from tests.support.watching import (
     adapter_parameters,
@@ -206,12 +209,35 @@ def disks_that_are_not_shared(folder: Path) -> None:
 
 def data_that_differ(folder: Path) -> None:
     """The second process has fewer samples, as of an older copy on its node."""
-    limit = ["data.limit=20"] if processes.rank() else []
-    overrides = [f"output.dir={folder / 'differing'}", *limit]
+    recipe = load_recipe(str(folder / "recipe.yaml"), [f"output.dir={folder / 'differing'}"])
+
+    def fewer(whole: Recipe) -> tuple[TokenisedDataset, int]:
+        limit = {"limit": 20 if processes.rank() else None}
+        return prepare_data(whole.model_copy(update={"data": whole.data.model_copy(update=limit)}))
+
     try:
-        run.train(load_recipe(str(folder / "recipe.yaml"), overrides), False, torch.device("cpu"))
+        with patch.object(run, "prepare_data", fewer):
+            run.train(recipe, False, torch.device("cpu"))
     except RunError as error:
         write(folder, "differing", str(error))
+
+
+def nodes_that_differ(folder: Path) -> None:
+    """The second process is on another node, with an older package there, another recipe, and other code."""
+    second = processes.rank() == 1
+    recipe = load_recipe(
+        str(folder / "recipe.yaml"), [f"output.dir={folder / 'unlike'}", f"train.seed={int(second)}"]
+    )
+    versions = {"torch": "2.12.0" if second else "2.13.0", "peft": None}
+    try:
+        with (
+            patch.object(socket, "gethostname", lambda: f"node{processes.rank()}"),
+            patch.object(agreement, "package_versions", lambda: versions),
+            patch.object(agreement, "_code_hash", lambda: "b" * 64 if second else "a" * 64),
+        ):
+            run.train(recipe, False, torch.device("cpu"))
+    except RunError as error:
+        write(folder, "unlike", str(error))
 
 
 def nan_on_one_process(folder: Path) -> None:
@@ -229,6 +255,7 @@ if __name__ == "__main__":
             triples_that_are_only_replaced,
             disks_that_are_not_shared,
             data_that_differ,
+            nodes_that_differ,
             nan_on_one_process,
         ]
     )
