@@ -17,8 +17,11 @@ from dynrank_ds.export.peft_adapter import Update, factor_key, module_of, open_w
 from dynrank_ds.export.peft_config import CONFIG, AdapterConfig, read_config
 from dynrank_ds.tensorfile import TensorEntry, TensorFileReader
 
-# What PEFT's LoRA stores beside lora_A and lora_B of linear layers.
-_OTHER_FACTOR = re.compile(r".*\.(lora_embedding_[AB]|lora_magnitude_vector(\.weight)?|lora_[AB]\.bias)")
+# What PEFT's LoRA stores beside lora_A and lora_B of linear layers; whole embeddings where they are adapted.
+_OTHER_FACTOR = re.compile(
+    r".*\.(lora_embedding_[AB]|lora_magnitude_vector(\.weight)?|lora_[AB]\.bias|base_layer\.weight"
+    r"|embed_tokens\.weight|lm_head\.weight)"
+)
 _ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
 _PREFIX = "base_model.model."
 
@@ -96,11 +99,11 @@ def inspect_adapter(adapter: Path, base: str | None = None) -> Inspection:
         defects.append("it has no module with both lora_A and lora_B")
     elif all(report.norm == 0 for report in reports):
         defects.append("every lora_B or lora_A is zero: the adapter changes nothing")
-    defects += _unmatched_targets(config, modules)
+    others = {_plain_key(key).rsplit(".lora_", 1)[0] for key in other}
+    defects += _unmatched_targets(config, [*modules, *others])
     line = f"{config.base_model or 'not named'}, not compared: name it with --base"
     if model is not None:
-        known = {_plain_key(key).rsplit(".lora_", 1)[0] for key in other}
-        defects += _compare_modules(config, {m.name: m.shape for m in reports}, known, model)
+        defects += _compare_modules(config, {m.name: m.shape for m in reports}, others, model)
         line = _compare_hash(adapter, model, defects)
     return Inspection(reports, other, line, defects)
 

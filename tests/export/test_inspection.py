@@ -96,6 +96,30 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
     save_file(stored, folder / WEIGHTS)
 
 
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [
+        ({"use_dora": True}, 1),
+        ({"modules_to_save": ["lm_head"]}, 1),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, 3),
+        ({"lora_bias": True}, 1),
+        ({"target_modules": "all-linear"}, 0),
+        ({"target_modules": r".*\.q_proj"}, 0),
+    ],
+)
+def test_what_else_peft_stores_is_counted_and_no_defect(settings, others, tmp_path):
+    base = save_base(tmp_path / "base", num_hidden_layers=1)
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | settings)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    found = inspect_adapter(tmp_path / "adapter", str(base))
+    assert found.defects == [] and len(found.other_tensors) == others
+    assert len(found.modules) == (7 if settings.get("target_modules") == "all-linear" else 1)
+
+
 UP_A, UP_B = (f"model__layers__1__mlp__up_proj__lora_{side}__weight" for side in "AB")
 
 
