@@ -15,7 +15,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from dynrank_ds.composing import read_recipe
@@ -87,9 +95,30 @@ class ModelSection(Section):
         return self
 
 
-class DataSection(Section):
+class SourceSection(Section):
     source: LocalPath
-    """File (JSON lines or array, CSV, Parquet; .gz too), folder, hub id of a data set, or `generated:gsm_symbolic`."""
+    """As data.source."""
+    share: float = Field(gt=0, lt=1)
+    """Of every global batch; all shares together are 1."""
+    split: str | None = None
+    revision: str | None = None
+    filter: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
+    limit: int | None = Field(default=None, ge=1)
+    format: LocalPath | None = None
+    """By default data.format; columns likewise."""
+    columns: dict[str, str] | None = None
+
+
+_Sources = Annotated[
+    Annotated[LocalPath, Tag("one source")] | Annotated[dict[str, SourceSection], Tag("several sources")],
+    Discriminator(lambda value: "several sources" if isinstance(value, dict) else "one source"),
+]
+"""Told apart before they are checked, so that a mistake is reported once."""
+
+
+class DataSection(Section):
+    source: _Sources
+    """File (JSON, CSV, Parquet; .gz too), folder, hub id of a data set, `generated:gsm_symbolic`; or several."""
     split: str | None = None
     """Split of a folder or hub data set; by default train."""
     revision: str | None = None
@@ -236,6 +265,29 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _refuse_sources_without_room(self) -> Recipe:
+        if isinstance(self.data.source, str):
+            return self
+        sources, batch = self.data.source, self.train.global_batch_size
+        total = sum(one.share for one in sources.values())
+        if abs(total - 1) > 1e-6:
+            raise inconsistent(f"the shares of data.source are {total:g} together: they must be 1")
+        for name, one in sources.items():
+            if one.share * batch < 1 - 1e-6:
+                raise inconsistent(
+                    f"data.source.{name}.share is {one.share:g} of train.global_batch_size {batch}: give each source "
+                    "at least one sample of every global batch"
+                )
+        if self.train.steps is None and self.train.epochs is not None:
+            raise inconsistent(
+                "several sources have no common epoch: give train.steps instead of train.epochs"
+            )
+        for key in ("split", "revision", "filter", "limit"):
+            if getattr(self.data, key):
+                raise inconsistent(f"data.{key} is given beside several sources: give it to one of them")
+        return self
+
     def accumulation(self, world_size: int) -> int:
         """Return the number of micro-batches per process and step.
 
@@ -373,7 +425,8 @@ def _path(error: Any) -> list[str]:
     if not error["loc"]:
         return []
     *above, last = error["loc"]
-    kept = [*above, last] if error["type"] == "extra_forbidden" else [p for p in (*above, last) if _is_key(p)]
+    kept = [part for part in above if _is_key(part)]
+    kept += [last] if error["type"] == "extra_forbidden" or _is_key(last) else []
     return [str(p) for p in kept]
 
 
@@ -383,6 +436,8 @@ def _is_key(part: str | int) -> bool:
 
 def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
     """Return the keys allowed where `location` points in a recipe of these values."""
+    if location[:2] == ("data", "source"):
+        return sorted(SourceSection.model_fields)
     model: Any = Recipe
     for part in location[:-1]:
         model = model.model_fields[part].annotation

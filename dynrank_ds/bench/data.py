@@ -18,6 +18,7 @@ from dynrank_ds.data.formats import find_format
 from dynrank_ds.data.rows import Drops, Row
 from dynrank_ds.data.sources import open_source
 from dynrank_ds.data.tokenising import TokenisedDataset, tokenise
+from dynrank_ds.errors import RecipeError
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.model import load_tokenizer
 from dynrank_ds.training.samples import prepare_data
@@ -29,6 +30,8 @@ def measure_data(recipe: Recipe, quick: bool) -> Iterator[Figure]:
     """Yield (what, figure) of the recipe's tokenizer and rows, which are repeated to 512 (quick) or 8,192."""
     data = recipe.data
     generated = store.cache_folder() / "generated"
+    if not isinstance(data.source, str):
+        raise RecipeError("this bench measures one source: give data.source a path or an id")
     source = open_source(data.source, data.split, data.revision, data.streaming, data.limit, generated)
     rows = list(islice(source.rows(), data.limit or 4096))
     rows = list(islice(cycle(rows), 512 if quick else 8192))

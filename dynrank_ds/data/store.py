@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -197,6 +197,35 @@ def read(entry: Path) -> tuple[TokenisedDataset, Drops]:
         raise DataError(f"{entry}: the tokenised data is damaged ({error}), delete this folder") from error
     starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
     return TokenisedDataset(starts=starts, **arrays), drops
+
+
+def join(entry: Path, parts: Sequence[Path]) -> None:
+    """Write the samples of other entries, one after another, into the folder `entry`, as `write` does.
+
+    Raises:
+        MachineError: the disk is full.
+    """
+    unfinished = entry.with_name(entry.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        abouts = [json.loads((part / _ABOUT).read_text()) for part in parts]
+        for name in _ARRAYS:
+            with (unfinished / name).open("wb") as joined:
+                for part in parts:
+                    with (part / name).open("rb") as file:
+                        shutil.copyfileobj(file, joined)
+        about = {key: sum(one[key] for one in abouts) for key in ("samples", "tokens")}
+        (unfinished / _ABOUT).write_text(json.dumps({**about, "drops": asdict(Drops())}))
+        unfinished.rename(entry)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise MachineError(
+            f"the cache folder {entry.parent}: {error.strerror}; make room, or set DYNRANK_CACHE to another disk"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _mapped(path: Path, size: int) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """Rows to token ids, with the boundaries of the answers where generation will see them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ class TokenisedDataset:
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     target_counts: NDArray[np.int64]
+    source_of: NDArray[np.int16] = field(default_factory=lambda: np.empty(0, np.int16))
+    """(n,) the number of each sample's source; empty where there is but one."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -59,6 +61,7 @@ class TokenisedDataset:
             starts=self.starts[indices],
             lengths=self.lengths[indices],
             target_counts=self.target_counts[indices],
+            source_of=self.source_of[indices] if len(self.source_of) else self.source_of,
         )
 
 

@@ -27,7 +27,7 @@ from dynrank_ds.training.architecture import check_attention
 from dynrank_ds.training.model import DTYPES, adapt, check_model_folder, model_without_weights
 from dynrank_ds.training.quantisation import quantisation_config
 from dynrank_ds.training.rundir import check_output
-from dynrank_ds.training.samples import prepare_data, split_held_out
+from dynrank_ds.training.samples import make_batches, prepare_data, split_held_out
 from dynrank_ds.training.trackers import check_packages
 from dynrank_ds.zero.config import check_processes, load_config
 
@@ -73,6 +73,7 @@ def check_run(recipe: Recipe, n_processes: int) -> CheckedRun:
     check_attention(model.config, recipe.model.attention)
     samples, held_out = split_held_out(prepare_data(recipe)[0], recipe)
     _check_samples(samples, held_out, model, recipe)
+    make_batches(samples, recipe)
     steps = recipe.total_steps(len(samples))
     check_steps(recipe, len(samples))
     modules = adapt(model, recipe)

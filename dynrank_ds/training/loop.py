@@ -22,7 +22,7 @@ from torch import Tensor
 from dynrank_ds.adapters.dropout import TokenDropout
 from dynrank_ds.adapters.initial import module_generator
 from dynrank_ds.checkpoint.files import Progress
-from dynrank_ds.data.batching import GlobalBatches
+from dynrank_ds.data.batching import MixedBatches
 from dynrank_ds.data.collating import Collator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import RunError
@@ -31,6 +31,7 @@ from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.held_out import held_out_loss
 from dynrank_ds.training.rundir import RunDirectory
+from dynrank_ds.training.samples import make_batches
 from dynrank_ds.training.schedule import learning_rate
 from dynrank_ds.training.signals import StopRequest
 from dynrank_ds.training.trackers import Trackers
@@ -93,7 +94,7 @@ class Trainer:
         self.directory, self.progress, self.metadata = directory, progress, metadata
         self.device = engine.layout.device
         self.total_steps = recipe.total_steps(len(data.samples))
-        self.batches = GlobalBatches(len(data.samples), recipe.train.global_batch_size, recipe.train.seed)
+        self.batches = make_batches(data.samples, recipe)
         self.is_first = processes.rank() == 0
         self.stop_request = StopRequest()
         history = directory.adjustments() if self.is_first else []
@@ -295,7 +296,12 @@ class Trainer:
         if not self.is_first:
             return
         layout = self.engine.layout
-        evaluated = {} if result.held_out_loss is None else {"held_out_loss": result.held_out_loss}
+        evaluated: dict[str, Any] = (
+            {} if result.held_out_loss is None else {"held_out_loss": result.held_out_loss}
+        )
+        if isinstance(self.batches, MixedBatches):
+            counts = self.batches.counts(self.progress.batch - 1)
+            evaluated |= {"samples_of": dict(zip(self.recipe.data.source, counts, strict=True))}
         values: dict[str, Any] = dict(
             step=self.progress.step,
             batch=self.progress.batch,

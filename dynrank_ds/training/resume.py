@@ -47,16 +47,22 @@ content instead."""
 
 def fingerprints(recipe: Recipe, dataset: TokenisedDataset) -> dict[str, str]:
     """Return SHA-256 hashes of the base model, the tokenizer and the tokenised data, independent of their paths."""
-    return {
+    found = {
         "base model": model_hash(fetch_model(recipe.model.path)),
         "tokenizer": tokenizer_hash(load_tokenizer(recipe.model.path)),
         "tokenised data": data_hash(dataset),
     }
+    if not isinstance(recipe.data.source, str):
+        shares = str([one.share for one in recipe.data.source.values()])
+        found["mixture of sources"] = hashlib.sha256(shares.encode()).hexdigest()
+    return found
 
 
 def data_hash(dataset: TokenisedDataset) -> str:
     """Hash every sample's length and number of targets, and at most a million tokens."""
     digest = hashlib.sha256()
+    if len(dataset.source_of):
+        digest.update(np.ascontiguousarray(dataset.source_of).data)
     for values in (
         dataset.lengths,
         dataset.target_counts,

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from dynrank_ds.data import store
-from dynrank_ds.data.batching import draw_held_out
+from dynrank_ds.data.batching import GlobalBatches, MixedBatches, draw_held_out
 from dynrank_ds.data.formats import find_format
 from dynrank_ds.data.sources import open_source, select
 from dynrank_ds.data.text import Format
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import DataError, RecipeError
-from dynrank_ds.recipe import DataSection, Recipe
+from dynrank_ds.recipe import DataSection, Recipe, SourceSection
 from dynrank_ds.training.model import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -26,10 +32,56 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
     Raises:
         DataError, ModelError, RecipeError: what is missing or malformed.
     """
-    data = recipe.data
+    tokenizer = load_tokenizer(recipe.model.path)
+    data, timeout = recipe.data, recipe.deepspeed.timeout
+    # Not the padding token, which the model may have no embedding of (LLaMA-2); no other token ever sees padding.
+    pad_id = tokenizer.eos_token_id
+    if isinstance(data.source, str):
+        return _prepare(data, tokenizer, timeout)[0], pad_id
+    prepared = [_prepare(_alone(data, one), tokenizer, timeout) for one in data.source.values()]
+    names = "+".join(entry.name for _, entry in prepared)
+    joined = store.cache_folder() / "tokenised" / hashlib.sha256(names.encode()).hexdigest()[:32]
+    with store.locked(joined, timeout) as missing:
+        if missing:
+            store.join(joined, [entry for _, entry in prepared])
+    numbers = [np.full(len(dataset), number, np.int16) for number, (dataset, _) in enumerate(prepared)]
+    return replace(store.read(joined)[0], source_of=np.concatenate(numbers)), pad_id
+
+
+def _alone(data: DataSection, source: SourceSection) -> DataSection:
+    """The section as it would be with this source alone."""
+    own = {key: getattr(source, key) for key in ("source", "split", "revision", "filter", "limit")}
+    other = {key: getattr(source, key) for key in ("format", "columns") if getattr(source, key) is not None}
+    return data.model_copy(update=own | other)
+
+
+def make_batches(dataset: TokenisedDataset, recipe: Recipe) -> GlobalBatches | MixedBatches:
+    """Return which samples make up each step.
+
+    Raises:
+        DataError: a source has fewer samples than its share of a global batch.
+    """
+    batch, seed, source = recipe.train.global_batch_size, recipe.train.seed, recipe.data.source
+    if isinstance(source, str):
+        return GlobalBatches(len(dataset), batch, seed)
+    sizes = np.bincount(dataset.source_of, minlength=len(source))
+    for (name, one), size in zip(source.items(), sizes.tolist(), strict=True):
+        if size < one.share * batch:
+            raise DataError(
+                f"data.source.{name} has {size} samples, fewer than its share {one.share:g} of a global batch of "
+                f"{batch}"
+            )
+    total = sum(one.share for one in source.values())
+    return MixedBatches(dataset.source_of, tuple(one.share / total for one in source.values()), batch, seed)
+
+
+def _prepare(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, timeout: float
+) -> tuple[TokenisedDataset, Path]:
+    """The samples of one source, and their entry in the cache."""
+    assert isinstance(data.source, str)
     format = find_format(data.format)
     _check_columns(data, format)
-    tokenizer = load_tokenizer(recipe.model.path)
     folder = store.cache_folder()
     source = open_source(
         data.source, data.split, data.revision, data.streaming, data.limit, folder / "generated"
@@ -45,7 +97,7 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
         max_length=data.max_length,
     )
     entry = folder / "tokenised" / name
-    with store.locked(entry, recipe.deepspeed.timeout) as missing:
+    with store.locked(entry, timeout) as missing:
         if missing:
             chosen = select(source.rows(), data.filter, data.limit)
             rows = (row.renamed(data.columns) for row in chosen)
@@ -65,8 +117,7 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
             drops.n_rows,
             data.max_length,
         )
-    # Not the padding token, which the model may have no embedding of (LLaMA-2); no other token ever sees padding.
-    return dataset, tokenizer.eos_token_id
+    return dataset, entry
 
 
 def _check_columns(data: DataSection, format: Format) -> None:

@@ -116,8 +116,9 @@ def key_docstrings(section: type[BaseModel]) -> dict[str, str]:
 
 def _type(schema: Mapping[str, Any]) -> str:
     """A JSON schema in words."""
-    if "anyOf" in schema:
-        return " or ".join(_type(one) for one in schema["anyOf"])
+    for union in ("anyOf", "oneOf"):
+        if union in schema:
+            return " or ".join(_type(one) for one in schema[union])
     if "enum" in schema or "const" in schema:
         return " or ".join(f"`{one}`" for one in schema.get("enum", [schema.get("const")]))
     kind = schema.get("type", "any value")
