@@ -20,13 +20,30 @@ from tests.support.tiny import write_model
 DEFAULTS: dict[str, Any] = {}
 SMALL = {"stage3_max_reuse_distance": 9_000, "stage3_prefetch_bucket_size": 2_000}
 NO_PREFETCH = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+FAR_AHEAD = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 30_000}
 FEW_LIVE = {"stage3_max_live_parameters": 30_000, "stage3_max_reuse_distance": 20_000}
 
 
 @pytest.mark.parametrize(
-    "zero", [DEFAULTS, SMALL, NO_PREFETCH, FEW_LIVE], ids=["defaults", "small", "none", "few"]
+    ("zero", "recomputed"),
+    [
+        pytest.param(SMALL, True, id="small"),
+        pytest.param(FEW_LIVE, False, id="few live, not recomputed"),
+        pytest.param(FAR_AHEAD, True, id="far ahead"),
+        *(
+            pytest.param(zero, recomputed, id=f"{name}, {recomputed}", marks=pytest.mark.slow)
+            for name, zero, recomputed in (
+                ("defaults", DEFAULTS, True),
+                ("defaults", DEFAULTS, False),
+                ("no prefetch", NO_PREFETCH, True),
+                ("no prefetch", NO_PREFETCH, False),
+                ("small", SMALL, False),
+                ("few live", FEW_LIVE, True),
+                ("far ahead", FAR_AHEAD, False),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("recomputed", [True, False])
 def test_parameters_held_at_every_turn_are_those_that_deepspeed_holds(
     zero: dict[str, Any], recomputed: bool, tmp_path: Path
 ) -> None:
