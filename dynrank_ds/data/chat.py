@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dynrank_ds.data.conversations import Conversation, read_conversation
 from dynrank_ds.data.rows import Row, UnfitRowError
-from dynrank_ds.data.text import Format, Text
+from dynrank_ds.data.text import TEMPLATE_FAULTS, Format, Text
 from dynrank_ds.errors import ModelError
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -144,7 +144,7 @@ class _Turns:
     def _same(self, whole: str, messages: list[dict[str, Any]], choices: dict[str, Any]) -> bool:
         try:
             return _rendered(self.tokenizer, messages, choices, asks=False) == whole
-        except (TemplateError, TypeError):
+        except TemplateError:
             return False  # it asks for what is missing
 
     def _behind_opened_thought(self, whole: str, prompt: str) -> str:
@@ -180,4 +180,9 @@ def _shows(segment: str, content: str) -> bool:
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], choices: dict[str, Any], asks: bool
 ) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **choices))
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **choices)
+        )
+    except TEMPLATE_FAULTS as error:
+        raise TemplateError(str(error)) from error

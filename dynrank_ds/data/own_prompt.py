@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from dynrank_ds.data.rows import Row
-from dynrank_ds.data.text import Format, Text
+from dynrank_ds.data.text import TEMPLATE_FAULTS, Format, Text
 from dynrank_ds.errors import RecipeError
 
 ENDINGS = (".jinja", ".jinja2", ".j2")
@@ -80,7 +80,7 @@ class OwnPrompt(Format):
         fields = {str(name): value for name, value in row.fields.items()}
         try:
             marked = _environment().from_string(self.template).render(fields)
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise row.unfit("refused by the template", f"{self.path} refuses it ({error})") from error
         if marked.count(_BEGIN) != 1 or marked.count(_END) != 1:
             raise row.unfit(

@@ -7,6 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dynrank_ds.data.rows import Row
 
+TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a template's own expressions raise of values that they were not written for, such as text + null."""
+
 
 @dataclass(frozen=True)
 class Text:

@@ -106,6 +106,9 @@ def test_a_template_that_leaves_out_what_a_row_says_is_refused(base: PreTrainedT
     assert "writes nothing of message 2's 'reasoning_content'" in refused(base, PLAIN, messages=thinking)
     twice = [*thinking, QUESTION, ANSWER]
     assert "writes nothing of message 2's 'reasoning_content'" in refused(base, LAST_THOUGHT, messages=twice)
+    adding = PLAIN.replace("{{ m.content }}", "{{ m.content + '' }}")
+    null = [QUESTION, CALL, RESULT, ANSWER]
+    assert "the chat template refuses it (unsupported operand" in refused(base, adding, messages=null)
     cut = "{{ messages[0].content }}{% for m in messages[1:] %} A: {{ m.content[:4] }}<|im_end|>{% endfor %} A: "
     assert "leaves out a part of message 2's content" in refused(base, cut[:-4], messages=[QUESTION, ANSWER])
 

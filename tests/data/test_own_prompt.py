@@ -49,6 +49,11 @@ def test_a_shipped_prompt_written_as_a_file_gives_the_same_tokens(
     ("fields", "template", "sentence"),
     [
         ({"question": "q", "answer": "a"}, TEMPLATE, "'shots' is undefined"),
+        (
+            {"a": 7},
+            "{{ a + 'x' }}{% generation %}{{ a }}{% endgeneration %}",
+            "refuses it (unsupported operand",
+        ),
         ({"shots": [], "question": None, "answer": "a"}, TEMPLATE, "refuses it (a value is null)"),
         ({"shots": [], "question": "q", "answer": " "}, TEMPLATE, "the answer is empty, it must be text"),
         (
