@@ -95,14 +95,14 @@ def workspace(finished: Path, tmp_path: Path) -> Path:
 
 def run_dynrank(words: list[str], workspace: Path) -> None:
     recipe = words[words.index("--recipe") + 1] if "--recipe" in words else ""
-    if words[0] == "plan" or JOIN in recipe:  # tests/planning runs the documented plans
+    if len(words) == 1:
+        assert words[0] in dynrank_ds.cli._parser().format_help().split()
+    elif words[0] == "plan" or JOIN in recipe:  # tests/planning runs the documented plans
         _check_recipe(recipe, [w for w in words[1:] if "=" in w])
         dynrank_ds.cli._parser().parse_args(words)
     elif words[-1] == "quickstart" or "quickstart" in words or "NAME" in words:
         _check_recipe("quickstart", [w for w in words[1:] if "=" in w])
         dynrank_ds.cli._parser().parse_args(words)
-    elif len(words) == 1:
-        assert words[0] in dynrank_ds.cli._parser().format_help().split()
     elif words[0] == "suggest-ranks":  # it forms a process group, which this process must not be in
         subprocess.run([sys.executable, "-m", "dynrank_ds.cli", *words], check=True, cwd=workspace)
     else:
