@@ -8,7 +8,6 @@ method:    how ranks change              eval:      what `dynrank-eval` is to sc
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -28,9 +27,9 @@ from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from dynrank_ds.composing import read_recipe
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods import METHODS, AnyMethodConfig
-from dynrank_ds.methods.base import MethodConfig
+from dynrank_ds.methods import AnyMethodConfig
 from dynrank_ds.ranking.schedule import resolve_steps
+from dynrank_ds.recipe_mistakes import sentence
 from dynrank_ds.section import Section, inconsistent
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -342,7 +341,7 @@ def check_recipe(values: dict[str, Any], name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{name}: {_sentence(error, values)}") from error
+        raise RecipeError(f"{name}: {sentence(error, values, Recipe, SourceSection)}") from error
     if (recipe.train.steps is None) == (recipe.train.epochs is None):
         given = "both" if recipe.train.steps else "neither"
         raise RecipeError(f"{name}: {given} of train.steps and train.epochs is given: give exactly one")
@@ -376,72 +375,3 @@ def value_before_key_existed(recipe: Recipe, section: str, key: str) -> Any:
     if key not in fields or fields[key].is_required():
         return None
     return to_jsonable_python(fields[key].get_default(call_default_factory=True))
-
-
-def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
-    """Return the first mistake, how many more there are, and the names of all keys that are missing."""
-    errors = {tuple(_path(one)): one for one in reversed(error.errors())}
-    missing = [key for key, one in reversed(errors.items()) if one["type"] == "missing"]
-    names = [f"'{name}'" for key in missing for name in _required_keys(key)]
-    train = values.get("train")
-    if names and not (isinstance(train, dict) and train.keys() & {"steps", "epochs"}):
-        names.append("'train.steps' or 'train.epochs'")
-    absent = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
-    wrong = [one for one in reversed(errors.values()) if one["type"] != "missing"]
-    if not wrong:
-        return absent
-    first, others = wrong[0], len(wrong) - 1
-    more = (f" (and {others} more)" if others else "") + (f"; {absent}" if names else "")
-    return _mistake(first, values) + more
-
-
-def _required_keys(path: Sequence[str]) -> list[str]:
-    """Return the keys that a missing key stands for: those that a whole missing section must have."""
-    section = Recipe.model_fields[path[0]].annotation if len(path) == 1 else None
-    if path == ("method",):
-        return ["method.name"]
-    if not (isinstance(section, type) and issubclass(section, Section)):
-        return [".".join(path)]
-    return [f"{path[0]}.{name}" for name, field in section.model_fields.items() if field.is_required()]
-
-
-def _mistake(error: Any, values: dict[str, Any]) -> str:
-    path = _path(error)
-    where, message = ".".join(path), error["msg"]
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"], values)
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-        return f"unknown key '{where}': {hint}"
-    if error["type"] == "unknown_method":
-        return f"method.name is {error['input'].get('name')!r}: {message}"
-    if error["type"] == "inconsistent":
-        return str(message)
-    return f"'{where}' is {error['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _path(error: Any) -> list[str]:
-    """Return the keys that lead to an error, without the union members that pydantic adds (int, constrained-int)."""
-    if not error["loc"]:
-        return []
-    *above, last = error["loc"]
-    kept = [part for part in above if _is_key(part)]
-    kept += [last] if error["type"] == "extra_forbidden" or _is_key(last) else []
-    return [str(p) for p in kept]
-
-
-def _is_key(part: str | int) -> bool:
-    return isinstance(part, int) or (part.isidentifier() and part not in ("int", "float", "str", "bool"))
-
-
-def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
-    """Return the keys allowed where `location` points in a recipe of these values."""
-    if location[:2] == ("data", "source"):
-        return sorted(SourceSection.model_fields)
-    model: Any = Recipe
-    for part in location[:-1]:
-        model = model.model_fields[part].annotation
-        values = values[part]
-        if model is MethodConfig:
-            model = METHODS[values["name"]].config_class
-    return sorted(model.model_fields)
