@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from dynrank_ds import dtypes
 from dynrank_ds.adapters.linear import AdaptedModule
+from dynrank_ds.checkpoint.files import BEST, STEP, complete_checkpoints
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import DataError, ModelError, RecipeError
 from dynrank_ds.methods import build_method
@@ -87,7 +88,11 @@ def check_before_meeting(recipe: Recipe, resume: bool) -> None:
     Raises:
         DynrankError: what cannot be run; every process of a machine finds the same.
     """
-    check_output(Path(recipe.output.dir), resume)
+    run = Path(recipe.output.dir)
+    check_output(run, resume)
+    if resume and (complete_checkpoints(run, STEP) or complete_checkpoints(run, BEST)):
+        # The checkpoint holds what the run started from: that adapter may be gone.
+        recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"init_from": None})})
     logging.disable(logging.WARNING)
     try:
         check_run(recipe, _expected_processes())
