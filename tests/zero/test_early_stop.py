@@ -39,7 +39,9 @@ def test_a_signal_to_one_process_before_training_ends_both_soon(victim: int, tmp
     outputs = [process.output for process in processes]
     assert [process.returncode for process in processes] == [75, 75], outputs
     assert [output.count("stopped by a signal before training began") for output in outputs] == [1, 0]
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.name != ".run.lock"]
+    # On a fast machine the run's files are there before the stop is seen: `resume=auto` begins with them.
+    written = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert written <= {".run.lock", "recipe.resolved.yaml", "environment.json", "checkpoints"}
 
 
 def test_no_process_ends_with_75_before_all_know_and_none_where_one_has_died(tmp_path: Path) -> None:
