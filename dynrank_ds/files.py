@@ -40,8 +40,12 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Give a file, new or old, this content at once."""
+    """Give a file, new or old, this content at once; where the disk is full, it keeps the content that it has."""
     unfinished = path.with_name(f".{path.name}.tmp")
-    write_synced(unfinished, text)
-    unfinished.replace(path)
+    try:
+        write_synced(unfinished, text)
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
     sync(path.parent)

@@ -110,8 +110,7 @@ def test_a_run_whose_steps_are_all_discarded_ends_with_the_samples_named(tmp_pat
     assert len(re.findall(r"step 1 discarded: .* on samples \[(?:\d+, ){5}\d+\]", first)) == 10
     assert "error: 10 steps in a row were discarded" in first
     assert "Traceback" not in first + second and "discarded" not in second
-    logged = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [(line["step"], line["discarded"], line["loss"]) for line in logged] == [(0, True, None)] * 9
+    assert not (tmp_path / "run").exists()  # no step was applied: the same recipe can be started again
 
 
 def test_a_port_that_is_in_use_is_named_at_once_with_the_option_that_changes_it(tmp_path: Path) -> None:
