@@ -73,9 +73,13 @@ class RunDirectory:
         checkpoints = self.path / "checkpoints"
         if checkpoints.is_dir() and os.listdir(checkpoints):
             return False
-        return _BEFORE_THE_FIRST_STEP.issuperset(os.listdir(self.path)) and not any(
-            line["step"] for line in (self._lines(METRICS) if (self.path / METRICS).is_file() else [])
-        )
+        if not _BEFORE_THE_FIRST_STEP.issuperset(os.listdir(self.path)):
+            return False
+        metrics = self.path / METRICS
+        if not metrics.exists():
+            return True
+        # Something else in its place was not put there by a run that ends before its first step.
+        return metrics.is_file() and not any(line["step"] for line in self._lines(METRICS))
 
     def create(self, recipe: Recipe, identity: Mapping[str, str], world_size: int) -> None:
         """Write the resolved recipe and the environment into the locked directory."""

@@ -103,3 +103,9 @@ def test_a_run_that_failed_before_its_first_step_leaves_no_directory(tmp_path: P
     resumed.lock()
     resumed.unlock()
     assert path.exists(), "a checkpoint is worth more than the log"
+    (path / "checkpoints" / "step-1").rmdir()
+    (path / "metrics.jsonl").mkdir()
+    replaced = RunDirectory(path)
+    replaced.lock()
+    replaced.unlock()
+    assert path.exists(), "no run leaves a folder in place of its log"
