@@ -8,8 +8,12 @@ from torch import nn
 
 from dynrank_ds.adapters.heads import HeadedLinear, HeadSplit
 from dynrank_ds.adapters.initial import module_generator
-from dynrank_ds.adapters.linear import AdaptedLinear, AdaptedModule, FactorInit
+from dynrank_ds.adapters.linear import AdaptedLinear, AdaptedModule, FactorInit, Variant
+from dynrank_ds.adapters.pissa import PissaLinear
 from dynrank_ds.errors import RecipeError
+
+_LINEARS: Mapping[Variant, type[AdaptedLinear]] = {"plain": AdaptedLinear, "pissa": PissaLinear}
+"""What a linear that is one module becomes."""
 
 
 def inject(
@@ -21,12 +25,13 @@ def inject(
     seed: int,
     splits: Mapping[str, HeadSplit] | None = None,
     ranks: Mapping[str, int] | None = None,
+    variant: Variant = "plain",
 ) -> dict[str, AdaptedModule]:
     """Freeze `model` and replace the linear layers `linears`, by their full names, by adapted ones.
 
     Factors are created in the dtype of the base weight. `splits` names the linears, by their last names, that fall
-    into one module a head. `ranks` are those of single linears, by full names, in place of `rank`. Returns the modules
-    by their full module names, in the order of `linears`.
+    into one module a head. `ranks` are those of single linears, by full names, in place of `rank`. `variant` is what
+    linears become that are one module each. Returns the modules by their full module names, in the order of `linears`.
 
     Raises:
         RecipeError: the rank exceeds a linear's sides.
@@ -36,7 +41,9 @@ def inject(
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         split = (splits or {}).get(child)
-        adapted = AdaptedLinear(linear, scale) if split is None else HeadedLinear(linear, split, scale, name)
+        adapted = (
+            _LINEARS[variant](linear, scale) if split is None else HeadedLinear(linear, split, scale, name)
+        )
         wanted = (ranks or {}).get(name, rank)
         for module_name, module in adapted.adapted_modules(name).items():
             if wanted > min(module.in_features, module.out_features):

@@ -192,3 +192,6 @@ class AdaptedLinear(AdaptedModule):
 
 FactorInit = Callable[[int, int, int, torch.Generator], dict[str, Tensor]]
 """(rank, in_features, out_features, generator) -> fp32 factors of that many triples."""
+
+Variant = Literal["plain", "pissa"]
+"""What a linear that is one module becomes; inject.py has the classes."""
