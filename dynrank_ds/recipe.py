@@ -293,13 +293,13 @@ class Recipe(Section):
         Raises:
             RecipeError: the global batch is not a whole number of micro-batches of all processes.
         """
-        together = self.train.micro_batch_size * world_size
-        if self.train.global_batch_size % together:
+        samples = self.train.micro_batch_size * world_size
+        if self.train.global_batch_size % samples:
             raise RecipeError(
                 f"train.global_batch_size {self.train.global_batch_size} is no multiple of train.micro_batch_size "
-                f"{self.train.micro_batch_size} x {world_size} processes = {together}"
+                f"{self.train.micro_batch_size} x {world_size} processes = {samples}"
             )
-        return self.train.global_batch_size // together
+        return self.train.global_batch_size // samples
 
     def total_steps(self, samples: int) -> int:
         """Return the number of optimizer steps of a run with this many samples."""

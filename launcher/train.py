@@ -43,7 +43,7 @@ def main(stop_request: StopRequest) -> int:
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(levelname)s %(message)s")
     for noisy in ("httpx", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # Which node waits for the others is told by that node.
+    # The node that waits for the others says so itself.
     logging.getLogger("dynrank_ds.zero.rendezvous").setLevel(logging.WARNING)
     try:
         resume, overrides = _split_resume(arguments.overrides)

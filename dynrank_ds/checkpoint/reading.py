@@ -48,7 +48,7 @@ class Checkpoint:
     def initial_ranks(self) -> dict[str, int]:
         """Return the ranks that modules had when the run began; checkpoints of before this was saved say none."""
         modules = self.metadata["blocks"].items()
-        return {name: about["initial_rank"] for name, about in modules if "initial_rank" in about}
+        return {name: values["initial_rank"] for name, values in modules if "initial_rank" in values}
 
     def restore(self, engine: ZeroEngine, method: Method) -> None:
         """Load optimizer state and statistics into an engine built at these ranks, and a method that was started."""

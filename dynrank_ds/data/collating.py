@@ -89,10 +89,10 @@ class PaddedCollator:
         The batch is sorted by length and dealt out like cards, so that the samples of one micro-batch, and those
         that other processes compute at the same time, are of similar length: little padding, little waiting.
         """
-        together = world_size * micro_batch_size
-        assert len(indices) % together == 0, (len(indices), world_size, micro_batch_size)
+        per_forward = world_size * micro_batch_size
+        assert len(indices) % per_forward == 0, (len(indices), world_size, micro_batch_size)
         order = indices[np.lexsort((indices, lengths[indices]))]
-        return [group[rank::world_size] for group in order.reshape(-1, together)]
+        return [group[rank::world_size] for group in order.reshape(-1, per_forward)]
 
     def collate(self, dataset: TokenisedDataset, indices: NDArray[np.int64]) -> Batch:
         """Return one batch; padding is found from the lengths, never by comparing with pad_id.
@@ -128,8 +128,8 @@ class PackedCollator:
         Longest sample first, each to the shortest row so far (Graham's LPT rule, within 4/3 of the best partition; on
         dozens of samples within a few tokens). Rows of similar length are computed at the same time.
         """
-        together = world_size * micro_batch_size
-        assert len(indices) % together == 0, (len(indices), world_size, micro_batch_size)
+        per_forward = world_size * micro_batch_size
+        assert len(indices) % per_forward == 0, (len(indices), world_size, micro_batch_size)
         n_rows = len(indices) // micro_batch_size
         rows: list[list[int]] = [[] for _ in range(n_rows)]
         filled = [(0, row) for row in range(n_rows)]

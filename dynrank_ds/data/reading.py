@@ -1,6 +1,6 @@
 """The rows of one file, whatever form it has: JSON lines, a JSON array, CSV, Parquet; plain or compressed.
 
-What a file is, is told by its first bytes rather than by its name, except for CSV (`.csv`, `.tsv`), which has none.
+The form is recognised by the first bytes rather than by the name, except for CSV (`.csv`, `.tsv`), which has no mark.
 """
 
 from __future__ import annotations

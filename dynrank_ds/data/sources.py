@@ -102,8 +102,8 @@ class FileSource:
 
 
 def _content_hash(path: Path) -> str:
-    about = path.stat()
-    return _hash_of_version(path.absolute(), about.st_size, about.st_mtime_ns)
+    status = path.stat()
+    return _hash_of_version(path.absolute(), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)

@@ -33,7 +33,7 @@ from dynrank_ds.files import DISK_FULL
 logger = logging.getLogger(__name__)
 
 _FORMAT = 3
-_ABOUT = "about.json"
+_METADATA = "about.json"
 _ARRAYS = {"tokens": np.int32, "targets": np.bool_, "lengths": np.int64, "target_counts": np.int64}
 
 
@@ -47,26 +47,26 @@ def cache_folder() -> Path:
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, format: Format, **choices: Any) -> str:
     """Return the name of an entry: a hash of the tokenizer, the format, and whatever else the tokens depend on."""
-    about = {
+    parts = {
         "store": _FORMAT,
         "tokenizer": tokenizer_hash(tokenizer),
         "format": format.definition(),
         "libraries": [transformers.__version__, tokenizers.__version__],
         **choices,
     }
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of the tokenizer's pipeline, special tokens and chat template, wherever it was loaded from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    about = [
+    parts = [
         type(tokenizer).__name__,
         backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         tokenizer.chat_template,
     ]
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def locked(entry: Path, timeout: float) -> Iterator[bool]:
         MachineError: the cache folder cannot be written to, or the other process made no progress for so long.
     """
     # Asked first: a compute node may see its cache read-only.
-    if (entry / _ABOUT).is_file():
+    if (entry / _METADATA).is_file():
         yield False
         return
     lock = FileLock(f"{entry}.lock")
@@ -96,7 +96,7 @@ def locked(entry: Path, timeout: float) -> Iterator[bool]:
             f"the cache folder {entry.parent} cannot be written ({error.strerror}): set DYNRANK_CACHE to one that can"
         ) from error
     try:
-        yield not (entry / _ABOUT).is_file()
+        yield not (entry / _METADATA).is_file()
     finally:
         lock.release()
 
@@ -146,8 +146,8 @@ def write(
         n_samples, n_tokens = _write_arrays(
             unfinished, tokenise(rows, tokenizer, format, max_length, drops, truncates)
         )
-        about = {"samples": n_samples, "tokens": n_tokens, "drops": asdict(drops)}
-        (unfinished / _ABOUT).write_text(json.dumps(about))
+        metadata = {"samples": n_samples, "tokens": n_tokens, "drops": asdict(drops)}
+        (unfinished / _METADATA).write_text(json.dumps(metadata))
         unfinished.rename(entry)
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -189,10 +189,10 @@ def read(entry: Path) -> tuple[TokenisedDataset, Drops]:
         DataError: there are none, or the entry is damaged.
     """
     try:
-        about = json.loads((entry / _ABOUT).read_text())
-        drops = Drops(**about["drops"])
-        sizes = {"tokens": about["tokens"], "targets": about["tokens"]}
-        arrays = {name: _mapped(entry / name, sizes.get(name, about["samples"])) for name in _ARRAYS}
+        metadata = json.loads((entry / _METADATA).read_text())
+        drops = Drops(**metadata["drops"])
+        sizes = {"tokens": metadata["tokens"], "targets": metadata["tokens"]}
+        arrays = {name: _mapped(entry / name, sizes.get(name, metadata["samples"])) for name in _ARRAYS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{entry}: the tokenised data is damaged ({error}), delete this folder") from error
     starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
@@ -209,14 +209,14 @@ def join(entry: Path, parts: Sequence[Path]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        abouts = [json.loads((part / _ABOUT).read_text()) for part in parts]
+        of_parts = [json.loads((part / _METADATA).read_text()) for part in parts]
         for name in _ARRAYS:
             with (unfinished / name).open("wb") as joined:
                 for part in parts:
                     with (part / name).open("rb") as file:
                         shutil.copyfileobj(file, joined)
-        about = {key: sum(one[key] for one in abouts) for key in ("samples", "tokens")}
-        (unfinished / _ABOUT).write_text(json.dumps({**about, "drops": asdict(Drops())}))
+        metadata = {key: sum(one[key] for one in of_parts) for key in ("samples", "tokens")}
+        (unfinished / _METADATA).write_text(json.dumps({**metadata, "drops": asdict(Drops())}))
         unfinished.rename(entry)
     except OSError as error:
         if error.errno not in DISK_FULL:

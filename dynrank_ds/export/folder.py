@@ -125,5 +125,5 @@ def _remove_leftover(path: Path) -> None:
 
 def _stamp(path: Path) -> list[int]:
     """Return size and time of the last change."""
-    about = path.stat()
-    return [about.st_size, about.st_mtime_ns]
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

@@ -153,7 +153,7 @@ def _is_whole(file: TensorFileReader, module: str, defects: list[str]) -> bool:
             return False
         entries.append(entry)
     if any(len(e.shape) != 2 or 0 in e.shape or not e.dtype.is_floating_point for e in entries):
-        return False  # told where its tensors were sorted
+        return False  # already a defect, found where its tensors were sorted
     if entries[0].shape[0] != entries[1].shape[1]:
         defects.append(
             f"lora_A {entries[0].shape} and lora_B {entries[1].shape} of {module} do not fit together"

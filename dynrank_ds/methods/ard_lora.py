@@ -153,15 +153,15 @@ class ARDLoRA(Method):
     def observe(self, view: StepView) -> None:
         if not self.t_i < view.step <= self.end:
             return
-        mine = torch.zeros(len(self.alpha) + 1, dtype=torch.float64, device=self.device)
+        local = torch.zeros(len(self.alpha) + 1, dtype=torch.float64, device=self.device)
         beyond = self._beyond()
         # The derivative of clamp is 1 at both of its ends, as in autograd.
         moving = self._gate_gradients * ((beyond >= 0) & (beyond <= 1)) * self.r0
-        mine.index_add_(0, self._alpha_of_triple, moving)
-        mine[-1] = 1
+        local.index_add_(0, self._alpha_of_triple, moving)
+        local[-1] = 1
         self._gate_gradients.zero_()
         # Gradients are means over processes; the last entry counts them.
-        summed = view.all_reduce_sum(mine)
+        summed = view.all_reduce_sum(local)
         before = self.alpha.clone()
         self.alpha.grad = (summed[:-1] / summed[-1] + self.penalty_gradient()).to(self.dtype)
         self.adam.param_groups[0]["lr"] = self.config.alpha_lr * view.rate_factor

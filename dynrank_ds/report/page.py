@@ -98,10 +98,10 @@ def _remarks(record: RunRecord) -> list[str]:
 
 
 def _summary(record: RunRecord) -> dict[str, str]:
-    about = {"Method": record.method, "Base model": record.base_model}
+    summary = {"Method": record.method, "Base model": record.base_model}
     if record.metrics:
         first, last = record.metrics[0], record.metrics[-1]
-        about |= {
+        summary |= {
             "Steps": f"{last['step']:,}",
             "Loss, first and last step": f"{first['loss']:.4f} → {last['loss']:.4f}",
             "Trainable parameters": f"{first['trainable_parameters']:,} → {last['trainable_parameters']:,}",
@@ -110,15 +110,15 @@ def _summary(record: RunRecord) -> dict[str, str]:
         }
     if record.end:
         changed = sum(record.end[module] != record.start[module] for module in record.end)
-        about |= {
+        summary |= {
             "Adjustments": f"{len(record.adjustments)}",
             "Modules whose rank changed": f"{changed} of {len(record.end)}",
             "Total rank": f"{sum(record.start.values()):,} → {sum(record.end.values()):,}",
             "Rank of a module": f"{_span(record.start)} → {_span(record.end)}",
         }
     for task, (score, low, high) in record.scores.items():
-        about[f"Score, {task}"] = f"{100 * score:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-    return about
+        summary[f"Score, {task}"] = f"{100 * score:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    return summary
 
 
 def _span(ranks: Mapping[str, int]) -> str:

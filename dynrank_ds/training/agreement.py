@@ -22,7 +22,7 @@ _MAY_DIFFER: dict[str, Any] = {"model": {"path"}, "data": {"source"}, "output": 
 """Keys of the recipe that say where things lie, which may be on a disk of each node; contents are compared instead."""
 
 
-def about_process(recipe: Recipe) -> dict[str, str]:
+def process_versions(recipe: Recipe) -> dict[str, str]:
     """Return what this process runs: versions, and hashes of the recipe and of this package's Python files."""
     versions = {name: str(version) for name, version in package_versions().items()}
     values = json.dumps(recipe.model_dump(mode="json", exclude=_MAY_DIFFER), sort_keys=True)
@@ -41,14 +41,14 @@ def _code_hash() -> str:
     return digest.hexdigest()
 
 
-def check_same_everywhere(about: Mapping[str, str], device: torch.device) -> None:
+def check_same_everywhere(versions: Mapping[str, str], device: torch.device) -> None:
     """Compare what the processes hold, by name; one collective where it is the same.
 
     Raises:
         RunError: on every process: what differs from process 0, and on which nodes.
     """
-    text = json.dumps({"host": socket.gethostname(), **about}, sort_keys=True)
-    if processes.agree(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(), device):
+    text = json.dumps({"host": socket.gethostname(), **versions}, sort_keys=True)
+    if processes.agree(hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest(), device):
         return
     first, *others = (json.loads(one) for one in _from_each_process(text, device))
     raise RunError(

@@ -1,7 +1,7 @@
 """What of a run can be refused before its processes meet: by `dynrank validate`, and by every process for itself.
 
 All that a recipe, its model folder and its data show without weights: minutes of loading lie behind these checks, and
-a process that ends while others wait for it is told less clearly than a mistake.
+of a process that ends while others wait for it, the message is less clear than that of a mistake.
 """
 
 from __future__ import annotations

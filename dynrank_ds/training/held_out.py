@@ -40,7 +40,7 @@ def _shares(
     A process that has no samples left computes one that does not count: under ZeRO-3 all must go forward together.
     """
     order = np.argsort(lengths, kind="stable")
-    together = world_size * micro_batch_size
-    for start in range(0, len(order), together):
-        mine = order[start : start + together][rank::world_size]
-        yield (mine, True) if len(mine) else (order[:1], False)
+    per_forward = world_size * micro_batch_size
+    for start in range(0, len(order), per_forward):
+        own = order[start : start + per_forward][rank::world_size]
+        yield (own, True) if len(own) else (order[:1], False)

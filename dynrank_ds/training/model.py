@@ -132,7 +132,7 @@ def load_model(
 def _streamed(
     section: ModelSection, config: PreTrainedConfig, partitioner: Partitioner
 ) -> PreTrainedModel | None:
-    """Return None where transformers' own loading is needed, which is told."""
+    """Return None where transformers' own loading is needed, and log why."""
     try:
         dtype = DTYPES[section.dtype]
         quantisation = quantisation_config(section, dtype)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def quantisation_config(section: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return what transformers is told; None for a base that is not quantised.
+    """Return transformers' configuration; None for a base that is not quantised.
 
     Packed weights are stored as `dtype`: ZeRO partitions parameters of one dtype, and casts others to it.
 

@@ -20,7 +20,7 @@ from dynrank_ds.methods import build_method
 from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.adamw import RowAgedAdamW
-from dynrank_ds.training.agreement import about_process, check_same_everywhere
+from dynrank_ds.training.agreement import process_versions, check_same_everywhere
 from dynrank_ds.training.architecture import decoder_layers
 from dynrank_ds.training.dtype import agree_on_dtype
 from dynrank_ds.training.loop import StepResult, Trainer, TrainingData
@@ -108,7 +108,7 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
     Raises:
         DynrankError: as `train`.
     """
-    check_same_everywhere(about_process(recipe), device)
+    check_same_everywhere(process_versions(recipe), device)
     directory = RunDirectory(Path(recipe.output.dir))
     check_output(directory.path, resume)
     if processes.rank() == 0:

@@ -85,8 +85,8 @@ class RunDirectory:
         """Write the resolved recipe and the environment into the locked directory."""
         # First of all, since by it the directory is known for a run's: one that is killed here can go on.
         replace_text(self.path / RECIPE, recipe.dump())
-        about = {**_environment(world_size), "identity": identity}
-        replace_text(self.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+        environment = {**_environment(world_size), "identity": identity}
+        replace_text(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
         (self.path / "checkpoints").mkdir(exist_ok=True)
 
     def metadata(self) -> dict[str, Any] | None:

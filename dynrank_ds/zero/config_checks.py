@@ -153,10 +153,10 @@ def _check_by_schema(config: Mapping[str, Any], where: str) -> None:
 
     zero = config["zero_optimization"]
     for name, field in DeepSpeedZeroConfig.model_fields.items():
-        about = field.json_schema_extra
-        if isinstance(about, dict) and about.get("deprecated") and name in zero:
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("deprecated") and name in zero:
             raise RecipeError(
-                f"{where} sets 'zero_optimization.{name}', which is deprecated: give {about['new_param']} instead"
+                f"{where} sets 'zero_optimization.{name}', which is deprecated: give {extra['new_param']} instead"
             )
     fields = DeepSpeedZeroConfig.model_fields.items()
     known = {name for name, _ in fields} | {field.alias for _, field in fields if field.alias}

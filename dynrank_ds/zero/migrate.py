@@ -42,7 +42,7 @@ def migrate(
     """
     held = pieces(states, old)
     whole: dict[int, dict[str, Tensor]] = {}
-    mine = {(f.factor, f.module): (f.start, f.stop) for f in new.fragments}
+    own = {(f.factor, f.module): (f.start, f.stop) for f in new.fragments}
     changed = set(plan.changed(old.ranks))
     moving = sorted(changed | _moved(old, rules))
     for modules in portions(moving, old, states.shape[0]):
@@ -55,7 +55,7 @@ def migrate(
                     f: (r[0].flatten() if f == "lora_E" else r[0]).clone() for f, r in rows.items()
                 }
             for f, r in rows.items():
-                start, stop = mine.get((f, module), (0, 0))
+                start, stop = own.get((f, module), (0, 0))
                 # Here and above copied: a view would keep the whole portion, all states of it.
                 held[f, module] = r.flatten(1)[:, start:stop].clone()
     return torch.cat([held[f.factor, f.module] for f in new.fragments], dim=1), whole

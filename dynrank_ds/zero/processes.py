@@ -91,8 +91,8 @@ def from_each_process(tensor: Tensor) -> Iterator[Tensor]:
 
 def agree(digest: str, device: torch.device) -> bool:
     """Return whether all processes hold the same hexadecimal digest, of which the first 15 digits are compared."""
-    mine = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device=device)
-    return len(set(gather_flat(mine).flatten().tolist())) == 1
+    own = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device=device)
+    return len(set(gather_flat(own).flatten().tolist())) == 1
 
 
 def barrier() -> None:

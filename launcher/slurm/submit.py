@@ -108,12 +108,12 @@ def submit(arguments: argparse.Namespace) -> None:
     for name, text in files.items():
         replace_text(folder / name, text)
     jobs = _submit_all(folder, list(files), arguments.after)
-    about = {
+    submitted = {
         "jobs": jobs,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
     }
-    replace_text(folder / JOB, json.dumps(about, indent=2) + "\n")
+    replace_text(folder / JOB, json.dumps(submitted, indent=2) + "\n")
     print(f"job {', '.join(f'{job} ({name})' for name, job in jobs.items())}; watch it with")
     print(f"    squeue --jobs {','.join(jobs.values())}")
     print(f"    tail -F {folder}/job.log {folder}/log-{jobs['train']}-*.txt")

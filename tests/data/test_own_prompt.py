@@ -1,4 +1,4 @@
-"""A Jinja file as `data.format`: its prompt and answer are those of the row, and mistakes in it are told."""
+"""A Jinja file as `data.format`: its prompt and answer are those of the row, and mistakes in it are reported."""
 
 from __future__ import annotations
 

@@ -81,11 +81,11 @@ def test_samples_that_the_model_cannot_read_are_refused(
 ) -> None:
     config = json.loads((folder / "model" / "config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 30}))
-    told = refused(folder, capsys)
+    message = refused(folder, capsys)
     assert (
-        "but model.path" in told
-        and "has 30 positions" in told
-        and told.endswith("lower data.max_length to 30")
+        "but model.path" in message
+        and "has 30 positions" in message
+        and message.endswith("lower data.max_length to 30")
     )
     (folder / "model" / "config.json").write_text(json.dumps(config))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

@@ -1,4 +1,4 @@
-"""What a checkpoint lacks, has too much or has in another shape is told before anything is allocated."""
+"""What a checkpoint lacks, has too much or has in another shape is reported before anything is allocated."""
 
 from __future__ import annotations
 
