@@ -277,13 +277,13 @@ def test_numbers_of_a_pair_count_only_where_both_are_composed(tmp_path: Path) ->
         ({"base": "lorra"}, "recipe 'lorra' is neither a file nor one of "),
     ],
 )
-def test_a_wrong_composition_is_told(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_a_wrong_composition_is_refused(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe(write(tmp_path / "r.yaml", values))
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_part_that_is_not_there_is_told_with_those_there_are() -> None:
+def test_a_missing_part_is_reported_with_those_that_exist() -> None:
     with pytest.raises(RecipeError, match=r"recipe 'lorra' is neither .* methods: adalora, .*, lora, "):
         load_recipe("llama2_7b+metamathqa+lorra")
 

@@ -20,7 +20,7 @@ from dynrank_ds.methods import build_method
 from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.adamw import RowAgedAdamW
-from dynrank_ds.training.agreement import process_versions, check_same_everywhere
+from dynrank_ds.training.agreement import check_same_everywhere, process_versions
 from dynrank_ds.training.architecture import decoder_layers
 from dynrank_ds.training.dtype import agree_on_dtype
 from dynrank_ds.training.loop import StepResult, Trainer, TrainingData

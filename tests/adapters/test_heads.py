@@ -94,7 +94,7 @@ def test_output_and_gradients_are_those_of_the_dense_matrix(
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("with_checkpointing", [False, True])
-def test_work_of_a_head_sees_what_its_module_alone_would_see(side: str, with_checkpointing: bool) -> None:
+def test_the_hook_of_a_head_sees_what_its_module_alone_would_see(side: str, with_checkpointing: bool) -> None:
     linear, seen = headed(side, gate="soft"), {}
     for i, module in enumerate(modules_of(linear)):
         module.on_backward = lambda backward, i=i: seen.setdefault(i, []).append(backward)  # type: ignore[misc]
@@ -117,7 +117,7 @@ def test_work_of_a_head_sees_what_its_module_alone_would_see(side: str, with_che
         assert backward.scale == SCALE
 
 
-def test_what_work_adds_to_a_heads_gradients_reaches_its_factors() -> None:
+def test_what_a_hook_adds_to_a_heads_gradients_reaches_its_factors() -> None:
     for side in SIDES:
         without, with_work = headed(side), headed(side)
 

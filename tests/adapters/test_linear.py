@@ -62,7 +62,7 @@ def test_output_and_gradients_are_those_of_the_formula(with_e: bool, shape: tupl
 
 
 @pytest.mark.parametrize("entries", [1, 3])
-def test_a_gate_of_the_methods_scales_triples_and_its_gradient_reaches_the_work(entries: int) -> None:
+def test_a_gate_of_the_methods_scales_triples_and_its_gradient_reaches_the_hook(entries: int) -> None:
     module, seen = adapted(3, with_e=False), []
     module.gate = torch.rand(entries, dtype=torch.float64) + 0.5
     module.on_backward = lambda backward: seen.append(backward.grad_gate)
@@ -118,7 +118,7 @@ def test_factors_can_be_taken_away_again() -> None:
 
 
 @pytest.mark.parametrize("with_checkpointing", [False, True])
-def test_work_sees_the_input_once_per_backward(with_checkpointing: bool) -> None:
+def test_the_hook_sees_the_input_once_per_backward(with_checkpointing: bool) -> None:
     module = adapted(3)
     module.on_backward = work = CountingWork()
     for times in (1, 2):
@@ -129,7 +129,7 @@ def test_work_sees_the_input_once_per_backward(with_checkpointing: bool) -> None
         assert torch.equal(work.inputs[-1], x.flatten(0, -2))
 
 
-def test_work_sees_nothing_in_evaluation() -> None:
+def test_the_hook_sees_nothing_in_evaluation() -> None:
     module = adapted(3)
     module.on_backward = work = CountingWork()
     with torch.no_grad():

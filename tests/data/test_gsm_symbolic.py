@@ -95,7 +95,7 @@ def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert [len(read(Path(line))) for line in capsys.readouterr().out.splitlines()] == [32, 16, 8]
 
 
-def test_the_command_tells_a_mistake_in_one_sentence(
+def test_the_command_reports_a_mistake_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--output", str(tmp_path), "--templates", "80"]) == 2

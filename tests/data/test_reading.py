@@ -141,7 +141,7 @@ def test_an_array_is_read_as_json_reads_it_wherever_its_pieces_end(
         ("r.parquet.gz", gzip.compress(parquet(ROWS)), "Parquet inside a compressed file: decompress it"),
     ],
 )
-def test_what_cannot_be_read_is_told_with_its_place_and_what_to_do(
+def test_what_cannot_be_read_is_reported_with_its_place_and_what_to_do(
     name: str, content: bytes, sentence: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name

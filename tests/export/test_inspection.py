@@ -248,7 +248,7 @@ def damage(folder: Path, kind: str) -> None:
         ("pattern", "rank_pattern has the key '(', no regular expression"),
     ],
 )
-def test_what_is_no_lora_adapter_is_told_in_one_sentence(kind, sentence, copy, capsys):
+def test_what_is_no_lora_adapter_is_refused_in_one_sentence(kind, sentence, copy, capsys):
     damage(copy, kind)
     assert main(["inspect", "--adapter", str(copy)]) == 2
     err = capsys.readouterr().err

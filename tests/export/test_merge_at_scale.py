@@ -81,7 +81,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_merge_killed_half_way_leaves_no_folder_and_begins_anew(large, tmp_path):
+def test_a_merge_killed_half_way_leaves_no_folder_and_starts_again(large, tmp_path):
     base, adapter = large
     words = ["merge", "--adapter", str(adapter), "--base", str(base), "--output", str(tmp_path / "merged")]
     process = subprocess.Popen([sys.executable, "-c", SLOW_MERGE, *words])

@@ -72,7 +72,7 @@ def test_resume_is_auto_or_never(
     assert capsys.readouterr().err == "error: resume is 'yes': give auto or never\n"
 
 
-def test_only_the_first_process_tells_a_mistake(
+def test_only_the_first_process_reports_a_mistake(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")

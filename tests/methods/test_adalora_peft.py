@@ -17,7 +17,7 @@ from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankState
 from dynrank_ds.zero.shards import zero3_rules
 from tests.methods.small import CPU, SIDES, make_modules, step_view
-from tests.ranking.pretend import PretendProcess, run_pretend, shard
+from tests.ranking.thread_processes import ThreadProcess, run_in_threads, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 STEPS, RANK, TARGET = 40, 6, 3
@@ -116,7 +116,7 @@ def test_the_same_weights_and_gradients_give_its_scores_and_masks(size: int, dty
         )
         theirs.append(allocator.step(global_step))
 
-    def work(process: PretendProcess) -> list[Allocation | None]:
+    def work(process: ThreadProcess) -> list[Allocation | None]:
         method = AdaLoRA(
             AdaLoRAConfig(target_rank=TARGET, **TIMES), make_modules(rank=RANK, dtype=dtype), STEPS, CPU
         )
@@ -126,7 +126,7 @@ def test_the_same_weights_and_gradients_give_its_scores_and_masks(size: int, dty
         ours: list[Allocation | None] = []
         for step, pair in enumerate(seen, start=1):
             weights, gradients = (shard(tensors, process.rank, size) for tensors in pair)
-            view = step_view(weights, gradients, layout, process.total, step=step)
+            view = step_view(weights, gradients, layout, process.all_reduce_sum, step=step)
             method.observe(view)
             assert process.sums == 0
             if not method.adjusts_at(step):
@@ -140,7 +140,7 @@ def test_the_same_weights_and_gradients_give_its_scores_and_masks(size: int, dty
             ours.append(Allocation(torch.cat(list(scores)), gone))
         return ours
 
-    for ours in run_pretend(size, work):
+    for ours in run_in_threads(size, work):
         assert [a is None for a in ours] == [a is None for a in theirs]
         compared = 0
         for mine, other in zip(ours, theirs, strict=True):

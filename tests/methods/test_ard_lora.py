@@ -21,7 +21,7 @@ from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from tests.methods.regression import SCALE, Regression, live
 from tests.methods.small import CPU, make_modules, step_view
-from tests.ranking.pretend import PretendProcess, run_pretend
+from tests.ranking.thread_processes import ThreadProcess, run_in_threads
 from tests.support.named import inject_named
 
 RATES = [0.3, 0.7, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
@@ -167,13 +167,13 @@ def test_alpha_follows_adam_on_the_whole_loss_by_autograd(size: int, reference: 
     task, start = Regression(8, size), [1.0, 0.7, 1.3]
     settings = {"sparsity": 3.0, "variation": 0.8, "alpha_lr": 0.05, "t_i": 0, "interval": 4}
 
-    def work(process: PretendProcess) -> list[Tensor]:
+    def work(process: ThreadProcess) -> list[Tensor]:
         made, seen = live(3, torch.float64), []
         method = started(made, start, slots=3, reference=reference, **settings)
         for step in range(1, 9):
             method.begin_micro_batch(MicroBatch(step=step))
             task.backward(step, process.rank, made)
-            observe(method, step, RATES[step - 1], process.total)
+            observe(method, step, RATES[step - 1], process.all_reduce_sum)
             assert process.sums == step
             if step == 4:
                 method.applied(RankPlan(((0, 1, 2),) * 3, (0, 0, 0)), step)
@@ -199,7 +199,7 @@ def test_alpha_follows_adam_on_the_whole_loss_by_autograd(size: int, reference: 
         elif step == 4:
             anchor = alpha.detach().clone()
         expected.append(alpha.detach().clone())
-    for got in run_pretend(size, work):
+    for got in run_in_threads(size, work):
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 

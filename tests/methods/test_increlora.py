@@ -17,7 +17,7 @@ from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.recipe import load_recipe
 from tests.methods.small import CPU, SIDES, make_modules, step_view
-from tests.ranking.pretend import PretendProcess, run_pretend
+from tests.ranking.thread_processes import ThreadProcess, run_in_threads
 
 TIMES: dict[str, Any] = {"t_i": 4, "interval": 3, "top_h": 2, "target_rank": 4}
 
@@ -171,7 +171,7 @@ SAMPLES, TOKENS = 6, 5
 
 
 def double_modules(ranks: tuple[int, ...]) -> dict[str, AdaptedLinear]:
-    """fp64 modules whose e is not 0; the same in every pretend process."""
+    """fp64 modules whose e is not 0; the same in every simulated process."""
     made = {}
     for (name, sides), rank in zip(SIDES.items(), ranks, strict=True):
         module = made[name] = AdaptedLinear(nn.Linear(*sides).double(), 1.7)
@@ -213,7 +213,7 @@ def dense_score(name: str, step: int, modules: dict[str, AdaptedLinear]) -> floa
 def test_scores_are_those_of_dense_gradients_however_the_batch_is_dealt(size: int, micro_batch: int) -> None:
     ranks_of = {step: (1, 1, 1) if step <= 7 else (3, 1, 3) for step in range(1, 13)}
 
-    def work(process: PretendProcess) -> Tensor:
+    def work(process: ThreadProcess) -> Tensor:
         method: IncreLoRA | None = None
         mine = list(range(process.rank, SAMPLES, size))
         for step, ranks in ranks_of.items():
@@ -230,9 +230,11 @@ def test_scores_are_those_of_dense_gradients_however_the_batch_is_dealt(size: in
                     # As the loop has it: the engine takes the mean over processes.
                     (loss(module, step, name, chosen) * size).backward()
             layout = ShardLayout(method.shapes, ranks, method.factors, whole)
-            method.observe(step_view(torch.empty(0), torch.empty(0), layout, process.total, step=step))
+            method.observe(
+                step_view(torch.empty(0), torch.empty(0), layout, process.all_reduce_sum, step=step)
+            )
         assert method is not None and process.sums == len(ranks_of)  # one a step
-        view = step_view(torch.empty(0), torch.empty(0), layout, process.total)
+        view = step_view(torch.empty(0), torch.empty(0), layout, process.all_reduce_sum)
         scores = method.scores(view)
         assert [len(s) for s in scores] == [3, 1, 3] and all((s == s[0]).all() for s in scores)
         return torch.stack([s[0] for s in scores])
@@ -243,7 +245,7 @@ def test_scores_are_those_of_dense_gradients_however_the_batch_is_dealt(size: in
         now = torch.tensor([dense_score(name, step, modules) for name in SIDES], dtype=torch.float64)
         smoothed = 0.85 * smoothed + 0.15 * now
         uncertainty = 0.85 * uncertainty + 0.15 * (now - smoothed).abs()
-    for ours in run_pretend(size, work):
+    for ours in run_in_threads(size, work):
         torch.testing.assert_close(ours, smoothed * uncertainty, rtol=1e-10, atol=0)
 
 

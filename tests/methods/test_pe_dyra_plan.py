@@ -38,7 +38,7 @@ def test_a_module_is_judged_by_its_survivors() -> None:
     assert got == RankPlan(keep=((1,), (0, 1)), new=(1, 0))
 
 
-def test_a_module_at_its_maximum_passes_its_turn_to_the_next() -> None:
+def test_in_place_of_a_module_at_its_maximum_the_next_one_grows() -> None:
     got = plan([[1, 2], [9, 9], [5, 5]], k=1, max_ranks=[9, 2, 9])
     assert got == RankPlan(keep=((1,), (0, 1), (0, 1)), new=(0, 0, 1))
 

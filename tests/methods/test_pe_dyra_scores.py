@@ -14,7 +14,7 @@ from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankState
 from dynrank_ds.zero.shards import zero3_rules
 from tests.methods.small import SIDES, Sides, pe_dyra, random_sides, step_view
-from tests.ranking.pretend import PretendProcess, run_pretend, shard
+from tests.ranking.thread_processes import ThreadProcess, run_in_threads, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 RANKS = (3, 1, 4)
@@ -39,7 +39,7 @@ def random_whole(seed: int, scale: float = 1.0, sides: Sides = SIDES) -> Whole:
     }
 
 
-def local(whole: Whole, process: PretendProcess) -> Tensor:
+def local(whole: Whole, process: ThreadProcess) -> Tensor:
     return shard([module for factor in FACTORS for module in whole[factor]], process.rank, process.size)
 
 
@@ -96,7 +96,7 @@ def test_scores_from_shards_are_those_of_the_formula(size: int, options: Mapping
     parts = [[torch.rand(n_in) for n_in, _ in SIDES.values()] for _ in range(size)]
     energy = [sum(part[b].double() for part in parts) for b in range(3)]
 
-    def work(process: PretendProcess) -> list[Tensor]:
+    def work(process: ThreadProcess) -> list[Tensor]:
         method = pe_dyra(dtype=torch.float64, **options)
         layout = ShardLayout(
             method.shapes, RANKS, FACTORS, zero3_rules((), (), (), process.size)[process.rank]
@@ -105,13 +105,13 @@ def test_scores_from_shards_are_those_of_the_formula(size: int, options: Mapping
         method.row_statistics["sensitivity"] = local(smoothed, process)
         method.row_statistics["uncertainty"] = local(uncertainty, process)
         method.partial_statistics["input_energy"].copy_(torch.cat(parts[process.rank]))
-        view = step_view(local(weights, process), local(gradients, process), layout, process.total)
+        view = step_view(local(weights, process), local(gradients, process), layout, process.all_reduce_sum)
         scores = method.scores(view)
         assert process.sums <= 2
         return list(scores)
 
     expected = formula(weights, gradients, smoothed, uncertainty, energy, **options)
-    for scores in run_pretend(size, work):
+    for scores in run_in_threads(size, work):
         for ours, theirs in zip(scores, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 
@@ -130,7 +130,7 @@ def test_scores_after_steps_on_three_processes_follow_the_recursions(
         [[torch.randn(4, n_in, dtype=dtype) for n_in, _ in sides.values()] for _ in range(3)] for _ in steps
     ]
 
-    def work(process: PretendProcess) -> list[Tensor]:
+    def work(process: ThreadProcess) -> list[Tensor]:
         method = pe_dyra(sides, dtype=dtype)
         layout = ShardLayout(method.shapes, RANKS, FACTORS, zero3_rules((), (), (), 3)[process.rank])
         method.start(layout)
@@ -138,7 +138,7 @@ def test_scores_after_steps_on_three_processes_follow_the_recursions(
             for module, x in enumerate(inputs[number - 1][process.rank]):
                 method.energy.add(module, x, torch.ones(1, 4))
             w_here, g_here = local(w, process).to(dtype), local(g, process).to(dtype)
-            view = step_view(w_here, g_here, layout, process.total, step=number, tokens=12)
+            view = step_view(w_here, g_here, layout, process.all_reduce_sum, step=number, tokens=12)
             method.observe(view)
         return list(method.scores(view))
 
@@ -154,7 +154,7 @@ def test_scores_after_steps_on_three_processes_follow_the_recursions(
             tokens = torch.cat([seen[p][b] for p in range(3)]).double()
             energy[b] = 0.85 * energy[b] + 0.15 * tokens.square().mean(0)
     expected = formula(*steps[-1], smoothed, uncertainty, energy)
-    for scores in run_pretend(3, work):
+    for scores in run_in_threads(3, work):
         for ours, theirs in zip(scores, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
 
@@ -163,17 +163,17 @@ def _ema(old: Whole, now: Whole) -> Whole:
     return {f: [0.85 * a + 0.15 * b for a, b in zip(old[f], now[f], strict=True)] for f in FACTORS}
 
 
-def test_random_importance_knows_neither_weights_nor_processes_and_is_drawn_anew() -> None:
+def test_random_importance_depends_on_neither_weights_nor_processes_and_is_drawn_each_time() -> None:
     def drawn(step: int, seed: int, size: int = 1) -> Tensor:
-        def work(process: PretendProcess) -> list[Tensor]:
+        def work(process: ThreadProcess) -> list[Tensor]:
             method = pe_dyra(importance="random")
             rules = zero3_rules((), (), (), size)
             layout = ShardLayout(method.shapes, RANKS, FACTORS, rules[process.rank])
             method.start(layout)
             here = local(random_whole(seed), process)
-            return list(method.scores(step_view(here, here, layout, process.total, step=step)))
+            return list(method.scores(step_view(here, here, layout, process.all_reduce_sum, step=step)))
 
-        several = [torch.cat(scores) for scores in run_pretend(size, work)]
+        several = [torch.cat(scores) for scores in run_in_threads(size, work)]
         assert all(torch.equal(other, several[0]) for other in several)
         return several[0]
 

@@ -14,7 +14,7 @@ from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.zero.migrate import migrate
 from dynrank_ds.zero.shards import zero3_rules
 from tests.methods.small import CPU, SIDES, Sides, make_modules, random_sides, step_view
-from tests.ranking.pretend import PretendProcess, run_pretend, shard
+from tests.ranking.thread_processes import ThreadProcess, run_in_threads, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 STEPS, CHANGE, RANK = 25, 12, 4
@@ -75,7 +75,7 @@ def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int,
     def pair(step: int, ranks: tuple[int, ...]) -> tuple[Whole, Whole]:
         return random_whole(ranks, 100 + 2 * step, sides), random_whole(ranks, 101 + 2 * step, sides)
 
-    def work(process: PretendProcess) -> tuple[RankPlan, list[Tensor], list[Tensor]]:
+    def work(process: ThreadProcess) -> tuple[RankPlan, list[Tensor], list[Tensor]]:
         method = elalora(sides)
         ranks: tuple[int, ...] = (RANK,) * 3
         rules = zero3_rules((), (), (), size)
@@ -83,7 +83,7 @@ def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int,
         method.start(layout)
         for step in range(1, STEPS + 1):
             weights, gradients = (shard(list(w.values()), process.rank, size) for w in pair(step, ranks))
-            view = step_view(weights, gradients, layout, process.total, step=step)
+            view = step_view(weights, gradients, layout, process.all_reduce_sum, step=step)
             method.observe(view)
             assert process.sums == 2 * (step > CHANGE)  # for scores, and to gather the modules that changed
             if step == CHANGE:
@@ -92,13 +92,19 @@ def test_scores_follow_the_formulas_over_many_steps_and_a_rank_change(size: int,
                 new = ShardLayout(method.shapes, plan.ranks, FACTORS, rules[process.rank])
                 states = torch.stack([weights, *method.row_statistics.values()])
                 moved = migrate(
-                    states, layout, new, plan, method_rows(method, plan), (rules, rules), process.total
+                    states,
+                    layout,
+                    new,
+                    plan,
+                    method_rows(method, plan),
+                    (rules, rules),
+                    process.all_reduce_sum,
                 )[0]
                 method.row_statistics.update(zip(list(method.row_statistics), moved[1:], strict=True))
                 layout, ranks = new, plan.ranks
         return plan, before, list(method.scores(view))
 
-    for plan, before, after in run_pretend(size, work):
+    for plan, before, after in run_in_threads(size, work):
         assert sum(plan.new) == 3
         formula = Formula(sides)
         for step in range(1, STEPS + 1):

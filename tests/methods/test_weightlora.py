@@ -26,7 +26,7 @@ from dynrank_ds.ranking.layout import ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from tests.methods.regression import SCALE, Regression, live
 from tests.methods.small import CPU, SIDES, make_modules, step_view
-from tests.ranking.pretend import PretendProcess, run_pretend
+from tests.ranking.thread_processes import ThreadProcess, run_in_threads
 
 RANK = 2
 
@@ -90,7 +90,7 @@ def stoiht(task: Regression, k: int) -> list[Tensor]:
 def test_weights_follow_projected_sgd_on_the_gradient_of_the_whole_batch(size: int, k: int) -> None:
     task = Regression(STEPS, size)
 
-    def work(process: PretendProcess) -> list[Tensor]:
+    def work(process: ThreadProcess) -> list[Tensor]:
         made, seen = live(RANK, torch.float64), []
         method = weightlora(made, weight_lr=0.15, k=k)
         layout = ShardLayout(method.shapes, (RANK,) * 3, method.factors, whole)
@@ -100,7 +100,7 @@ def test_weights_follow_projected_sgd_on_the_gradient_of_the_whole_batch(size: i
             task.backward(step, process.rank, made)
             nothing = torch.empty(0)
             method.observe(
-                step_view(nothing, nothing, layout, process.total, step, rate_factor=RATES[step - 1])
+                step_view(nothing, nothing, layout, process.all_reduce_sum, step, rate_factor=RATES[step - 1])
             )
             assert process.sums == min(step, T)  # one a step until T
             assert torch.equal(torch.cat([module.gate for module in made.values()]), method.w)
@@ -109,7 +109,7 @@ def test_weights_follow_projected_sgd_on_the_gradient_of_the_whole_batch(size: i
 
     expected = stoiht(task, k)
     assert any(not torch.equal(w > 0, expected[0] > 0) for w in expected), "no adapter ever came back"
-    for got in run_pretend(size, work):
+    for got in run_in_threads(size, work):
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 

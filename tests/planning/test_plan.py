@@ -204,7 +204,7 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus-per-node", "3", "--gpu-memory-gib", "80"], "train.global_batch_size 16 is no multiple of"),
     ],
 )
-def test_a_cluster_that_cannot_be_is_told(
+def test_an_impossible_cluster_is_refused(
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert dynrank_ds.cli.main(["plan", "--recipe", NAME, *words]) == 2

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dynrank_ds.ranking.layout import ModuleShape, ShardLayout, whole
 from dynrank_ds.zero.shards import zero3_rules
-from tests.ranking.pretend import shard
+from tests.ranking.thread_processes import shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 SHAPES = (ModuleShape("a", 7, 5), ModuleShape("b", 4, 9), ModuleShape("c", 3, 3), ModuleShape("d", 6, 2))

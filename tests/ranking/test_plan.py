@@ -39,7 +39,7 @@ def test_equal_modules_are_served_in_order() -> None:
     assert spread_over_modules([1.0, 1.0, 1.0], budget=2, costs=[1] * 4, room=[9] * 3) == [1, 1, 0]
 
 
-def test_it_goes_round_again_from_the_top_where_k_exceeds_the_modules() -> None:
+def test_it_starts_again_at_the_best_module_where_k_exceeds_the_modules() -> None:
     assert spread_over_modules([1.0, 3.0, 2.0], budget=7, costs=[1] * 4, room=[9] * 3) == [2, 3, 2]
 
 
@@ -58,7 +58,7 @@ def test_every_module_has_a_minimum_of_its_own() -> None:
     assert lowest_triples(scores([1, 2, 3], [1, 2, 3]), k=6, min_ranks=[3, 1]) == [set(), {0, 1}]
 
 
-def test_a_plan_tells_ranks_changes_and_what_goes() -> None:
+def test_a_plan_gives_ranks_changes_and_pruned_triples() -> None:
     plan = RankPlan(keep=((0, 2), (0, 1), (0,)), new=(1, 0, 2))
     assert plan.ranks == (3, 2, 3)
     assert plan.changed((3, 2, 1)) == [0, 2]

@@ -9,7 +9,7 @@ import torch
 from dynrank_ds.ranking.layout import ModuleShape, ShardLayout
 from dynrank_ds.ranking.statistics import InputEnergy, Sensitivity
 from dynrank_ds.zero.shards import zero3_rules
-from tests.ranking.pretend import shard
+from tests.ranking.thread_processes import shard
 
 CPU = torch.device("cpu")
 # The state is fp32 (eps 6e-8) and forgets with a horizon of 1 / (1 - 0.85) = 7 steps, so that some ten rounding
@@ -89,7 +89,7 @@ def test_input_energy_of_a_long_batch_is_summed_in_full() -> None:
     torch.testing.assert_close(energy.smoothed, x.double().square().mean((0, 1)).float(), rtol=1e-5, atol=0)
 
 
-def test_modules_with_one_input_square_it_once_and_a_shorter_or_overwritten_one_anew() -> None:
+def test_modules_with_one_input_square_it_once_and_a_shorter_or_overwritten_one_again() -> None:
     torch.manual_seed(3)
     energy = InputEnergy([ModuleShape(name, 3, 2) for name in "abcd"], 0.0, CPU)
     x, ones = torch.randn(4, 3), torch.ones(1, 4)

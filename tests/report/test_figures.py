@@ -77,7 +77,7 @@ def test_history_has_one_row_per_adjustment():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["10", "20"]
 
 
-def test_course_tells_stored_from_live_where_they_differ():
+def test_ranks_over_time_show_stored_and_live_where_they_differ():
     lines = [metric(step, 1.0) | {"total_rank_stored": 200} for step in range(1, 6)]
     bottom = course(lines, [3]).axes[1]
     labelled = {line.get_label(): list(line.get_ydata()) for line in bottom.lines}

@@ -67,7 +67,7 @@ def test_every_figure_has_a_caption_and_its_data_and_picture_as_files(run):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_summary_and_tables_tell_what_the_files_say(run):
+def test_summary_and_tables_show_what_the_files_hold(run):
     text = write_report(run).read_text()
     assert summary(text) == {
         "Method": "pe_dyra",

@@ -63,7 +63,7 @@ def refused(
     return err.removeprefix("error: ").rstrip("\n")
 
 
-def test_the_number_of_processes_is_checked_and_told(
+def test_the_number_of_processes_is_checked_and_reported(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     batch = {"global_batch_size": 12, "micro_batch_size": 2}
@@ -158,7 +158,7 @@ def test_a_model_with_code_of_its_own_is_refused_and_nobody_is_asked(
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "lora"])
-def test_a_schedule_without_room_is_told_with_the_steps_and_values_that_would_do(
+def test_a_schedule_without_room_is_reported_with_the_steps_and_values_that_would_do(
     name: str, folder: Path
 ) -> None:
     section = dict(METHODS[name])
@@ -181,7 +181,7 @@ def test_a_schedule_without_room_is_told_with_the_steps_and_values_that_would_do
         check_steps(check_recipe(mended, "r.yaml"), 100)
 
 
-def test_steps_that_follow_from_epochs_are_told_with_their_origin(folder: Path) -> None:
+def test_steps_that_follow_from_epochs_are_reported_with_their_origin(folder: Path) -> None:
     method = {"name": "pe_dyra", "t_i": 4, "interval": 3, "t_f": 5}
     given = values(folder, method=method, train={"steps": None, "epochs": 2, "warmup": 3})
     recipe = check_recipe(given, "r.yaml")

@@ -83,7 +83,7 @@ def test_whatever_changes_the_tokens_makes_an_entry_of_its_own(
     assert len(set(written)) == 2
 
 
-def test_changed_rows_and_changed_tokenizers_are_tokenised_anew(folder: Path, written: list[Path]) -> None:
+def test_changed_rows_and_changed_tokenizers_are_tokenised_again(folder: Path, written: list[Path]) -> None:
     prepare_data(recipe(folder))
     with (folder / "data.jsonl").open("a") as file:
         file.write(json.dumps({"query": "w1", "response": "w2"}) + "\n")
@@ -313,7 +313,7 @@ def test_columns_give_fields_other_names(folder: Path, capsys: pytest.CaptureFix
     assert "field 'response' is missing" in refused(folder, capsys, columns={"query": "q", "response": "z"})
 
 
-def test_long_rows_are_cut_where_asked_for_and_their_number_is_told(
+def test_long_rows_are_cut_where_asked_for_and_their_number_is_reported(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, _ = prepare_data(recipe(folder))

@@ -67,7 +67,7 @@ from dynrank_ds.zero.config_checks import _FIXED, check_config
         ({"curriculum_learning": {"enabled": True}}, "which this package does not support: remove it"),
     ],
 )
-def test_a_mistake_is_told_by_its_key(
+def test_a_mistake_is_reported_by_its_key(
     config: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config_checks, "_is_installed", lambda name: False)
@@ -80,7 +80,7 @@ def test_a_mistake_is_told_by_its_key(
     assert "\n" not in str(error.value)
 
 
-def test_a_key_given_twice_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_key_given_twice_is_reported_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization":\n {"stage": 3,\n "stage": 2}}')
     with pytest.raises(

@@ -64,7 +64,9 @@ def test_nothing_is_sent_while_a_base_is_read_and_adapted(folder: Path, name: st
 
 
 @pytest.mark.parametrize("name", CONVERTED)
-def test_a_checkpoint_that_is_converted_on_loading_is_loaded_whole_and_told(folder: Path, name: str) -> None:
+def test_a_checkpoint_that_is_converted_on_loading_is_loaded_whole_and_reported(
+    folder: Path, name: str
+) -> None:
     for process in outcomes(folder / name, "loaded", 3):
         assert process["partitioned"] == 0
         assert len(process["said"]) == 1 and "is converted on loading" in process["said"][0]

@@ -1,4 +1,4 @@
-"""Rows on the move between pretend processes; the real collectives are tested with the engine."""
+"""Rows on the move between simulated processes; the real collectives are tested with the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import migrate as moving
 from dynrank_ds.zero.migrate import migrate, portions
 from dynrank_ds.zero.shards import zero2_rules, zero3_rules
-from tests.ranking.pretend import PretendProcess, run_pretend, shard
+from tests.ranking.thread_processes import ThreadProcess, run_in_threads, shard
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 SHAPES = tuple(
@@ -89,13 +89,13 @@ def test_migrating_shards_equals_indexing_whole_tensors(
     rules_of, held = STAGES[stage]
     before, after = (rules_of(SHAPES, ranks, FACTORS, size) for ranks in (BEFORE, AFTER))
 
-    def work(process: PretendProcess) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+    def work(process: ThreadProcess) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
         old = ShardLayout(SHAPES, BEFORE, FACTORS, before[process.rank])
         new = ShardLayout(SHAPES, AFTER, FACTORS, after[process.rank])
         mine = held(full, process.rank, size)
-        return migrate(mine, old, new, PLAN, rows_of_plan, (before, after), process.total)
+        return migrate(mine, old, new, PLAN, rows_of_plan, (before, after), process.all_reduce_sum)
 
-    for rank, (states, changed) in enumerate(run_pretend(size, work)):
+    for rank, (states, changed) in enumerate(run_in_threads(size, work)):
         assert torch.equal(states.view(torch.int32), held(expected, rank, size).view(torch.int32))
         assert set(changed) == {0, 2, 3}
         for module, factors in changed.items():

@@ -87,7 +87,7 @@ def refused(uninterrupted: Path, name: str, *overrides: str) -> str:
     return message
 
 
-def test_a_run_without_a_checkpoint_is_begun_anew_by_its_own_recipe_and_model_only(
+def test_a_run_without_a_checkpoint_is_restarted_by_its_own_recipe_and_model_only(
     uninterrupted: Path,
 ) -> None:
     run = uninterrupted / "unsaved"

@@ -1,4 +1,4 @@
-"""Runs with model.dtype auto on machines that are pretended: FOLDER."""
+"""Runs with model.dtype auto on simulated machines: FOLDER."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 
-class PretendProcess:
+class ThreadProcess:
     """One of `size` processes that run at the same time; counts its sums."""
 
     def __init__(self, rank: int, slots: list[Any], barrier: Barrier) -> None:
         self.rank, self.size, self.sums = rank, len(slots), 0
         self._slots, self._barrier = slots, barrier
 
-    def total(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         self.sums += 1
         return tensor.copy_(torch.stack(self._exchange(tensor)).sum(0))
@@ -31,12 +31,12 @@ class PretendProcess:
         return everyone
 
 
-def run_pretend(size: int, work: Callable[[PretendProcess], Any]) -> list[Any]:
-    """What `work` returns in each of `size` pretend processes."""
+def run_in_threads(size: int, work: Callable[[ThreadProcess], Any]) -> list[Any]:
+    """What `work` returns in each of `size` simulated processes."""
     slots: list[Any] = [None] * size
     barrier = Barrier(size, timeout=20)
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: work(PretendProcess(rank, slots, barrier)), range(size)))
+        return list(pool.map(lambda rank: work(ThreadProcess(rank, slots, barrier)), range(size)))
 
 
 def shard(whole: list[Tensor], rank: int, size: int) -> Tensor:
