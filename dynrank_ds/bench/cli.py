@@ -14,6 +14,7 @@ from typing import Any
 from dynrank_ds.bench.checkpoint import measure_checkpoint
 from dynrank_ds.bench.data import measure_data
 from dynrank_ds.bench.figures import Figure
+from dynrank_ds.bench.linear import measure_linear
 from dynrank_ds.bench.load import measure_load
 from dynrank_ds.bench.machine import machine, versions
 from dynrank_ds.bench.merge import measure_merge
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "load": measure_load,
     "checkpoint": measure_checkpoint,
     "merge": measure_merge,
+    "linear": measure_linear,
     "step": measure_step,
     "peers": measure_peers,
     "peers_trend": measure_trend,
