@@ -1,0 +1,37 @@
+"""The benchmark of starting up."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from dynrank_ds.bench.startup import PARTS, _Parts
+from tests.support.launch import start_processes, wait
+from tests.support.recipes import write_recipe
+
+
+def test_a_part_inside_another_counts_for_itself_alone() -> None:
+    parts = _Parts()
+    inner = parts.timed("inner", lambda: time.sleep(0.05))
+    with parts.part("outer"):
+        inner()
+        time.sleep(0.01)
+        inner()
+    assert parts.seconds["inner"] == pytest.approx(0.1, abs=0.04)
+    assert parts.seconds["outer"] == pytest.approx(0.01, abs=0.04)
+
+
+def test_every_part_of_both_starts_is_timed(tmp_path: Path) -> None:
+    command = ["-m", "dynrank_ds.bench", "startup", "--quick", "--recipe", str(write_recipe(tmp_path))]
+    [process] = start_processes(1, [*command, "--json", str(tmp_path / "startup.json")], tmp_path / "logs")
+    wait([process])
+    assert process.returncode == 0, process.output
+    figures = json.loads((tmp_path / "startup.json").read_text())["benchmarks"]["startup"]
+    starts = {f["values"]["start"]: f["values"]["seconds"] for f in figures if f["values"]}
+    assert list(starts) == ["first start", "start 2"]
+    for seconds in starts.values():
+        assert {"imports", "process group", "first step", *PARTS} <= set(seconds)
+        assert all(found > 0 for found in seconds.values())
