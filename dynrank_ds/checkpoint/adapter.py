@@ -83,9 +83,24 @@ class TrainedAdapter:
         pairs = [self._triples(module) for module in self._modules[name] if module.rank]
         return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
 
+    def factors(self, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return A (r, in) and B (r, out) as they are trained, without e or gates, in fp32.
+
+        One pair for each module of the linear `name` whose rank is above 0.
+
+        Raises:
+            RunError: as `triples`.
+        """
+        return [self._factors(module) for module in self._modules[name] if module.rank]
+
+    def _factors(self, module: _Module) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            self._tensor(f"master/{module.name}.lora_A", (module.rank, module.in_features)),
+            self._tensor(f"master/{module.name}.lora_B", (module.rank, module.out_features)),
+        )
+
     def _triples(self, module: _Module) -> tuple[torch.Tensor, torch.Tensor]:
-        a = self._tensor(f"master/{module.name}.lora_A", (module.rank, module.in_features))
-        b = self._tensor(f"master/{module.name}.lora_B", (module.rank, module.out_features))
+        a, b = self._factors(module)
         if f"master/{module.name}.lora_E" in self._file.entries:
             b *= self._tensor(f"master/{module.name}.lora_E", (module.rank,))[:, None]
         if module.gate is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from matplotlib.colors import Normalize
 from torch import Tensor
 
 from dynrank_ds.checkpoint.adapter import TrainedAdapter
-from dynrank_ds.report.canvas import INK, ORDERED, Plot, canvas, colour_bar, title
-from dynrank_ds.report.places import NOWHERE, kinds_of, labels, place
+from dynrank_ds.report.canvas import ORDERED, Plot, colour_bar, title
+from dynrank_ds.report.grids import layer_grid, write_numbers
+from dynrank_ds.report.places import kinds_of, labels, place
 from dynrank_ds.report.record import RunRecord
 
 
@@ -22,41 +24,48 @@ def effective_rank(a: Tensor, b: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else 0.0
 
 
-def adapter_plots(record: RunRecord) -> list[Plot]:
-    """Return the figure of effective ranks in the newest checkpoint; none where there is no checkpoint with triples."""
-    if record.checkpoint is None or not any(record.end.values()):
+def effective_ranks(record: RunRecord) -> list[tuple[str, int, float]]:
+    """Return name, rank and effective rank of every linear in the newest checkpoint; empty where there is none."""
+    if record.checkpoint is None:
         return []
     with TrainedAdapter(record.checkpoint) as adapter:
-        rows = [
+        return [
             (name, shape.rank, effective_rank(*adapter.triples(name)) if shape.rank else 0.0)
             for name, shape in adapter.linears.items()
         ]
+
+
+def utilisation_plots(rows: list[tuple[str, int, float]]) -> list[Plot]:
+    """Return the figure of `effective_ranks`; none where no linear has a triple."""
+    if not any(rank for _, rank, _ in rows):
+        return []
     names = [name for name, _, _ in rows]
     kinds, layers = kinds_of(names), sorted({place(name).layer for name in names})
     used = np.full((len(kinds), len(layers)), np.nan)
     for name, rank, effective in rows:
         if rank:
             used[kinds.index(place(name).kind), layers.index(place(name).layer)] = effective / rank
-    figure, [axes] = canvas(width=2.6 + 0.36 * max(len(layers), 16), height=1.7 + 0.4 * len(kinds))
-    image = axes.imshow(used, cmap=ORDERED, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    for row, column in np.argwhere(~np.isnan(used)):
-        colour = INK if used[row, column] > 0.6 else "white"
-        axes.text(column, row, f"{used[row, column]:.1f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xticks(range(len(layers)), ["none" if layer == NOWHERE else str(layer) for layer in layers])
-    axes.set_yticks(range(len(kinds)), labels(kinds))
-    axes.tick_params(length=0)
-    axes.set_xlabel("layer")
-    total, effective = sum(rank for _, rank, _ in rows), sum(value for _, _, value in rows)
-    title(axes, f"Effective rank by rank: the adapters use {effective:.0f} of {total} ranks")
-    colour_bar(figure, axes, image, "effective rank / rank")
+    figure, panels, image = layer_grid(labels(kinds), layers, used, (ORDERED, Normalize(0, 1)))
+    numbers = np.where(np.isnan(used), "", np.char.mod("%.2f", np.nan_to_num(used))).astype(object)
+    write_numbers(panels, numbers, used < 0.6)
+    title(panels[0], f"Rank utilisation of every linear: {utilisation_text(rows)}")
+    colour_bar(figure, panels, image, "effective rank / rank")
     return [
         Plot(
-            "effective_rank",
+            "utilisation",
             figure,
-            "Effective rank by rank of every adapted linear",
-            "Effective rank: exp of the entropy of the normalised singular values of B^T A in the newest checkpoint "
-            "(Roy and Vetterli, 2007); heads with ranks of their own are counted together. Compare PE-DyRA, Fig. 1a.",
+            "Effective rank divided by rank of every adapted linear",
+            "Utilisation is effective rank / rank: 1 where all singular values of B^T A are equal, 1 / rank where one "
+            "outweighs all others. Effective rank: exp of the entropy of the normalised singular values, in the newest "
+            "checkpoint (Roy and Vetterli, 2007). Compare PE-DyRA, Fig. 1a, whose paper does not say how it computes "
+            "effective rank; this definition is ours. Triples of all heads of a linear count together.",
             ("linear", "rank", "effective rank"),
             rows,
         )
     ]
+
+
+def utilisation_text(rows: list[tuple[str, int, float]]) -> str:
+    """Return `effective rank 61 of 144, 42 %`, over all linears."""
+    total, effective = sum(rank for _, rank, _ in rows), sum(value for _, _, value in rows)
+    return f"effective rank {effective:.0f} of {total:,}, {100 * effective / total:.0f} %"

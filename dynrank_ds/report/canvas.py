@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
@@ -21,6 +23,8 @@ BLUE, RED, GREEN = "#2166ac", "#b2382f", "#2a7d4f"
 SERIES = (BLUE, RED, GREEN, "#8a5a00", "#6b3fa0", "#4d4d4d")
 ORDERED = colormaps["viridis"]
 """For ordered data: its lightness grows evenly, also for colour-blind readers and in print."""
+LINES = LinearSegmentedColormap.from_list("lines", ORDERED(np.linspace(0, 0.92, 256)))
+"""The same for lines on white, without the yellow end."""
 # Red: grown, white: as at the start, blue: shrunk; without the darkest ends, on which numbers are hard to read.
 _DIVERGING = LinearSegmentedColormap.from_list("change", colormaps["RdBu_r"](np.linspace(0.07, 0.93, 255)))
 
@@ -85,10 +89,28 @@ def start_text(start: Iterable[int]) -> str:
     return f"the initial rank {low}" if low == high else f"the initial ranks {low} to {high}"
 
 
-def diverging(axes: Axes, changes: np.ndarray) -> AxesImage:
-    """Draw an image whose white is no change, and whose red and blue reach equally far."""
-    norm = TwoSlopeNorm(vcenter=0, vmin=-reach(changes), vmax=reach(changes))
-    return axes.imshow(changes, cmap=_DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
+def diverging(changes: np.ndarray) -> tuple[Colormap, Normalize]:
+    """Return colours whose white is no change, and whose red and blue reach equally far."""
+    return _DIVERGING, TwoSlopeNorm(vcenter=0, vmin=-reach(changes), vmax=reach(changes))
+
+
+def strip(axes: Axes, values: np.ndarray, colours: tuple[Colormap, Normalize]) -> AxesImage:
+    """Draw values (rows, columns) as an image as wide as the axes; several columns of one pixel are averaged."""
+    cmap, norm = colours
+    averaged = values.shape[1] > 800
+    return axes.imshow(
+        values,
+        cmap=cmap,
+        norm=norm,
+        aspect="auto",
+        interpolation="antialiased" if averaged else "nearest",
+        interpolation_stage="data",
+    )
+
+
+def marker(points: int) -> str:
+    """Return the marker of a line: one where the points are too few for a line to be seen, else none."""
+    return "o" if points < 3 else ""
 
 
 def reach(changes: np.ndarray) -> float:
@@ -96,7 +118,9 @@ def reach(changes: np.ndarray) -> float:
     return max(1.0, float(np.nanmax(np.abs(changes))))
 
 
-def colour_bar(figure: Figure, axes: Axes, image: AxesImage, label: str, signed: bool = False) -> None:
+def colour_bar(
+    figure: Figure, axes: Axes | Sequence[Axes], image: ScalarMappable, label: str, signed: bool = False
+) -> Colorbar:
     """Draw the scale of an image's colours beside it."""
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03, aspect=15)
     if signed:
@@ -105,6 +129,7 @@ def colour_bar(figure: Figure, axes: Axes, image: AxesImage, label: str, signed:
     bar.ax.tick_params(labelsize=9, length=0, labelcolor=INK)
     bar.set_label(label, size=9, color=INK)
     bar.outline.set_visible(False)
+    return bar
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -7,8 +7,13 @@ from statistics import median
 
 import numpy as np
 
-from dynrank_ds.report.canvas import SERIES, Plot, canvas, legend, open_axes, smoothed, title
+from dynrank_ds.report.canvas import SERIES, Plot, canvas, legend, marker, open_axes, smoothed, title
 from dynrank_ds.report.record import RunRecord
+
+TABLE_NOTE = (
+    "Compare PE-DyRA, Table 10. Training time is the sum of all steps, adjustments included; in brackets each cost as "
+    "a share of the first run's. Peak memory is that of the first process: its GPU's, on a CPU its resident memory."
+)
 
 
 def comparison_plot(records: Sequence[RunRecord]) -> Plot:
@@ -19,7 +24,8 @@ def comparison_plot(records: Sequence[RunRecord]) -> Plot:
         colour, dash = SERIES[number % len(SERIES)], "-" if number < len(SERIES) else "--"
         steps = [line["step"] for line in record.metrics]
         loss = smoothed(np.array([line["loss"] for line in record.metrics], float)) if steps else np.zeros(0)
-        axes.plot(steps, loss, dash, color=colour, linewidth=1.6, label=f"{record.name} ({record.method})")
+        label = f"{record.name} ({record.method})"
+        axes.plot(steps, loss, dash, color=colour, linewidth=1.6, marker=marker(len(steps)), label=label)
         held_out = [
             (line["step"], line["held_out_loss"]) for line in record.metrics if "held_out_loss" in line
         ]
@@ -60,27 +66,45 @@ def comparison_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list
         "peak memory",
         *tasks,
     ]
-    return head, [_row(record, tasks) for record in records]
+    return head, [_row(record, records[0], tasks) for record in records]
 
 
-def _row(record: RunRecord, tasks: Sequence[str]) -> list[str]:
+def _row(record: RunRecord, first: RunRecord, tasks: Sequence[str]) -> list[str]:
     scores = [_score(record.scores[task]) if task in record.scores else "-" for task in tasks]
     if not record.metrics:
         return [record.name, record.method, "0", *["-"] * 6, *scores]
-    last, seconds = record.metrics[-1], [line["seconds"] for line in record.metrics]
+    last = record.metrics[-1]
     held_out = [line["held_out_loss"] for line in record.metrics if "held_out_loss" in line]
+    costs = _costs(record)
+    texts: tuple[str, ...] = (
+        f"{costs[0]:,.0f}",
+        f"{costs[1]:.3f}",
+        f"{costs[2] / 60:.1f} min",
+        f"{costs[3]:.2f} GiB",
+    )
+    if record is not first and first.metrics:
+        relative = (cost / of_first for cost, of_first in zip(costs, _costs(first), strict=True))
+        texts = tuple(f"{text} ({100 * ratio:.0f} %)" for text, ratio in zip(texts, relative, strict=True))
     return [
         record.name,
         record.method,
         f"{last['step']:,}",
         f"{last['loss']:.4f}",
         f"{held_out[-1]:.4f}" if held_out else "-",
-        f"{last['trainable_parameters']:,}",
-        f"{median(seconds):.3f}",
-        f"{sum(seconds) / 60:.1f} min",
-        f"{max(line['memory_gib'] for line in record.metrics):.2f} GiB",
+        *texts,
         *scores,
     ]
+
+
+def _costs(record: RunRecord) -> tuple[float, float, float, float]:
+    """Return parameters at the end, seconds of a step, seconds of all steps, and GiB."""
+    seconds = [line["seconds"] for line in record.metrics]
+    return (
+        record.metrics[-1]["trainable_parameters"],
+        median(seconds),
+        sum(seconds),
+        max(line["memory_gib"] for line in record.metrics),
+    )
 
 
 def _score(score: tuple[float, float, float]) -> str:

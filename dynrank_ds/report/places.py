@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 NOWHERE = -1
@@ -34,6 +34,20 @@ def place(module: str) -> Place:
     linear, head = (of_head["linear"], int(of_head["head"])) if of_head else (module, -1)
     match = _LAYER.fullmatch(linear)
     return Place(int(match["layer"]), match["kind"], head) if match else Place(NOWHERE, linear, head)
+
+
+def linear_of(module: str) -> str:
+    """Return the name of the linear that a module is, or is a head of."""
+    of_head = _HEAD.fullmatch(module)
+    return of_head["linear"] if of_head else module
+
+
+def by_linear(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Return the rank of every linear: of one whose heads have ranks of their own, their sum."""
+    summed: dict[str, int] = {}
+    for module, rank in ranks.items():
+        summed[linear_of(module)] = summed.get(linear_of(module), 0) + rank
+    return summed
 
 
 def kinds_of(modules: Iterable[str]) -> list[str]:

@@ -19,11 +19,18 @@ from dynrank_ds.report.canvas import (
     Plot,
     canvas,
     legend,
+    marker,
     open_axes,
     smoothed,
     title,
 )
 from dynrank_ds.report.record import RunRecord
+
+_PENALTIES = {
+    **dict.fromkeys(("pe_dyra", "adalora", "elalora", "increlora"), "orthogonality loss"),
+    "dynamic_dora": "variance penalty (DEM)",
+}
+"""What each method's penalty is called."""
 
 
 def course(metrics: Sequence[Mapping[str, Any]], adjustment_steps: Sequence[int]) -> Figure:
@@ -31,7 +38,8 @@ def course(metrics: Sequence[Mapping[str, Any]], adjustment_steps: Sequence[int]
     steps = np.array([line["step"] for line in metrics])
     figure, [top, middle, bottom] = canvas(width=11, height=6.0, heights=(2, 1, 0.7))
     loss = np.array([line["loss"] for line in metrics], float)
-    top.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=0.8, label="every step")
+    dot = marker(len(steps))
+    top.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=0.8, marker=dot, label="every step")
     top.plot(steps, smoothed(loss), color=BLUE, linewidth=1.8, label="smoothed")
     held_out = [(line["step"], line["held_out_loss"]) for line in metrics if "held_out_loss" in line]
     if held_out:
@@ -42,14 +50,14 @@ def course(metrics: Sequence[Mapping[str, Any]], adjustment_steps: Sequence[int]
     stored = [line["total_rank_stored"] for line in metrics]
     live = [line["total_rank_live"] for line in metrics]
     if live == stored:
-        middle.plot(steps, stored, color=RED, linewidth=1.8, label="live and stored")
+        middle.plot(steps, stored, color=RED, linewidth=1.8, marker=dot, label="live and stored")
     else:
         middle.plot(steps, stored, color=MUTED, linewidth=1.5, label="stored")
         middle.plot(steps, live, color=RED, linewidth=1.8, label="live")
     middle.set_ylabel("total rank")
     middle.set_ylim(0, 1.15 * max(stored))
     middle.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    bottom.plot(steps, [line["learning_rate"] for line in metrics], color=INK, linewidth=1.4)
+    bottom.plot(steps, [line["learning_rate"] for line in metrics], color=INK, linewidth=1.4, marker=dot)
     bottom.set_ylabel("learning rate")
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("step")
@@ -63,8 +71,8 @@ def course(metrics: Sequence[Mapping[str, Any]], adjustment_steps: Sequence[int]
     return figure
 
 
-def gradients(metrics: Sequence[Mapping[str, Any]], adjustment_steps: Sequence[int]) -> Figure:
-    """Draw the gradient's norm by factor, and the penalty where the method has one."""
+def gradients(metrics: Sequence[Mapping[str, Any]], adjustment_steps: Sequence[int], penalty: str) -> Figure:
+    """Draw the gradient's norm by factor, and the penalty, called so, where the method has one."""
     steps = [line["step"] for line in metrics]
     penalties = [line.get("penalty") for line in metrics]
     has_penalty = any(value is not None for value in penalties)
@@ -74,16 +82,17 @@ def gradients(metrics: Sequence[Mapping[str, Any]], adjustment_steps: Sequence[i
     factors = sorted({factor for line in metrics for factor in line.get("grad_norms", {})})
     for colour, factor in zip(SERIES, factors, strict=False):
         norms = [line.get("grad_norms", {}).get(factor, np.nan) for line in metrics]
-        axes[0].plot(steps, norms, color=colour, linewidth=1.2, label=factor)
+        axes[0].plot(steps, norms, color=colour, linewidth=1.2, marker=marker(len(steps)), label=factor)
     axes[0].set_yscale("log")
     axes[0].set_ylabel("gradient norm")
     legend(axes[0], ncols=3)
     if has_penalty:
-        axes[1].plot(steps, [np.nan if p is None else p for p in penalties], color=INK, linewidth=1.4)
-        axes[1].set_ylabel("penalty")
+        values = [np.nan if p is None else p for p in penalties]
+        axes[1].plot(steps, values, color=INK, linewidth=1.4, marker=marker(len(steps)))
+        axes[1].set_ylabel(penalty)
     axes[-1].set_xlabel("step")
     open_axes(axes, adjustment_steps)
-    title(axes[0], "Gradient norm by factor" + (" and the method's penalty" if has_penalty else ""))
+    title(axes[0], "Gradient norm by factor" + (f" and {penalty}" if has_penalty else ""))
     return figure
 
 
@@ -109,10 +118,11 @@ def progress_plots(record: RunRecord) -> list[Plot]:
         plots.append(
             Plot(
                 "gradients",
-                gradients(record.metrics, steps),
+                gradients(record.metrics, steps, _PENALTIES.get(record.method, "penalty")),
                 "Gradient norm by factor and penalty over the steps",
-                "Norms over all modules before clipping. The penalty is the method's own (orthogonality, variance or "
-                "DEM), times its coefficient. Compare PE-DyRA, Figs. 10 and 11.",
+                "Norms over all modules before clipping. The penalty is what the method adds to the loss, its "
+                "coefficient included: the orthogonality loss of PE-DyRA, AdaLoRA, ElaLoRA and IncreLoRA (compare "
+                "PE-DyRA, Figs. 10 and 11), the variance of dynamic DoRA.",
                 ("step", *factors, "penalty"),
                 [
                     (line["step"], *(line.get("grad_norms", {}).get(f) for f in factors), line.get("penalty"))

@@ -12,6 +12,10 @@ import yaml
 
 from dynrank_ds.checkpoint.files import BEST, STEP, complete_checkpoints, newest_checkpoint, read_state
 from dynrank_ds.errors import RunError
+from dynrank_ds.files import read_json
+
+_EVALUATIONS = ("eval", "eval/all")
+"""Folders of a run in which its scores are looked for; the second is of jobs that launcher/slurm/submit.py made."""
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +30,10 @@ class RunRecord:
         start, end: the rank of every module at the beginning and now; empty where neither an adjustment nor a
             checkpoint was written.
         checkpoint: the newest checkpoint; None where none was written.
-        scores: {task: (score, low, high)} of the evaluation in the run's folder `eval`, shares of 1.
+        recipe: with every default; {} where the run did not write it.
+        state: what state.json says of how the run stands or ended; {} before training began.
+        evaluation: the run's output folder of dynrank-eval; None where there is none.
+        scores: {task: (score, low, high)} of the evaluation, shares of 1.
     """
 
     name: str
@@ -37,6 +44,9 @@ class RunRecord:
     method: str
     base_model: str
     checkpoint: Path | None
+    recipe: dict[str, Any]
+    state: dict[str, Any]
+    evaluation: Path | None
     scores: dict[str, tuple[float, float, float]]
 
 
@@ -55,18 +65,22 @@ def read_run(run: Path) -> RunRecord:
     adjustments = _lines_by_step(run / "ranks.jsonl")
     written = complete_checkpoints(run, STEP) or complete_checkpoints(run, BEST)
     checkpoint = newest_checkpoint(run) if written else None
-    state = read_state(checkpoint) if checkpoint else {}
-    ranks = {module: shape["rank"] for module, shape in state.get("blocks", {}).items()}
+    saved = read_state(checkpoint) if checkpoint else {}
+    ranks = {module: shape["rank"] for module, shape in saved.get("blocks", {}).items()}
+    evaluation = next((run / e for e in _EVALUATIONS if (run / e / "results.json").is_file()), None)
     return RunRecord(
         name=run.resolve().name,
         metrics=metrics,
         adjustments=adjustments,
         start=adjustments[0]["before"] if adjustments else ranks,
         end=adjustments[-1]["after"] if adjustments else ranks,
-        method=state.get("method") or (recipe or {}).get("method", {}).get("name", "unknown"),
-        base_model=state.get("base_model") or (recipe or {}).get("model", {}).get("path", "unknown"),
+        method=saved.get("method") or (recipe or {}).get("method", {}).get("name", "unknown"),
+        base_model=saved.get("base_model") or (recipe or {}).get("model", {}).get("path", "unknown"),
         checkpoint=checkpoint,
-        scores=_scores(run / "eval" / "results.json"),
+        recipe=recipe or {},
+        state=read_json(run / "state.json") if (run / "state.json").is_file() else {},
+        evaluation=evaluation,
+        scores=_scores(evaluation / "results.json") if evaluation else {},
     )
 
 
@@ -76,9 +90,7 @@ def _recipe(run: Path) -> dict[str, Any] | None:
 
 
 def _scores(path: Path) -> dict[str, tuple[float, float, float]]:
-    if not path.is_file():
-        return {}
-    tasks: dict[str, Any] = json.loads(path.read_text())["tasks"]
+    tasks: dict[str, Any] = read_json(path)["tasks"]
     return {name: (task["score"], *task["interval"]) for name, task in tasks.items()}
 
 

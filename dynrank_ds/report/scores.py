@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.colors import Normalize
 
 from dynrank_ds.report.canvas import (
     BLUE,
@@ -16,10 +17,13 @@ from dynrank_ds.report.canvas import (
     canvas,
     colour_bar,
     legend,
+    marker,
     open_axes,
+    strip,
     title,
 )
-from dynrank_ds.report.places import in_model_order, kinds_of, labels, place
+from dynrank_ds.report.grids import mark_kinds
+from dynrank_ds.report.places import in_model_order
 from dynrank_ds.report.record import RunRecord
 
 
@@ -56,6 +60,13 @@ def log_ratio_variance(importance: np.ndarray, ranks: np.ndarray) -> float:
     )
 
 
+def ratio_log_variance(importance: np.ndarray, ranks: np.ndarray) -> float:
+    """Return the logarithm of the variance over modules of G^(2/3) / r, of those that `log_ratio_variance` counts."""
+    used = (importance > 0) & (ranks > 0)
+    variance = float(np.var(importance[used] ** (2 / 3) / ranks[used])) if used.sum() > 1 else 0.0
+    return float(np.log(variance)) if variance else float("nan")
+
+
 def _mean_ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
@@ -66,18 +77,11 @@ def _importance(record: RunRecord) -> Plot:
     modules, means = module_importances(record)
     places = np.argsort(np.argsort(-means, axis=1, kind="stable"), axis=1) + 1
     figure, [axes] = canvas(width=11, height=1.9 + 0.24 * min(max(len(places), 6), 30))
-    image = axes.imshow(places, cmap=ORDERED, aspect="auto", interpolation="nearest")
-    kinds = kinds_of(modules)
-    groups = [sum(place(module).kind == kind for module in modules) for kind in kinds]
-    ends = np.cumsum(groups)
-    for end in ends[:-1]:
-        axes.axvline(end - 0.5, color="white", linewidth=1)
-    axes.set_xticks(ends - np.array(groups) / 2 - 0.5, labels(kinds))
+    image = strip(axes, places, (ORDERED, Normalize(1, len(modules))))
+    mark_kinds(axes, modules, "white")
     shown = np.unique(np.linspace(0, len(places) - 1, min(len(places), 20)).round().astype(int))
     axes.set_yticks(shown, [f"{record.adjustments[row]['step']:,}" for row in shown])
-    axes.tick_params(length=0)
     axes.set_ylabel("adjustment at step")
-    axes.set_xlabel("modules, from the first to the last layer within each kind")
     title(axes, "Place of every module by the mean score of its triples; dark: the most important")
     colour_bar(figure, axes, image, "place")
     rows = [
@@ -158,23 +162,37 @@ def _variance(record: RunRecord) -> Plot:
         importance = np.array([float(np.sum(line["scores"][m])) for m in modules])
         ranks = np.array([line["after"][m] for m in modules], float)
         rows.append(
-            (line["step"], log_ratio_variance(importance, ranks), log_ratio_variance(importance, start))
+            (
+                line["step"],
+                log_ratio_variance(importance, ranks),
+                log_ratio_variance(importance, start),
+                ratio_log_variance(importance, ranks),
+                ratio_log_variance(importance, start),
+            )
         )
     figure, [axes] = canvas(width=11, height=2.8)
-    steps = [step for step, _, _ in rows]
+    steps = [row[0] for row in rows]
     axes.plot(
         steps,
-        [value for _, value, _ in rows],
+        [row[1] for row in rows],
         color=RED,
         marker="o",
         markersize=3,
         label="ranks after the adjustment",
     )
     axes.plot(
-        steps, [value for _, _, value in rows], color=INK, linestyle="--", linewidth=1, label="initial ranks"
+        steps,
+        [row[2] for row in rows],
+        color=INK,
+        linestyle="--",
+        linewidth=1,
+        marker=marker(len(rows)),
+        label="initial ranks",
     )
     axes.set_xlabel("step")
     axes.set_ylabel("variance")
+    if any(value > 0 for row in rows for value in row[1:3]):
+        axes.set_yscale("log")
     open_axes([axes])
     legend(axes)
     title(axes, "Variance over modules of log(G^(2/3) / r): lower is nearer to PE-DyRA's Theorem 3.1")
@@ -183,7 +201,15 @@ def _variance(record: RunRecord) -> Plot:
         figure,
         "Variance of log(G^(2/3) / r) over the modules at each adjustment",
         "G is the sum of the scores of a module's triples, r its rank; the theorem's optimum has r proportional to "
-        "G^(2/3) and variance 0. Compare PE-DyRA, Fig. 5, whose wording also allows the logarithm of the variance.",
-        ("step of the adjustment", "variance, ranks after it", "variance, initial ranks"),
+        "G^(2/3) and variance 0. Compare PE-DyRA, Fig. 5, whose wording also allows the logarithm of the variance of "
+        "G^(2/3) / r. The first is drawn here, on a logarithmic axis; the data has both. The dashed line is what "
+        "fixed ranks would have with the same scores.",
+        (
+            "step of the adjustment",
+            "variance, ranks after it",
+            "variance, initial ranks",
+            "log of the variance of the ratio, ranks after it",
+            "log of the variance of the ratio, initial ranks",
+        ),
         rows,
     )

@@ -2,7 +2,7 @@ import numpy as np
 
 from dynrank_ds.report.places import Place, place
 from dynrank_ds.report.progress import course
-from dynrank_ds.report.ranks import rank_heatmap, rank_history
+from dynrank_ds.report.ranks import head_maps, rank_heatmap, rank_history
 
 from .conftest import AFTER_10, AFTER_20, START, metric
 
@@ -49,23 +49,63 @@ def test_modules_outside_the_layers_and_of_equal_last_names_have_cells_of_their_
     }
 
 
-def test_heads_stand_with_their_linear_in_the_order_of_their_numbers():
-    heads = {"q_proj": 12, "k_proj": 2, "o_proj": 12}
+def ranks_of_heads() -> dict[str, int]:
+    """Two layers: 12 heads of q and o, 2 of k, whose ranks are their number and 1; down_proj without heads."""
     ranks = {f"layers.{layer}.mlp.down_proj": 20 + layer for layer in range(2)}
-    for linear, count in heads.items():
+    for linear, count in {"q_proj": 12, "k_proj": 2, "o_proj": 12}.items():
         for head in range(count):
             ranks |= {f"layers.{layer}.attn.{linear}.blocks.{head}": head + 1 for layer in range(2)}
-    figure = rank_heatmap(ranks, ranks)
-    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert rows == [f"{linear} {h}" for linear, count in heads.items() for h in range(count)] + ["down_proj"]
-    _, shown = cells(figure)
-    assert shown["q_proj 11", "1"] == "12" and shown["down_proj", "1"] == "21"
+    return ranks
 
-    grown = ranks | {"layers.1.attn.k_proj.blocks.0": 8}
-    history = rank_history([(10, grown)], ranks).axes[0]
-    assert [label.get_text() for label in history.get_xticklabels()] == [*heads, "down_proj"]
+
+def test_heatmap_sums_the_heads_of_a_linear():
+    start = ranks_of_heads()
+    figure = rank_heatmap(start, start | {"layers.1.attn.k_proj.blocks.0": 8})
+    changes, shown = cells(figure)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "q_proj",
+        "k_proj",
+        "o_proj",
+        "down_proj",
+    ]
+    assert shown["q_proj", "1"] == "78" and shown["k_proj", "0"] == "3" and shown["down_proj", "1"] == "21"
+    assert changes[1].tolist() == [0, 7] and shown["k_proj", "1"] == "10"
+
+
+def test_every_head_has_a_cell_in_the_panel_of_its_linear():
+    ranks = ranks_of_heads() | {"layers.1.attn.k_proj.blocks.0": 8}
+    panels = head_maps(ranks).axes[:3]
+    assert [panel.get_title(loc="left") for panel in panels] == ["q_proj", "k_proj", "o_proj"]
+    q, k, _ = (np.array(panel.images[0].get_array()) for panel in panels)
+    assert q.tolist() == [[head + 1] * 2 for head in range(12)]
+    assert k.tolist() == [[1, 8], [2, 2]]
+    assert len({(panel.images[0].norm.vmin, panel.images[0].norm.vmax) for panel in panels}) == 1
+
+
+def test_history_has_heads_layer_by_layer():
+    ranks = ranks_of_heads()
+    history = rank_history([(10, ranks | {"layers.1.attn.k_proj.blocks.0": 8})], ranks).axes[0]
+    assert [label.get_text() for label in history.get_xticklabels()] == [
+        "q_proj",
+        "k_proj",
+        "o_proj",
+        "down_proj",
+    ]
     changes = np.array(history.images[0].get_array())[0]
     assert changes.tolist().index(7) == 24 + 2  # k_proj's heads layer by layer
+
+
+def test_eighty_layers_are_three_panels_whose_numbers_stand_in_their_layer():
+    ranks = {f"model.layers.{layer}.mlp.up_proj": layer for layer in range(80)}
+    figure = rank_heatmap(ranks, ranks)
+    panels = figure.axes[:3]
+    assert [len(panel.get_xticklabels()) for panel in panels] == [27, 27, 26]
+    assert len({np.array(panel.images[0].get_array()).shape for panel in panels}) == 1
+    for panel in panels:
+        layers = [label.get_text() for label in panel.get_xticklabels()]
+        assert {layers[int(text.get_position()[0])] for text in panel.texts} == set(layers)
+        assert all(layers[int(text.get_position()[0])] == text.get_text() for text in panel.texts)
+    assert figure.get_figwidth() * 88 < 1168  # a window of 1,200 pixels less its margins
 
 
 def test_history_has_one_row_per_adjustment():

@@ -11,7 +11,7 @@ from dynrank_ds.errors import RunError
 from dynrank_ds.report import watch_report, write_report
 from dynrank_ds.report.canvas import Plot
 
-from .conftest import metric, write_lines
+from .conftest import START, metric, write_lines, write_run
 
 FIGURES = (
     "ranks",
@@ -23,7 +23,7 @@ FIGURES = (
     "scores",
     "correlation",
     "variance",
-    "effective_rank",
+    "utilisation",
 )
 
 
@@ -98,6 +98,42 @@ def test_a_fixed_rank_run_takes_its_ranks_from_the_checkpoint(lora_run):
     assert summary(text)["Rank of a module"] == "4 → 4"
     assert summary(text)["Adjustments"] == "0"
     assert text.count("None.") == 2
+
+
+STATE = dict(state="failed", step=3, total_steps=30, error="the disk is full.", how_to_continue="see to it")
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "The run failed at step 3 of 30: the disk is full. To go on: see to it."),
+        ({"state": "stopped"}, "stopped by a signal at step 3 of 30 and has saved: see to it."),
+        (
+            {"state": "running"},
+            "it trains, or it was killed and could not say so. Its last line is of step 30 of 30.",
+        ),
+    ],
+)
+def test_a_run_that_did_not_finish_has_a_page_that_says_so(run, changed, said):
+    (run / "state.json").write_text(json.dumps(STATE | changed))
+    text = write_report(run).read_text()
+    assert said in text and summary(text)["State"].endswith("step 3 of 30")
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"name": "elalora", "t_i": 4, "interval": 5, "t_f": 6}, "the first of 3 is planned after step 9."),
+        ({"name": "lora"}, "Ranks were never adjusted: lora has fixed ranks."),
+    ],
+)
+def test_a_run_without_adjustment_says_when_the_first_is_planned(tmp_path, method, said):
+    run = write_run(tmp_path / "run", START, method["name"])
+    (run / "state.json").write_text(json.dumps(STATE))
+    (run / "recipe.resolved.yaml").write_text(json.dumps({"method": method, "model": {"path": "m"}}))
+    assert said in write_report(run).read_text()
 
 
 def test_output_may_lie_elsewhere(run, tmp_path):
@@ -182,13 +218,14 @@ def test_compared_runs_are_rows_of_a_table_and_lines_of_a_figure(run, lora_run):
         "42.5 % [37.2, 48.0]",
     ]
     assert cells[2][:2] == ["lora", "lora"] and cells[2][-1] == "-"
+    assert cells[2][5:9] == ["1,030 (100 %)", "0.500 (100 %)", "0.2 min (100 %)", "1.50 GiB (100 %)"]
     rows = list(csv.reader((run / "report" / "comparison.csv").open()))
     assert {row[0] for row in rows[1:]} == {"run", "lora"} and len(rows) == 61
 
 
 @pytest.mark.usefixtures("without_pictures")
 def test_a_watched_page_renews_itself_until_the_run_ends(run, monkeypatch):
-    (run / "state.json").write_text('{"state": "running"}')
+    (run / "state.json").write_text(json.dumps(STATE | {"state": "running"}))
     pauses = []
 
     def pause(seconds):

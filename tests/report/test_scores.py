@@ -11,7 +11,13 @@ import torch
 
 from dynrank_ds.report.adapters import effective_rank
 from dynrank_ds.report.record import read_run
-from dynrank_ds.report.scores import log_ratio_variance, module_importances, score_plots, spearman
+from dynrank_ds.report.scores import (
+    log_ratio_variance,
+    module_importances,
+    ratio_log_variance,
+    score_plots,
+    spearman,
+)
 
 
 def test_spearman_is_one_for_any_rising_relation_and_counts_ties_by_their_mean() -> None:
@@ -28,6 +34,8 @@ def test_variance_is_zero_where_ranks_follow_the_theorem() -> None:
     # log(G^(2/3)) is 0, 2 log 2, 2 log 3 for equal ranks.
     values = [0, 2 * math.log(2), 2 * math.log(3)]
     assert log_ratio_variance(importance, np.ones(3)) == pytest.approx(np.var(values))
+    # The other reading of the paper's wording: G^(2/3) is 1, 4, 9, whose variance is 98 / 9.
+    assert ratio_log_variance(importance, np.ones(3)) == pytest.approx(math.log(98 / 9))
 
 
 def test_effective_rank_is_the_number_of_equal_directions() -> None:
@@ -59,4 +67,4 @@ def test_figures_hold_every_module_and_adjustment(run: Path) -> None:
     assert dict((m, p) for _, m, _, p in first)["model.layers.11.mlp.down_proj"] == 1
     assert [step for step, *_ in plots["variance"].rows] == [10, 20]
     # rank of layer 11's down_proj, the most important, grows: nearer to the theorem than the initial ranks.
-    assert all(after < fixed for _, after, fixed in plots["variance"].rows)
+    assert all(after < fixed for _, after, fixed, *_ in plots["variance"].rows)
