@@ -26,12 +26,16 @@ def replay(run: Path) -> tuple[int, list[int]]:
     """
     if not (run / RECIPE).is_file():
         raise RunError(f"{run / RECIPE} does not exist: name the folder of a training run")
+    adjustments = RunDirectory(run).adjustments()
+    if not adjustments:
+        return 0, []
     recipe = load_recipe(str(run / RECIPE))
     steps = recipe.train.steps or recipe.total_steps(len(split_held_out(prepare_data(recipe)[0], recipe)[0]))
-    modules = adapt(model_without_weights(recipe.model.path), recipe)
+    # The first line has the ranks that the run began with: an adapter that it started from need not be there any more.
+    model, initial_ranks = model_without_weights(recipe.model.path), adjustments[0]["before"]
+    modules = adapt(model, recipe, initial_ranks=initial_ranks)
     method = build_method(recipe.method, modules, steps, torch.device("meta"))
     limits = tuple(module.max_rank for module in modules.values())
-    adjustments = RunDirectory(run).adjustments()
     differing = []
     for line in adjustments:
         scores = [torch.tensor(line["scores"][name], dtype=torch.float64) for name in modules]

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dynrank_ds.cli import main
 from tests.support.recipes import lines
@@ -30,6 +31,18 @@ def test_a_plan_that_does_not_follow_from_the_log_is_named(
     (run / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
     assert main(["report", "--run", str(run), "--replay"]) == 1
     assert "1 of 5 logged plans do not follow from the log: steps [10]" in capsys.readouterr().out
+
+
+def test_a_run_whose_starting_adapter_is_gone_is_replayed_too(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted / "run", run)
+    recipe = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
+    recipe["adapter"]["init_from"] = str(tmp_path / "gone")
+    (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["report", "--run", str(run), "--replay"]) == 0
+    assert "all 5 logged plans" in capsys.readouterr().out
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
