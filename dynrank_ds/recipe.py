@@ -148,9 +148,9 @@ class AdapterSection(Section):
     rank: int = Field(default=4, ge=1)
     """Triples of each adapted module when training begins."""
     alpha: float = Field(default=8.0, gt=0)
-    """Numerator of the scale."""
+    """Numerator of the scale s in y = W x + s B^T diag(g) A x."""
     scaling: Literal["rank", "root_rank"] = "rank"
-    """The scale of every module, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
+    """The scale s of every module, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which an element of an adapter's input is 0 in training; masks do not depend on world size."""
     targets: Targets = LLAMA_LINEARS
@@ -192,28 +192,29 @@ class TrainSection(Section):
     warmup: int | float = Field(default=0, ge=0)
     """Steps, or a fraction of training below 1, over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay, of the adapter's weights alone."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     eps: float = Field(default=1e-8, gt=0)
-    """AdamW's term in the denominator."""
+    """What AdamW adds to the root of its second moment, by which it divides."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Norm of the global batch's gradient above which it is scaled down; 0 does not clip."""
     seed: int = Field(default=0, ge=0)
-    """Of initial values, new triples, the order of samples and held-out samples."""
+    """Seed of initial values, new triples, the order of samples and the choice of held-out samples."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer's activations in backward instead of keeping them."""
     checkpoint_interval: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; the last step always writes one."""
+    """Steps between checkpoints; the last step always writes one, by default the only one."""
     checkpoints_kept: int = Field(default=2, ge=1)
     """How many of the newest checkpoints are kept; a second one serves where the newest is damaged."""
     held_out_interval: int | None = Field(default=None, ge=1)
-    """Steps between losses of data.held_out, after each of which the best checkpoint is kept; the last step has one."""
+    """Steps between losses of data.held_out, after each of which the best checkpoint is kept; the last step has one, by
+    default the only one."""
 
 
 class DeepSpeedSection(Section):
     config: LocalPath = "zero3"
-    """Name of a shipped configuration, or a path."""
+    """Name of a file of ds_configs without its ending (zero3, zero3_offload, zero2, ...), or the path of yours."""
     timeout: float = Field(default=600, gt=0)
     """Seconds that processes wait for one of them before the run ends."""
 
@@ -222,14 +223,14 @@ class OutputSection(Section):
     dir: LocalPath
     """The run directory: logs, checkpoints, adapter."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Experiment trackers that the first process writes to."""
+    """Experiment trackers that the first process writes to: dynrank_ds/report/README.md."""
 
 
 class EvalSection(Section):
     tasks: tuple[str, ...] = ()
     """Tasks of dynrank-eval, for a script that scores the run; training does not read them."""
     data_dir: LocalPath | None = None
-    """Folder of their data files."""
+    """Folder of the tasks' data files, --data-dir of dynrank-eval."""
 
 
 class Recipe(Section):

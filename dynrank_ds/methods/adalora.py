@@ -30,7 +30,8 @@ class AdaLoRAConfig(SensitivityConfig):
 
     name: Literal["adalora"] = "adalora"
     target_rank: int | None = Field(default=None, ge=1)
-    """Mean rank per module at the end; adapter.rank prunes nothing; by default two thirds of it, the paper's ratio."""
+    """Mean rank per module at the end, at most adapter.rank (which then prunes nothing); by default two thirds of
+    adapter.rank, the paper's ratio."""
     t_i: Steps
     """Initial steps without masks."""
     interval: Steps

@@ -40,13 +40,15 @@ class ARDLoRAConfig(MethodConfig):
     t_f: Steps
     """Final steps with whole ranks: alpha is frozen, gates are 1."""
     alpha_lr: float = Field(default=1e-2, gt=0)
-    """The paper's eta_alpha: peak learning rate of alpha's Adam, under the recipe's schedule."""
+    """Peak learning rate of alpha, under the recipe's schedule: the paper's eta_alpha. alpha is what is learned of a
+    module's rank, which is round(alpha r0), at least 1, with r0 = adapter.rank."""
     alpha_max: float = Field(default=2.0, gt=1)
     """Largest alpha: a rank stays at or below ceil(alpha_max r0)."""
     sparsity: float = Field(default=1e-2, ge=0)
-    """The paper's lambda, of the whole regulariser."""
+    """Weight of the penalty on alpha, which pulls ranks down: the paper's lambda."""
     variation: float = Field(default=0.1, ge=0)
-    """The paper's beta, of the total variation inside it."""
+    """Weight, inside that penalty, of what alpha moves against its reference, which keeps ranks steady: the paper's
+    beta."""
     reference: Literal["commit", "previous"] = "commit"
     """What alpha's variation is taken against: its value at the last commit, which holds ranks where they are, or
     that of the step before, which only damps its moves."""

@@ -31,8 +31,8 @@ class DynamicDoRAConfig(MethodConfig):
 
     name: Literal["dynamic_dora"] = "dynamic_dora"
     target_rank: int | None = Field(default=None, ge=1)
-    """Mean rank per module at the end; adapter.rank prunes nothing (the paper's Table 6); by default two thirds of it,
-    rounded down (the paper starts at 1.5 times the target, rounded up)."""
+    """Mean rank per module at the end, at most adapter.rank (which then prunes nothing, as in the paper's Table 6); by
+    default two thirds of adapter.rank, rounded down (the paper starts at 1.5 times the target, rounded up)."""
     t_i: Steps = 0.15
     """Initial steps without masks; the first mask is at step t_i."""
     interval: Steps = 10
@@ -40,9 +40,10 @@ class DynamicDoRAConfig(MethodConfig):
     t_f: Steps = 0.5
     """Final steps without masks; what the last mask before them hits is removed for good."""
     beta: float = Field(default=0.9, ge=0, lt=1)
-    """Smoothing of the scores."""
+    """Share of its old value when a score is smoothed over steps (the paper's eq. 8)."""
     variance: float = Field(default=0.1, ge=0)
-    """The paper's eta, weight of the dimensional equilibrium penalty: 0.1 to 0.5, 0.1 for generation (XSum)."""
+    """The paper's eta, weight of the dimensional equilibrium penalty (DEM), the mean variance within the rows of A and
+    B: 0.1 to 0.5 in the paper, 0.1 for generation (XSum); 0 leaves it out."""
 
     def adjustments(self, total_steps: int) -> Schedule:
         phase = Schedule.resolve(total_steps, self.t_i, self.interval, self.t_f)

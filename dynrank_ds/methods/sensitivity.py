@@ -26,20 +26,20 @@ class OrthogonalConfig(MethodConfig):
     """Fields of every method that smooths a sensitivity and holds A and B near orthonormal rows."""
 
     beta1: float = Field(default=0.85, ge=0, lt=1)
-    """Smoothing of the sensitivity."""
+    """Share of its old value when the sensitivity |w g| of a weight is smoothed over steps (AdaLoRA, eq. 9)."""
     beta2: float = Field(default=0.85, ge=0, lt=1)
-    """Smoothing of its uncertainty."""
+    """The same for its uncertainty, |sensitivity - smoothed sensitivity| (AdaLoRA, eq. 10)."""
     orthogonality: float = Field(default=0.1, ge=0)
-    """Coefficient of the mean of ||F F^T - I||_F over all A and B (AdaLoRA's code; the papers print squares; PE-DyRA's
-    gamma)."""
+    """Coefficient of the penalty that keeps rows of A and B orthonormal: the mean of ||F F^T - I||_F over all A and B
+    (as AdaLoRA's code; the papers print squares). PE-DyRA's gamma."""
 
 
 class SensitivityConfig(OrthogonalConfig):
     """Fields of every method that scores triples as AdaLoRA does."""
 
     observe: Literal["before_step", "after_step"] = "before_step"
-    """Take weights and gradients before the optimizer step, gradients unclipped; or, as the authors' trainers call
-    their allocator, weights after the step with clipped gradients from before it."""
+    """When sensitivities are computed: from weights and gradients before the optimizer step, gradients unclipped; or,
+    as the authors' trainers call their allocator, from weights after it and the clipped gradients that made it."""
 
 
 class OrthogonalMethod(Method):

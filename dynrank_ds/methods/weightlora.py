@@ -33,11 +33,12 @@ class WeightsConfig(MethodConfig):
     """Fields of both methods."""
 
     k: int = Field(ge=1)
-    """Adapters that stay."""
+    """Number of modules that keep their adapter."""
     disconnect_at: Steps
     """The paper's T: after this step the other adapters leave and w is fixed; at most one epoch in the paper."""
     weight_lr: float = Field(default=5.0, gt=0)
-    """Learning rate of w, under the recipe's schedule (5 in the authors' scripts, not in the paper)."""
+    """Learning rate of w, the trained weight of each module's adapter, under the recipe's schedule (5 in the authors'
+    scripts, not in the paper)."""
     selection: Literal["weights", "random"] = "weights"
     """`random` is the ablation: w stays 1, and K adapters drawn by `seed` stay."""
     seed: int = Field(default=0, ge=0)

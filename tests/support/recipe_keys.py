@@ -42,7 +42,9 @@ This file is generated from the schema: `python -m tests.support.recipe_keys > r
 _METHOD = """\
 ## method
 
-`name` chooses the method, and with it the other keys. [What each does](../dynrank_ds/methods/README.md).
+`name` chooses the method, and with it the other keys. [What each does](../dynrank_ds/methods/README.md). The times
+`t_i`, `interval`, `t_f` and `disconnect_at` are whole steps, or a share of training below 1. A triple is a row of A, an
+entry of e and a row of B: [glossary](../dynrank_ds/README.md).
 """
 _PARTS = """\
 ## Parts
