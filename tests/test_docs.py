@@ -8,6 +8,7 @@ the test suite are run by .ci/run; here their scripts must exist and be valid.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import re
 import shlex
@@ -235,6 +236,31 @@ def test_links_to_files_lead_to_files(document: str) -> None:
     for target in _LINK.findall((ROOT / document).read_text()):
         if not target.startswith("http"):
             assert ((ROOT / document).parent / target).exists(), target
+
+
+def messages_of_the_code() -> str:
+    """Every text of the packages and scripts; what an f-string fills in is left out."""
+    texts = []
+    for folder in ("dynrank_ds", "eval", "launcher"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [part.value for part in node.values if isinstance(part, ast.Constant)]
+                    texts.append("\0".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    others = {"torch.OutOfMemoryError", "LoRA rank ... is greater than max_lora_rank"}
+    text = (ROOT / ".github/TROUBLESHOOTING.md").read_text()
+    quoted = {
+        one for row in re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE) for one in re.findall("`(.+?)`", row)
+    }
+    assert len(quoted) > 40
+    known = messages_of_the_code()
+    assert {one for one in quoted if one not in known} == others
 
 
 def test_keys_of_recipes_are_documented_as_the_schema_has_them() -> None:
