@@ -83,6 +83,7 @@ def evaluation_plots(
         _draw_differences(axes[1], records, tasks, differences)
         title(axes[1], f"Paired difference: {record.name} less the other run")
     open_axes(axes)
+    axes[-1].margins(x=0.15)  # room for the p-values
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=9, ncols=3
     )
@@ -133,52 +134,34 @@ def difference_table(differences: Sequence[PairedDifference]) -> tuple[list[str]
 
 def _draw_scores(axes: Axes, records: Sequence[RunRecord], tasks: Sequence[str]) -> None:
     for number, record in enumerate(records):
-        found = [(row, record.scores[task]) for row, task in enumerate(tasks) if task in record.scores]
-        places = [row + _offset(number, len(records)) for row, _ in found]
-        values = [100 * score for _, (score, _, _) in found]
-        errors = [
-            [100 * (v - low) for _, (v, low, _) in found],
-            [100 * (high - v) for _, (v, _, high) in found],
-        ]
         colour = SERIES[number % len(SERIES)]
-        axes.errorbar(
-            values,
-            places,
-            xerr=errors,
-            fmt="o",
-            color=colour,
-            markersize=5,
-            capsize=3,
-            label=f"{record.name} ({record.method})",
-        )
+        found = [(row, record.scores[task]) for row, task in enumerate(tasks) if task in record.scores]
+        for row, (score, low, high) in found:
+            _draw_interval(axes, row + _offset(number, len(records)), score, low, high, colour)
+        axes.plot([], [], "o-", color=colour, markersize=5, label=f"{record.name} ({record.method})")
     axes.set_xlabel("score in percent")
-    axes.set_xlim(left=0)
 
 
 def _draw_differences(
-    axes: Axes,
-    records: Sequence[RunRecord],
-    tasks: Sequence[str],
-    differences: Sequence[PairedDifference],
+    axes: Axes, records: Sequence[RunRecord], tasks: Sequence[str], differences: Sequence[PairedDifference]
 ) -> None:
     axes.axvline(0, color=INK, linewidth=1)
     numbers = {one.name: number for number, one in enumerate(records)}
     for d in differences:
         number = numbers[d.other]
         place = tasks.index(d.task) + _offset(number, len(records))
-        value, colour = 100 * d.difference, SERIES[number % len(SERIES)]
-        errors = [[value - 100 * d.low], [100 * d.high - value]]
-        axes.errorbar([value], [place], xerr=errors, fmt="o", color=colour, markersize=5, capsize=3)
+        _draw_interval(axes, place, d.difference, d.low, d.high, SERIES[number % len(SERIES)])
+        right = (100 * max(d.difference, d.high), place)
         axes.annotate(
-            f"p {d.p_value:.2g}",
-            (100 * d.high, place),
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
+            f"p {d.p_value:.2g}", right, (6, 0), textcoords="offset points", va="center", fontsize=8
         )
-    axes.margins(x=0.15)
     axes.set_xlabel("points")
+
+
+def _draw_interval(axes: Axes, place: float, value: float, low: float, high: float, colour: str) -> None:
+    """Draw a value and its interval, which need not hold it: Agresti and Min's is not centred on the difference."""
+    axes.plot([100 * low, 100 * high], [place, place], "|-", color=colour, linewidth=1.5, markersize=7)
+    axes.plot([100 * value], [place], "o", color=colour, markersize=5)
 
 
 def _offset(number: int, records: int) -> float:

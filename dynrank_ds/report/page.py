@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,7 @@ def write_report(
     Raises:
         RunError: one of the folders holds no run, or its newest checkpoint is damaged.
     """
-    record = read_run(run)
-    others = [read_run(path) for path in compare]
+    record, *others = _records([run, *compare])
     differences, unpaired = paired_differences(record, others)
     plots = [
         *rank_plots(record),
@@ -79,6 +79,16 @@ def write_report(
     )
     replace_text(page, text)
     return page
+
+
+def _records(runs: Sequence[Path]) -> list[RunRecord]:
+    """Read the runs; where two have the same name, it is that of the folder above them too."""
+    records = [read_run(run) for run in runs]
+    names = [record.name for record in records]
+    return [
+        replace(record, name="/".join(run.resolve().parts[-2:])) if names.count(record.name) > 1 else record
+        for run, record in zip(runs, records, strict=True)
+    ]
 
 
 def _tables(records: Sequence[RunRecord], differences: Sequence[PairedDifference]) -> list[dict[str, Any]]:

@@ -9,9 +9,10 @@ import pytest
 
 from dynrank_ds.report import write_report
 from dynrank_ds.report.evaluation import evaluation_plots, paired_differences
+from dynrank_ds.report.page import _records
 from dynrank_ds.report.record import read_run
 
-from .conftest import write_lines
+from .conftest import START, write_lines, write_run
 
 
 def write_scores(folder: Path, verdicts: list[bool], protocol: str = "dynrank-math-v1") -> None:
@@ -75,3 +76,11 @@ def test_scores_of_slurm_jobs_are_found_too(run: Path) -> None:
 def test_runs_without_scores_have_no_such_figure(run: Path, lora_run: Path) -> None:
     assert paired_differences(read_run(run), [read_run(lora_run)]) == ([], [])
     assert evaluation_plots(read_run(run), [read_run(lora_run)], []) == []
+
+
+def test_runs_of_the_same_name_are_told_apart_by_the_folder_above(tmp_path: Path) -> None:
+    for parent, verdict in (("first", True), ("second", False)):
+        write_scores(write_run(tmp_path / parent / "run", START, "lora") / "eval", [verdict, False])
+    records = _records([tmp_path / "first/run", tmp_path / "second/run"])
+    (found,), _ = paired_differences(records[0], records[1:])
+    assert records[0].name == "first/run" and found.other == "second/run" and found.difference == 0.5

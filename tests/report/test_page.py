@@ -231,7 +231,7 @@ def test_a_watched_page_renews_itself_until_the_run_ends(run, monkeypatch):
     def pause(seconds):
         pauses.append((seconds, (run / "report.html").read_text().count("http-equiv")))
         if len(pauses) == 2:
-            (run / "state.json").write_text('{"state": "finished"}')
+            (run / "state.json").write_text(json.dumps(STATE | {"state": "finished"}))
 
     monkeypatch.setattr("dynrank_ds.report.watch.time.sleep", pause)
     watch_report(run, seconds=7)
