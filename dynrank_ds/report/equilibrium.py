@@ -99,7 +99,7 @@ def _variances(records: Sequence[RunRecord]) -> Plot:
     rows: list[tuple[object, ...]] = []
     for panel, factor in zip(panels, ("A", "B"), strict=True):
         everything = np.concatenate([variances[factor] for _, variances in found])
-        bins = np.histogram_bin_edges(np.log10(everything[everything > 0]), bins=60)
+        bins = np.histogram_bin_edges(np.log10(everything[everything > 0]), bins=60).tolist()
         for number, (record, variances) in enumerate(found):
             positive = variances[factor][variances[factor] > 0]
             colour = SERIES[number % len(SERIES)]

@@ -116,7 +116,7 @@ def rank_paths(record: RunRecord) -> Figure:
         record.metrics[-1]["step"] if record.metrics else 0,
     ]
     layers = [place(module).layer for module in record.start]
-    colours = ScalarMappable(Normalize(min(layers), max(min(layers) + 1, max(layers))), LINES)
+    norm = Normalize(min(layers), max(min(layers) + 1, max(layers)))
     for panel, kind, label in zip(panels, kinds, labels(kinds), strict=False):
         style(panel)
         for module in (m for m in record.start if place(m).kind == kind):
@@ -125,7 +125,7 @@ def rank_paths(record: RunRecord) -> Figure:
                 *(line["after"][module] for line in record.adjustments),
                 record.end[module],
             ]
-            colour = colours.to_rgba(place(module).layer)
+            colour = LINES(norm(place(module).layer))
             # Thousands of heads as an image, also in the SVG, which would have megabytes of lines.
             panel.step(
                 steps, path, where="post", color=colour, linewidth=1, alpha=0.8, rasterized=len(layers) > 1000
@@ -138,7 +138,7 @@ def rank_paths(record: RunRecord) -> Figure:
     figure.supxlabel("step", size=10, color=INK)
     figure.supylabel("rank", size=10, color=INK)
     if max(layers) > min(layers):
-        colour_bar(figure, list(panels), colours, "layer")
+        colour_bar(figure, list(panels), ScalarMappable(norm, LINES), "layer")
     figure.suptitle(
         "Rank of every module over the steps, by kind of linear",
         x=0.01,
