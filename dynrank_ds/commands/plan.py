@@ -18,13 +18,37 @@ def plan(
     Raises:
         RecipeError, ModelError: a number is no number of GPUs, or the recipe cannot run on so many.
     """
+    return _described(recipe, _made(recipe, nodes, gpus_per_node, gpu_memory_gib, gpu, samples), samples)
+
+
+def plan_that_fits(recipe: Recipe, nodes: int, gpus_per_node: int, gpu_memory_gib: float, gpu: str) -> str:
+    """Return a plan as text, of a run that fits.
+
+    Raises:
+        RecipeError, ModelError: as `plan`, or the run does not fit; the first change that would make it is named.
+    """
+    made = _made(recipe, nodes, gpus_per_node, gpu_memory_gib, gpu, None)
+    if not made.fits:
+        raise RecipeError(
+            f"{nodes} x {gpus_per_node} GPUs of {gpu_memory_gib:g} GiB: by its plan the run "
+            f"{_verdict(recipe, made, None)}; `dynrank plan` shows what takes how much"
+        )
+    return _described(recipe, made, None)
+
+
+def _made(
+    recipe: Recipe, nodes: int, gpus_per_node: int, gpu_memory_gib: float, gpu: str, samples: int | None
+) -> Plan:
     given = {"nodes": nodes, "gpus-per-node": gpus_per_node, "gpu-memory-gib": gpu_memory_gib}
     given["samples"] = 1 if samples is None else samples
     for name, value in given.items():
         if value <= 0:
             raise RecipeError(f"--{name} is {value}: give a number above 0")
-    cluster = Cluster(nodes, gpus_per_node, gpu_memory_gib * GIB, HARDWARE[gpu])
-    made = make_plan(recipe, cluster, samples)
+    return make_plan(recipe, Cluster(nodes, gpus_per_node, gpu_memory_gib * GIB, HARDWARE[gpu]), samples)
+
+
+def _described(recipe: Recipe, made: Plan, samples: int | None) -> str:
+    cluster, host = made.cluster, made.memory
     start = made.architecture.trainable_parameters
     return "\n".join(
         [
@@ -34,16 +58,16 @@ def plan(
             f"batch       {recipe.train.global_batch_size} samples a step: {cluster.gpus} GPUs x "
             f"{recipe.train.micro_batch_size} x {made.accumulation} accumulated, of at most {made.batch.tokens} tokens",
             *_memory(made),
-            f"host        {_gib(made.memory.host_while_loading * gpus_per_node)} GiB a node while the base is loaded"
+            f"host        {_gib(host.host_while_loading * cluster.gpus_per_node)} GiB a node while the base is loaded"
             + (
-                f", {_gib(made.memory.host_of_optimizer * gpus_per_node)} GiB for the optimizer"
-                if made.memory.host_of_optimizer
+                f", {_gib(host.host_of_optimizer * cluster.gpus_per_node)} GiB for the optimizer"
+                if host.host_of_optimizer
                 else ""
             ),
             f"traffic     {_gib(made.traffic.parameters)} GiB of parameters and {_gib(made.traffic.gradients)} GiB of "
             f"gradients received by a GPU and step, at most {made.traffic.adjustment / 2**20:.1f} MiB an adjustment",
             *_time(made),
-            _verdict(recipe, made, samples),
+            f"verdict     {_verdict(recipe, made, samples)}",
         ]
     )
 
@@ -87,11 +111,11 @@ def _time(made: Plan) -> list[str]:
 def _verdict(recipe: Recipe, made: Plan, samples: int | None) -> str:
     share = made.gpu_bytes / made.cluster.memory
     if made.fits:
-        return f"verdict     fits: {share:.0%} of the GPU's memory"
+        return f"fits: {share:.0%} of the GPU's memory"
     change = first_change(recipe, made, samples)
     if change is None:
-        return f"verdict     does not fit: {share:.0%} of the GPU's memory, and 64 nodes would not help"
+        return f"does not fit: {share:.0%} of the GPU's memory, and 64 nodes would not help"
     return (
-        f"verdict     does not fit: {share:.0%} of the GPU's memory; first change: {change.what}, "
+        f"does not fit: {share:.0%} of the GPU's memory; first change: {change.what}, "
         f"with which it takes {change.plan.gpu_bytes / change.plan.cluster.memory:.0%}"
     )

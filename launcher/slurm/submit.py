@@ -2,8 +2,9 @@
 
     python launcher/slurm/submit.py --recipe my.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00
 
-The recipe is checked here, before anything waits in a queue, with its model, data and number of processes. Recipe and
-code are copied into RUN/slurm, where RUN is the recipe's output.dir: what is edited afterwards does not change the job.
+The recipe is checked here, before anything waits in a queue, with its model, data and number of processes, and where
+--gpu-memory-gib is given with `dynrank plan`. Recipe and code are copied into RUN/slurm, where RUN is the recipe's
+output.dir: what is edited afterwards does not change the job.
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus-per-node", type=int, required=True, help="0 for training on CPUs")
     parser.add_argument("--processes-per-node", type=int, help="by default one per GPU")
     parser.add_argument("--cpus-per-process", type=int, default=1, help="CPU cores; default: 1")
+    parser.add_argument(
+        "--gpu-memory-gib",
+        type=float,
+        help="memory of one GPU: what does not fit by `dynrank plan` is refused, and the plan printed",
+    )
+    parser.add_argument(
+        "--gpu", choices=("h100", "h200", "a100"), default="h100", help="whose speeds the plan takes"
+    )
     for name in ("time", "partition", "account", "qos"):
         parser.add_argument(f"--{name}", help=f"as of sbatch, e.g. {_EXAMPLES[name]}")
     parser.add_argument("--after", metavar="JOB", help="begin after this job has ended without an error")
@@ -122,6 +131,7 @@ def submit(arguments: argparse.Namespace) -> None:
 
 
 def _check(recipe: Recipe, arguments: argparse.Namespace, processes: int) -> None:
+    from dynrank_ds.commands.plan import plan_that_fits
     from dynrank_ds.commands.validate import validate
     from dynrank_ds.training.rundir import check_output
 
@@ -135,7 +145,11 @@ def _check(recipe: Recipe, arguments: argparse.Namespace, processes: int) -> Non
     if arguments.evaluate and not recipe.eval.tasks:
         raise RecipeError("--evaluate is given, but eval.tasks of the recipe names no task")
     check_output(Path(recipe.output.dir), resume=True)
-    print(validate(recipe), file=sys.stderr)
+    print(validate(recipe, fewest * processes), file=sys.stderr)
+    if arguments.gpu_memory_gib is not None:
+        # The fewest nodes have the least memory.
+        machine = (fewest, processes, arguments.gpu_memory_gib, arguments.gpu)
+        print(plan_that_fits(recipe, *machine), file=sys.stderr)
 
 
 def _render(recipe: Recipe, run: Path, arguments: argparse.Namespace, processes: int) -> dict[str, str]:

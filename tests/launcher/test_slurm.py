@@ -5,7 +5,6 @@ tests/launcher/test_slurm_cluster.py runs the real ones.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -17,16 +16,12 @@ import pytest
 import yaml
 
 from dynrank_ds.training.rundir import check_output
-from tests.support.launch import ROOT
+from tests.support.launch import launcher_script
 from tests.support.recipes import write_recipe
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"slurm_{name}", ROOT / f"launcher/slurm/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return launcher_script(f"slurm/{name}.py")
 
 
 @pytest.fixture
@@ -96,6 +91,16 @@ def test_a_dry_run_prints_the_batch_files_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_of_the_fewest_nodes_is_printed_where_the_memory_of_a_gpu_is_given(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--nodes", "2-3", "--gpus-per-node", "1", "--gpu-memory-gib", "80", "--gpu", "a100")
+    assert script("submit").main(["--recipe", str(recipe), *options, "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "samples a step: 2 GPUs x 1 x 3 accumulated" in said and "of 80.00\n" in said
+    assert "verdict     fits" in said and "(a100)" in said
+
+
 def test_recipe_and_code_are_frozen_in_a_folder_that_training_accepts(
     recipe: Path, commands: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +148,7 @@ def test_a_second_job_for_a_run_is_refused_while_the_first_is_queued(
         (("--nodes", "two", "--gpus-per-node", "1"), "--nodes is 'two': give a number, or MIN-MAX"),
         (("--gpus-per-node", "0"), "--gpus-per-node is 0: give --processes-per-node"),
         (("--gpus-per-node", "1", "--evaluate"), "eval.tasks of the recipe names no task"),
+        (("--gpus-per-node", "1", "--gpu-memory-gib", "1"), "by its plan the run does not fit: "),
         (("--gpus-per-node", "1", "train.stepz=3"), "did you mean 'steps'?"),
         (("--gpus-per-node", "1", "model.path=/nowhere"), "model.path"),
         (("--gpus-per-node", "1", "output.dir=runs/with a blank"), "need a path of letters"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -15,18 +14,14 @@ import pytest
 
 from dynrank_ds.errors import MachineError, RecipeError
 from dynrank_ds.training.signals import StopRequest
+from tests.support.launch import ROOT, launcher_script
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launcher" / "train.py"
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("launcher_train", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return launcher_script("train.py")
 
 
 @pytest.mark.parametrize(

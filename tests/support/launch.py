@@ -6,6 +6,7 @@ command as a shell starts it is tested where that matters (tests/launcher, tests
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,15 @@ class Started:
         if self._process.is_alive():
             self._process.kill()
             raise TimeoutError(f"a process ran for more than {timeout} s:\n{self.output[-4000:]}")
+
+
+def launcher_script(name: str) -> ModuleType:
+    """A script of launcher/, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "launcher" / name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def free_port() -> str:
