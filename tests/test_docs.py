@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 import yaml
 
 import dynrank_ds.cli
@@ -26,7 +27,7 @@ import dynrank_eval.cli
 from dynrank_ds.composing import JOIN, shipped
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.recipe import load_recipe
-from tests.support.launch import train
+from tests.support.launch import launcher_script, train
 from tests.support.recipe_keys import page
 from tests.support.recipes import write_recipe
 from tests.support.tiny import write_data
@@ -39,10 +40,10 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", ".github/*.md", "*/README.md", "dynrank_ds/*/README.md")
+    for pattern in ("*.md", ".github/*.md", "*/README.md", "dynrank_ds/*/README.md", "launcher/*/README.md")
     for path in ROOT.glob(pattern)
 )
-_PROGRAMS = "dynrank|dynrank-eval|python|bash|deepspeed|pytest|pip|pre-commit"
+_PROGRAMS = "dynrank|dynrank-eval|python|bash|deepspeed|torchrun|pytest|pip|pre-commit"
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) [^`]*)`")
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
@@ -120,6 +121,18 @@ def run_deepspeed(words: list[str], workspace: Path) -> None:
     _check_recipe(after[1], [word for word in after[2:] if not word.startswith("resume=")])
 
 
+def run_torchrun(words: list[str], workspace: Path) -> None:
+    """R stands for the number of a node."""
+    script = words.index("launcher/train.py") if "launcher/train.py" in words else len(words)
+    options = ["0" if word == "R" else word for word in words[:script]]
+    if script < len(words):
+        torch.distributed.run.get_args_parser().parse_args([*options, "launcher/train.py"])
+        run_deepspeed(words[script:], workspace)
+    else:
+        known = torch.distributed.run.get_args_parser().format_help()
+        assert all(word.split("=")[0] in known for word in options if word.startswith("--")), words
+
+
 def _check_recipe(name: str, overrides: list[str]) -> None:
     load_recipe(name, overrides)
 
@@ -129,6 +142,9 @@ def run_python(words: list[str], workspace: Path) -> None:
         assert (ROOT / words[0]).is_file()
         if words[0] == "launcher/train.py":
             run_deepspeed(words, workspace)
+        if words[0] == "launcher/slurm/submit.py":
+            given = launcher_script("slurm/submit.py")._parser().parse_intermixed_args(words[1:])
+            _check_recipe(given.recipe, given.overrides)
         return
     assert importlib.util.find_spec(words[1]) is not None
     if words[1] == "dynrank_ds.bench" and len(words) > 2:
@@ -173,6 +189,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     "dynrank": run_dynrank,
     "dynrank-eval": run_dynrank_eval,
     "deepspeed": run_deepspeed,
+    "torchrun": run_torchrun,
     "python": run_python,
     "bash": run_bash,
     "pytest": run_pytest,
