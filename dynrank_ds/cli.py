@@ -99,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--force", action="store_true", help="merge into another base than the adapter was trained on"
     )
+    merge.add_argument(
+        "--match-quantised-base",
+        action="store_true",
+        help="of an adapter that was trained in NF4: merge into the dequantised weights that it was trained against",
+    )
 
     resize = _command(
         commands, "resize", _resize, "write a PEFT LoRA adapter at another size, as the best approximation"
@@ -223,7 +228,16 @@ def _export(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from dynrank_ds.export import merge_adapter
 
-    merge_adapter(arguments.adapter, arguments.base, arguments.output, arguments.workers, arguments.force)
+    difference = merge_adapter(
+        arguments.adapter,
+        arguments.base,
+        arguments.output,
+        arguments.workers,
+        arguments.force,
+        arguments.match_quantised_base,
+    )
+    if difference is not None:
+        print(f"largest difference of logits from the NF4 base with the adapter: {difference}")
     print(arguments.output)
 
 

@@ -25,9 +25,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
+from dynrank_ds.adapters.linear import Variant
 from dynrank_ds.composing import read_recipe
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods import AnyMethodConfig
+from dynrank_ds.methods import AnyMethodConfig, method_class
 from dynrank_ds.ranking.schedule import resolve_steps
 from dynrank_ds.recipe_mistakes import sentence
 from dynrank_ds.section import Section, inconsistent
@@ -151,6 +152,8 @@ class AdapterSection(Section):
     """Numerator of the scale s in y = W x + s B^T diag(g) A x."""
     scaling: Literal["rank", "root_rank"] = "rank"
     """The scale s of every module, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
+    weight_decomposed: bool = False
+    """Train a magnitude for each output row beside its direction, as in DoRA (Liu et al., 2024); not `dynamic_dora`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which an element of an adapter's input is 0 in training; masks do not depend on world size."""
     targets: Targets = LLAMA_LINEARS
@@ -163,6 +166,11 @@ class AdapterSection(Section):
     """Ranks of single modules when training begins, by full name or a dotted end of it; others have adapter.rank."""
     init_from: LocalPath | None = None
     """Folder of a PEFT LoRA adapter to start from, with its ranks; adapter.rank then sets the scale alone."""
+
+    @property
+    def variant(self) -> Variant:
+        """What adapted linears are."""
+        return "weight_decomposed" if self.weight_decomposed else "plain"
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         """Return the upper limit of the rank of a module of these sides."""
@@ -233,6 +241,9 @@ class EvalSection(Section):
     """Folder of the tasks' data files, --data-dir of dynrank-eval."""
 
 
+_KEYS_OF_VARIANTS: dict[Variant, str] = {"weight_decomposed": "adapter.weight_decomposed is true"}
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -262,6 +273,16 @@ class Recipe(Section):
         if limit is not None and mean is not None and limit < mean:
             raise inconsistent(
                 f"adapter.max_rank {limit} is below {mean}, the mean rank that {self.method.name} ends with"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_variants_that_do_not_combine(self) -> Recipe:
+        variant, method = self.adapter.variant, method_class(self.method)
+        given = f"{_KEYS_OF_VARIANTS.get(variant)} with method.name {self.method.name}"
+        if method.per_head and variant != "plain":
+            raise inconsistent(
+                f"{given}, whose modules are attention heads: variants are of whole linear layers"
             )
         return self
 

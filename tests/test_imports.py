@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _LAYERS = (
     ("documents", "dtypes", "errors", "hub", "prompts", "section"),
     ("composing", "files", "ranking", "tensorfile"),
-    ("adapters", "base_weights"),
+    ("adapters", "base_weights", "quantised_layers"),
     ("data", "methods", "zero"),
     ("checkpoint", "recipe_mistakes"),
     ("recipe",),

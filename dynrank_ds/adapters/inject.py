@@ -10,9 +10,14 @@ from dynrank_ds.adapters.heads import HeadedLinear, HeadSplit
 from dynrank_ds.adapters.initial import module_generator
 from dynrank_ds.adapters.linear import AdaptedLinear, AdaptedModule, FactorInit, Variant
 from dynrank_ds.adapters.pissa import PissaLinear
+from dynrank_ds.adapters.weight_decomposed import WeightDecomposedLinear
 from dynrank_ds.errors import RecipeError
 
-_LINEARS: Mapping[Variant, type[AdaptedLinear]] = {"plain": AdaptedLinear, "pissa": PissaLinear}
+_LINEARS: Mapping[Variant, type[AdaptedLinear]] = {
+    "plain": AdaptedLinear,
+    "pissa": PissaLinear,
+    "weight_decomposed": WeightDecomposedLinear,
+}
 """What a linear that is one module becomes."""
 
 

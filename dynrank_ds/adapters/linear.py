@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from dynrank_ds.adapters.dropout import InputFactors
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
+VECTORS = ("magnitude_offset",)
+"""What a variant of the layer may train beside its triples."""
 
 
 @dataclass
@@ -161,6 +163,17 @@ class AdaptedModule(nn.Module):
         """Return the factors that exist, in the order of FACTORS."""
         return {name: self._parameters[name] for name in FACTORS if self._parameters[name] is not None}  # type: ignore[misc]
 
+    def vectors(self) -> dict[str, nn.Parameter]:
+        """Return what is trained beside the triples and has one size at any rank; nothing here."""
+        return {}
+
+    def set_vectors(self, vectors: Mapping[str, Tensor]) -> None:
+        """Own the vectors among `vectors`, by name; nothing here."""
+
+    def constants(self) -> dict[str, Tensor]:
+        """Return what follows from the base and a checkpoint keeps, so that it is exported without the base."""
+        return {}
+
     def update(self, x: Tensor) -> Tensor | None:
         """Return s * B^T diag(g) A x for x (..., in); None at rank 0."""
         if self.lora_A is None or self.lora_B is None:
@@ -193,5 +206,5 @@ class AdaptedLinear(AdaptedModule):
 FactorInit = Callable[[int, int, int, torch.Generator], dict[str, Tensor]]
 """(rank, in_features, out_features, generator) -> fp32 factors of that many triples."""
 
-Variant = Literal["plain", "pissa"]
+Variant = Literal["plain", "pissa", "weight_decomposed"]
 """What a linear that is one module becomes; inject.py has the classes."""

@@ -9,7 +9,7 @@ from pathlib import Path
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def added_memory(work: Callable[[], None]) -> int:
+def added_memory(work: Callable[[], object]) -> int:
     """Return the bytes that this process held at most during `work`, beyond what it held before."""
     CLEAR.write_text("5")  # the high-water mark starts anew
     before = _read("VmRSS")

@@ -65,14 +65,14 @@ def measure_merge(recipe: Recipe, quick: bool) -> Iterator[Figure]:
 class _Measured:
     """A piece of work that notes the memory it took."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], object]) -> None:
         self._work, self.memory = work, 0
 
     def __call__(self) -> None:
         self.memory = added_memory(self._work)
 
 
-def _seconds(work: Callable[[], None], output: Path) -> float:
+def _seconds(work: Callable[[], object], output: Path) -> float:
     started = time.perf_counter()
     work()
     seconds = time.perf_counter() - started

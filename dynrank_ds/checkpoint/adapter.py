@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from dynrank_ds.adapters.linear import Part
+from dynrank_ds.adapters.weight_decomposed import BASE_NORMS, MAGNITUDE_OFFSET
 from dynrank_ds.checkpoint.files import check_tensors, read_state
+from dynrank_ds.checkpoint.keys import MASTER, constant_key, factor_key
 from dynrank_ds.errors import RunError
 from dynrank_ds.tensorfile import TensorFileReader
 
@@ -93,16 +95,34 @@ class TrainedAdapter:
         """
         return [self._factors(module) for module in self._modules[name] if module.rank]
 
+    def magnitudes(self, name: str) -> torch.Tensor | None:
+        """Return the magnitude of each output row of the linear `name`, (out,) fp32; None where weights are whole.
+
+        Raises:
+            RunError: as `triples`.
+        """
+        shape = (self.linears[name].out_features,)
+        offset = factor_key(MASTER, name, MAGNITUDE_OFFSET)
+        if offset not in self._file.entries:
+            return None
+        return self._tensor(constant_key(BASE_NORMS, name), shape) + self._tensor(offset, shape)
+
+    @property
+    def weight_decomposed(self) -> bool:
+        """Whether its linears have magnitudes."""
+        return any(factor_key(MASTER, name, MAGNITUDE_OFFSET) in self._file.entries for name in self.linears)
+
     def _factors(self, module: _Module) -> tuple[torch.Tensor, torch.Tensor]:
         return (
-            self._tensor(f"master/{module.name}.lora_A", (module.rank, module.in_features)),
-            self._tensor(f"master/{module.name}.lora_B", (module.rank, module.out_features)),
+            self._tensor(factor_key(MASTER, module.name, "lora_A"), (module.rank, module.in_features)),
+            self._tensor(factor_key(MASTER, module.name, "lora_B"), (module.rank, module.out_features)),
         )
 
     def _triples(self, module: _Module) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = self._factors(module)
-        if f"master/{module.name}.lora_E" in self._file.entries:
-            b *= self._tensor(f"master/{module.name}.lora_E", (module.rank,))[:, None]
+        gate = factor_key(MASTER, module.name, "lora_E")
+        if gate in self._file.entries:
+            b *= self._tensor(gate, (module.rank,))[:, None]
         if module.gate is not None:
             b *= torch.tensor(module.gate)[:, None]
         if module.part is None:

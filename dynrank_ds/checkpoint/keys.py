@@ -9,8 +9,13 @@ MASTER = "master"
 
 
 def factor_key(state: str, module: str, factor: str) -> str:
-    """Return the name of one state of one factor, such as `master/model.layers.0.self_attn.q_proj.lora_A`."""
+    """Return the name of one state of one factor or vector, such as `master/model.layers.0.self_attn.q_proj.lora_A`."""
     return f"{state}/{module}.{factor}"
+
+
+def vector_shape(vector: str, shape: ModuleShape) -> tuple[int, ...]:
+    """Return the shape of every state of what a module trains beside its triples."""
+    return (shape.vector_length(vector),)
 
 
 def factor_shape(factor: str, rank: int, shape: ModuleShape) -> tuple[int, ...]:
@@ -21,6 +26,11 @@ def factor_shape(factor: str, rank: int, shape: ModuleShape) -> tuple[int, ...]:
 def partial_key(statistic: str, process: int | str) -> str:
     """Return the name of one process's part of a statistic that is a sum over processes."""
     return f"statistics/{statistic}/{process}"
+
+
+def constant_key(name: str, module: str) -> str:
+    """Return the name of what follows from the base alone and is kept for export, such as ||W_i||."""
+    return f"constant/{module}.{name}"
 
 
 def replicated_key(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynrank_ds.adapters.linear import FACTORS
+from dynrank_ds.adapters.linear import FACTORS, VECTORS
 from dynrank_ds.checkpoint.files import TENSORS, Progress, read_state
 from dynrank_ds.checkpoint.keys import MASTER, factor_key, partial_key, replicated_key
 from dynrank_ds.methods.base import Method
@@ -39,10 +39,10 @@ class Checkpoint:
         return Progress(self.metadata["step"], self.metadata["batch"])
 
     def factors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield (module, {factor: fp32 weights}) of every adapted module, one after another."""
+        """Yield (module, {factor or vector: fp32 weights}) of every adapted module, one after another."""
         with TensorFileReader(self.path / TENSORS) as file:
             for module in self.metadata["blocks"]:
-                keys = {factor: factor_key(MASTER, module, factor) for factor in FACTORS}
+                keys = {name: factor_key(MASTER, module, name) for name in (*FACTORS, *VECTORS)}
                 yield module, {factor: file.read(key) for factor, key in keys.items() if key in file.entries}
 
     def initial_ranks(self) -> dict[str, int]:

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from dynrank_ds.checkpoint import files
 from dynrank_ds.checkpoint.files import FORMAT, STATE, TENSORS, Progress
-from dynrank_ds.checkpoint.keys import MASTER, factor_key, factor_shape, partial_key, replicated_key
+from dynrank_ds.checkpoint.keys import (
+    MASTER,
+    constant_key,
+    factor_key,
+    factor_shape,
+    partial_key,
+    replicated_key,
+    vector_shape,
+)
 from dynrank_ds.errors import RunError
 from dynrank_ds.files import sync, write_synced
 from dynrank_ds.methods.base import Method
@@ -59,6 +67,8 @@ def save(
             if writer:
                 writer.attempt(writer.tensor, partial_key(statistic, process), theirs)
     if writer:
+        for key, value in _constants(engine).items():
+            writer.attempt(writer.tensor, key, value)
         for name, value in method.replicated_state.items():
             writer.attempt(writer.tensor, replicated_key(name), value)
         writer.attempt(writer.publish, {**asdict(progress), **metadata})
@@ -71,6 +81,16 @@ def save(
             f"the checkpoint {final} could not be written ({error}); earlier ones are undamaged: "
             "free disk space or repair the disk, then resume with resume=auto"
         ) from error
+
+
+def _constants(engine: ZeroEngine) -> dict[str, Tensor]:
+    """Return by key what every process knows of the base and an export needs."""
+    modules = zip(engine.layout.shapes, engine.modules, strict=True)
+    return {
+        constant_key(name, shape.name): value
+        for shape, module in modules
+        for name, value in module.constants().items()
+    }
 
 
 class _Writer:
@@ -107,6 +127,16 @@ class _Writer:
             if rank
         ]
         entries += [
+            TensorEntry(factor_key(state, shape.name, vector), torch.float32, vector_shape(vector, shape))
+            for state in (MASTER, *MOMENTS)
+            for shape in layout.shapes
+            for vector in layout.vectors
+        ]
+        entries += [
+            TensorEntry(key, value.dtype, tuple(value.shape))
+            for key, value in _constants(self.engine).items()
+        ]
+        entries += [
             TensorEntry(partial_key(name, process), part.dtype, tuple(part.shape))
             for name, part in self.method.partial_statistics.items()
             for process in range(processes.world_size())
@@ -121,8 +151,12 @@ class _Writer:
         self.file.write(name, value)
 
     def rows(self, state: str, module: int, factor: str, rows: Tensor) -> None:
-        shape = self.engine.layout.shapes[module]
-        target = factor_shape(factor, self.engine.layout.ranks[module], shape)
+        layout = self.engine.layout
+        shape = layout.shapes[module]
+        if factor in layout.vectors:
+            target = vector_shape(factor, shape)
+        else:
+            target = factor_shape(factor, layout.ranks[module], shape)
         self.file.write(factor_key(state, shape.name, factor), rows.reshape(target))
 
     def publish(self, metadata: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def validate(recipe: Recipe, n_processes: int = 1) -> str:
     if warning := dtypes.slow_dtype_warning(run.recipe.model.dtype, "cpu" if on_cpu else "cuda"):
         logger.warning("model.dtype: %s", warning)
     modules, recipe = run.modules, run.recipe
-    trainable = sum(p.numel() for module in modules.values() for p in module.factors().values())
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     base = sum(p.numel() for p in run.model.parameters()) - trainable
     linears = len({module.part.linear if module.part else name for name, module in modules.items()})
     held_out = f"; {len(run.held_out):,} more are held out" if len(run.held_out) else ""

@@ -9,7 +9,7 @@ from dynrank_ds.checkpoint.adapter import TrainedAdapter
 from dynrank_ds.checkpoint.files import newest_checkpoint
 from dynrank_ds.export.folder import staged_folder
 from dynrank_ds.export.model_card import CARD, RESULTS, evaluation_scores, model_card, provenance
-from dynrank_ds.export.peft_writer import DTYPES, Format, write_adapter
+from dynrank_ds.export.peft_writer import DTYPES, Format, refuse_format, write_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def export_checkpoint(
     """
     checkpoint = checkpoint.resolve()
     with TrainedAdapter(checkpoint) as adapter:
+        refuse_format(adapter, format)
         record = {
             "from": str(checkpoint),
             "format": format,
@@ -76,6 +77,11 @@ def _source(record: Mapping[str, Any]) -> tuple[str, str, str] | None:
 def _tell_ranks(adapter: TrainedAdapter) -> None:
     """Say what rank an engine that serves the adapter must allow, which heads that are modules make far larger."""
     name, largest = max(adapter.linears.items(), key=lambda item: item[1].rank)
+    if adapter.weight_decomposed:
+        logger.info(
+            "the adapter is weight-decomposed, which vLLM does not serve: merge it with `dynrank merge`"
+        )
+        return
     heads = f", the sum of the ranks of its {largest.heads} heads" if largest.heads > 1 else ""
     logger.info(
         "adapter of rank up to %d (%s)%s: vLLM's max_lora_rank must allow it", largest.rank, name, heads

@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -14,6 +16,9 @@ from dynrank_ds.errors import ModelError
 from dynrank_ds.files import read_json
 from dynrank_ds.hub import is_hub_id
 from dynrank_ds.tensorfile import TensorFileReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 # Configuration, tokenizer, chat template, licence: all that a model folder holds besides weights and code.
@@ -91,6 +96,16 @@ def loaded_names(folder: Path, stored: Sequence[str]) -> dict[str, str]:
     Raises:
         ModelError: transformers knows no such model.
     """
+    model = model_without_weights(folder)
+    return {name: loaded.name for name, loaded in base_weights.loaded_names(model, stored).items()}
+
+
+def model_without_weights(folder: Path, device: str | None = "meta") -> "PreTrainedModel":
+    """Return the model of a folder's configuration on the meta device; None is the device of the context.
+
+    Raises:
+        ModelError: transformers knows no such model.
+    """
     # transformers takes seconds to import, and most merges do not need it.
     import torch
     import transformers
@@ -99,15 +114,16 @@ def loaded_names(folder: Path, stored: Sequence[str]) -> dict[str, str]:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # Composite models are not among Auto's causal language models.
         kind = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"):
-            if kind:
-                model = kind(config)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with torch.device(device) if device else nullcontext():
+            model: PreTrainedModel = (
+                kind(config)
+                if kind
+                else transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{folder} is no model that transformers knows: {reason}") from error
-    return {name: loaded.name for name, loaded in base_weights.loaded_names(model, stored).items()}
+    return model
 
 
 def model_hash(folder: Path) -> str:

@@ -13,7 +13,13 @@ import torch
 from dynrank_ds.export.base_model import BaseModel, find_base, model_hash, stored_modules
 from dynrank_ds.export.folder import read_record
 from dynrank_ds.export.low_rank import effective_rank, singular_values
-from dynrank_ds.export.peft_adapter import Update, factor_key, module_of, open_weights
+from dynrank_ds.export.peft_adapter import (
+    Update,
+    factor_key,
+    module_of,
+    module_of_magnitude,
+    open_weights,
+)
 from dynrank_ds.export.peft_config import CONFIG, AdapterConfig, read_config
 from dynrank_ds.tensorfile import TensorEntry, TensorFileReader
 
@@ -83,7 +89,8 @@ def inspect_adapter(adapter: Path, base: str | None = None) -> Inspection:
     """Read every tensor of a LoRA adapter, one module at a time, and return what it holds and what is wrong with it.
 
     Args:
-        adapter: folder of a PEFT LoRA adapter; DoRA's and others' additional tensors are counted, not judged.
+        adapter: folder of a PEFT LoRA adapter; of DoRA's the magnitudes are checked too, others' additional tensors are
+            counted.
         base: folder or hub id of a model to compare it with; None compares with none.
 
     Raises:
@@ -95,9 +102,11 @@ def inspect_adapter(adapter: Path, base: str | None = None) -> Inspection:
     with open_weights(adapter) as file:
         modules, other, defects = _sort_tensors(file, config)
         reports = [_report(file, config, module, defects) for module in modules]
+        if config.weight_decomposed:
+            defects += _magnitude_defects(file, {report.name: report.shape[0] for report in reports})
     if not modules:
         defects.append("it has no module with both lora_A and lora_B")
-    elif all(report.norm == 0 for report in reports):
+    elif all(report.norm == 0 for report in reports) and not config.weight_decomposed:
         defects.append("every lora_B or lora_A is zero: the adapter changes nothing")
     others = {_plain_key(key).rsplit(".lora_", 1)[0] for key in other}
     defects += _unmatched_targets(config, [*modules, *others])
@@ -126,6 +135,24 @@ def _sort_tensors(file: TensorFileReader, config: AdapterConfig) -> tuple[list[s
             defects.append(f"{key} is no name of PEFT's for a LoRA factor: it would be ignored")
     defects += _duplicates(file)
     return [module for module in modules if _is_whole(file, module, defects)], other, defects
+
+
+def _magnitude_defects(file: TensorFileReader, lengths: Mapping[str, int]) -> list[str]:
+    """Modules of a weight-decomposed adapter without magnitudes, or with some that are no numbers or too few."""
+    keys = {module_of_magnitude(key): key for key in file.entries}
+    defects = []
+    for name, length in lengths.items():
+        if name not in keys:
+            defects.append(f"{name} has no magnitudes, but {CONFIG} says use_dora")
+            continue
+        magnitudes = file.read(keys[name])
+        if magnitudes.shape != (length,):
+            defects.append(
+                f"the magnitudes of {name} are {tuple(magnitudes.shape)}, not one for each of {length} rows"
+            )
+        elif not torch.isfinite(magnitudes).all():
+            defects.append(f"the magnitudes of {name} hold NaN or infinite values")
+    return defects
 
 
 def _duplicates(file: TensorFileReader) -> list[str]:

@@ -2,46 +2,57 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from dynrank_ds.base_weights import BaseWeights
 from dynrank_ds.errors import ModelError, RunError
-from dynrank_ds.export.base_model import BaseModel, find_base, model_hash, stored_modules
+from dynrank_ds.export.base_model import BaseModel, find_base, loaded_names, model_hash, stored_modules
 from dynrank_ds.export.folder import read_record, staged_folder
-from dynrank_ds.export.peft_adapter import PeftAdapter, Update
-from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter
+from dynrank_ds.export.merging import Merge, MergedWeights, Nf4Base, StoredWeights
+from dynrank_ds.export.nf4_base import nf4_modules, nf4_settings
+from dynrank_ds.export.peft_adapter import PeftAdapter
+from dynrank_ds.export.probe import Difference, ProbeError, logit_difference
+from dynrank_ds.tensorfile import TensorEntry, TensorFileReader
 
 logger = logging.getLogger(__name__)
 
 _MERGEABLE = (torch.float32, torch.bfloat16, torch.float16)
-# Elements whose fp32 copies exist at one time. Smaller pieces spend their time on waking threads: on a busy
-# 2-core machine a fourth of this took three times as long.
-_ELEMENTS_AT_ONCE = 1 << 22
 
 
 def merge_adapter(
-    adapter: Path, base: str | None, output: Path, workers: int = 1, force: bool = False
-) -> None:
+    adapter: Path,
+    base: str | None,
+    output: Path,
+    workers: int = 1,
+    force: bool = False,
+    match_quantised_base: bool = False,
+) -> Difference | None:
     """Write the Hugging Face model whose weights are W + (alpha / r) B A, under the base's file names.
 
-    The sum is computed in fp32 and stored in the base's dtype. At no time does memory hold more than the
-    largest tensor, one module's factors and some 60 MB of scratch space, for each worker.
+    Rows of weights that are decomposed are scaled to the adapter's magnitudes. The sum is computed in fp32 and stored
+    in the base's dtype. At no time does memory hold more than the largest tensor, one module's factors and some 60 MB
+    of scratch space, for each worker.
 
     Args:
-        adapter: the folder of a PEFT LoRA adapter.
+        adapter: the folder of a PEFT LoRA or DoRA adapter.
         base: folder or hub id of the base model; None takes the one that the adapter names.
         output: a folder that is new, empty, or an earlier merge of the same adapter and base.
         workers: files of the base that are merged at one time, by threads.
         force: merge into a base that is not the one that the adapter was trained on, with a warning.
+        match_quantised_base: take as W what an adapter that was trained in NF4 saw, the quantised layers dequantised;
+            without it the base as it is stored.
+
+    Returns:
+        Of an adapter that was trained in NF4, how far the merged model's logits are from those of training's base with
+        the adapter; None for others, and for models whose weights cannot be compared one by one.
 
     Raises:
-        RunError: for an adapter that is missing, not plain LoRA, not finite or without any effect, and an
-            output folder of something else.
+        RunError: for an adapter that is missing, neither plain LoRA nor DoRA, not finite or without any effect, one
+            that was not trained in NF4 with `match_quantised_base`, and an output folder of something else.
         ModelError: for a base that is missing, quantised, has no such modules as the adapter's, or has another hash
             than the one that the adapter was trained on.
     """
@@ -51,13 +62,22 @@ def merge_adapter(
         name = base or source.base_model
         if not name:
             raise RunError(f"{adapter} does not name its base model: name it with --base")
+        trained_in = nf4_settings(read_record(adapter))
+        if match_quantised_base and trained_in is None:
+            raise RunError(
+                f"--match-quantised-base is given, but no dynrank.json of {adapter} says that it was trained on a base "
+                "in NF4: merge without it"
+            )
         model = find_base(name)
         modules = stored_modules(model, source.modules)
         _check_targets(source, model, modules)
         _check_hash(adapter, model, force)
+        nf4 = Nf4Base(trained_in, nf4_modules(model, trained_in)) if trained_in else None
+        merge = Merge(adapter, model, modules, nf4 if match_quantised_base else None)
         record = {
             "adapter": str(adapter.resolve()),
             "base": str(Path(name).resolve()) if Path(name).is_dir() else name,
+            **({"match_quantised_base": True} if match_quantised_base else {}),
         }
 
         def same(there: Mapping[str, Any]) -> bool:
@@ -66,7 +86,19 @@ def merge_adapter(
         with staged_folder(output, record, same, (adapter, model.folder)) as folder:
             for companion in model.companions:
                 shutil.copyfile(model.folder / companion, folder / companion)
-            _merge_shards(adapter, model, modules, folder, workers)
+            merge.write(folder, workers)
+            return _probe(Merge(adapter, model, modules, nf4), folder) if nf4 else None
+
+
+def _probe(as_trained: Merge, merged: Path) -> Difference | None:
+    """Compare the merged weights with the exact sums of what training saw."""
+    try:
+        with MergedWeights(as_trained) as left, BaseWeights(merged) as right:
+            names = loaded_names(as_trained.model.folder, list(right.entries))
+            return logit_difference(as_trained.model.folder, names, left, StoredWeights(right))
+    except ProbeError as error:
+        logger.warning("the logits of the merged model were not compared with those of training: %s", error)
+        return None
 
 
 def _check_targets(adapter: PeftAdapter, model: BaseModel, modules: Mapping[str, str]) -> None:
@@ -111,79 +143,3 @@ def _check_hash(adapter: Path, model: BaseModel, force: bool) -> None:
     if not force:
         raise ModelError(f"{message}; name the right one with --base, or merge all the same with --force")
     logger.warning("%s", message)
-
-
-def _merge_shards(
-    adapter: Path, model: BaseModel, modules: Mapping[str, str], folder: Path, workers: int
-) -> None:
-    total = sum((model.folder / shard).stat().st_size for shard in model.shards)
-    with (
-        tqdm(total=total, desc="merge", unit="B", unit_scale=True) as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-
-        def merge(shard: str) -> int:
-            return _merge_shard(adapter, model.folder / shard, modules, folder / shard, bar)
-
-        futures = [pool.submit(merge, shard) for shard in model.shards]
-        try:
-            changed = sum(future.result() for future in futures)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if changed == 0:
-        raise RunError(f"No weight of {model.folder} changes at its precision: the adapter changes nothing")
-    logger.info("merged: %d modules changed their weight", changed)
-
-
-def _merge_shard(
-    adapter: Path, source: Path, modules: Mapping[str, str], path: Path, bar: "tqdm[Any]"
-) -> int:
-    """Write the merged copy of one file; returns how many of its tensors differ from the base's."""
-    changed = 0
-    with (
-        PeftAdapter(adapter) as updates,
-        TensorFileReader(source) as reader,
-        TensorFileWriter(path, list(reader.entries.values()), reader.metadata) as writer,
-    ):
-        for entry in reader.entries.values():
-            changed += _merge_tensor(updates, entry.name, modules[entry.name], reader, writer)
-            bar.update(entry.nbytes)
-    return changed
-
-
-def _merge_tensor(
-    adapter: PeftAdapter, name: str, module: str, reader: TensorFileReader, writer: TensorFileWriter
-) -> bool:
-    """Copy one tensor with what the adapter adds to it; returning frees it before the next one is read."""
-    if module not in adapter.modules:
-        writer.copy(name, reader)
-        return False
-    tensor = reader.read(name)
-    changed = _add(tensor, adapter.update(module))
-    writer.write(name, tensor)
-    return changed
-
-
-def _add(weight: torch.Tensor, update: Update) -> bool:
-    """Add the update to `weight` (out, in) in place, some rows at a time; tells whether any value changed."""
-    changed = False
-    # One piece of memory for all rows: new memory each time costs more than the arithmetic.
-    scratch = torch.empty(_rows_at_once(weight), weight.shape[1])
-    for rows in _slices(weight):
-        merged = scratch[: len(weight[rows])].copy_(weight[rows])
-        merged.addmm_(update.b[rows], update.a, alpha=update.scale)
-        # Compared until a difference is found, which is mostly in the first rows.
-        changed = changed or not torch.equal(merged.to(weight.dtype), weight[rows])
-        weight[rows] = merged
-    return changed
-
-
-def _rows_at_once(weight: torch.Tensor) -> int:
-    return min(len(weight), max(1, _ELEMENTS_AT_ONCE // weight.shape[1]))
-
-
-def _slices(weight: torch.Tensor) -> Iterator[slice]:
-    rows = _rows_at_once(weight)
-    for start in range(0, weight.shape[0], rows):
-        yield slice(start, start + rows)

@@ -48,7 +48,7 @@ def model_card(adapter: TrainedAdapter, format: str, scores: Mapping[str, float]
     }
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        "# LoRA adapter with a rank of its own in each layer",
+        f"# {_kind(adapter)} adapter with a rank of its own in each layer",
         _facts(adapter, format),
         "## Ranks\n\n" + _ranks(adapter.linears),
         "## Use\n\n" + _use(adapter, format),
@@ -60,13 +60,19 @@ def model_card(adapter: TrainedAdapter, format: str, scores: Mapping[str, float]
     return "\n\n".join(parts) + "\n"
 
 
+def _kind(adapter: TrainedAdapter) -> str:
+    return "Weight-decomposed LoRA (DoRA)" if adapter.weight_decomposed else "LoRA"
+
+
 def _facts(adapter: TrainedAdapter, format: str) -> str:
-    parameters = sum(s.rank * (s.in_features + s.out_features) for s in adapter.linears.values())
+    linears = adapter.linears.values()
+    parameters = sum(s.rank * (s.in_features + s.out_features) for s in linears)
+    parameters += sum(s.out_features for s in linears) if adapter.weight_decomposed else 0
     rows = {
         "base model": f"`{adapter.base_model}`",
         "hash of the base": f"`{adapter.base_model_hash}`" if adapter.base_model_hash else "not recorded",
         "method": f"`{adapter.method}`, {adapter.step} steps",
-        "total rank": f"{sum(s.rank for s in adapter.linears.values())} in {len(adapter.linears)} linear layers",
+        "total rank": f"{sum(s.rank for s in linears)} in {len(linears)} linear layers",
         "parameters": f"{parameters:,}",
         "format": "each layer at its own rank" if format == "peft" else "padded to one rank, alpha = r",
     }
@@ -86,12 +92,17 @@ def _ranks(linears: Mapping[str, LinearShape]) -> str:
 
 def _use(adapter: TrainedAdapter, format: str) -> str:
     largest = max(shape.rank for shape in adapter.linears.values())
-    engines = (
-        f"vLLM needs `max_lora_rank` of at least {largest}. Engines that ignore `rank_pattern` and `alpha_pattern` "
-        "would apply wrong scales: export with `--format padded` for them."
-        if format == "peft"
-        else f"Every layer has rank {largest} and the scale 1: vLLM needs `max_lora_rank` of at least {largest}."
-    )
+    if adapter.weight_decomposed:
+        engines = (
+            "vLLM, SGLang and llama.cpp serve no magnitudes: merge the adapter with `dynrank merge` for them."
+        )
+    elif format == "peft":
+        engines = (
+            f"vLLM needs `max_lora_rank` of at least {largest}. Engines that ignore `rank_pattern` and `alpha_pattern` "
+            "would apply wrong scales: export with `--format padded` for them."
+        )
+    else:
+        engines = f"Every layer has rank {largest} and the scale 1: vLLM needs `max_lora_rank` of at least {largest}."
     base = json.dumps(adapter.base_model)
     return f"""{engines}
 

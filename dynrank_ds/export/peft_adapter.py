@@ -12,6 +12,7 @@ from dynrank_ds.export.peft_config import CONFIG, WEIGHTS, read_config
 from dynrank_ds.tensorfile import TensorFileReader
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 
 
 def factor_key(module: str, side: str) -> str:
@@ -22,6 +23,17 @@ def factor_key(module: str, side: str) -> str:
 def module_of(key: str) -> str | None:
     """Return the module that a tensor is a LoRA factor of, by PEFT's name of the tensor; None for any other."""
     match = _KEY.fullmatch(key)
+    return match and match["module"]
+
+
+def magnitude_key(module: str) -> str:
+    """Return PEFT's name of the magnitudes of the module `module`."""
+    return f"base_model.model.{module}.lora_magnitude_vector"
+
+
+def module_of_magnitude(key: str) -> str | None:
+    """Return the module that a tensor has the magnitudes of, by PEFT's name of the tensor; None for any other."""
+    match = _MAGNITUDE.fullmatch(key)
     return match and match["module"]
 
 
@@ -40,7 +52,7 @@ def open_weights(folder: Path) -> TensorFileReader:
 
 @dataclass(frozen=True)
 class Update:
-    """W becomes W + scale * b @ a, with a (r, in) and b (out, r) in fp32."""
+    """W becomes W + scale * b @ a, with a (r, in) and b (out, r) in fp32; rows are scaled where magnitudes say so."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -57,7 +69,7 @@ class PeftAdapter:
         dtype: of the factors, the widest of them.
 
     Raises:
-        RunError: if the folder holds no such adapter, or one that is not plain LoRA on linear layers.
+        RunError: if the folder holds no such adapter, or one that is neither plain LoRA nor DoRA on linear layers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,9 +80,11 @@ class PeftAdapter:
         self.modules = {name: self._shape(name) for name in self._module_names()}
         if not self.modules:
             raise RunError(f"{self._path} holds no LoRA tensors")
+        self._magnitudes = self._magnitude_keys()
         self.ranks = {name: self.config.rank(name) for name in self.modules}
         self.dtype = max(
-            (entry.dtype for entry in self._file.entries.values()), key=lambda dtype: dtype.itemsize
+            (self._file.entries[factor_key(name, side)].dtype for name in self.modules for side in "AB"),
+            key=lambda dtype: dtype.itemsize,
         )
 
     @property
@@ -87,9 +101,37 @@ class PeftAdapter:
         a, b = (self._finite(factor_key(module, side)).float() for side in "AB")
         return Update(a, b, self.config.scale(module))
 
+    @property
+    def weight_decomposed(self) -> bool:
+        """Whether its modules have magnitudes (DoRA)."""
+        return self.config.weight_decomposed
+
+    def magnitudes(self, module: str) -> torch.Tensor:
+        """Return what the rows of W + dW are scaled to, (out,) fp32, of a module of a weight-decomposed adapter.
+
+        Raises:
+            RunError: for values that are not finite.
+        """
+        return self._finite(self._magnitudes[module]).float()
+
+    def _magnitude_keys(self) -> dict[str, str]:
+        """Return the tensor of every module's magnitudes; {} where it is not weight-decomposed."""
+        if not self.weight_decomposed:
+            return {}
+        found = {module_of_magnitude(key): key for key in self._file.entries}
+        for name, (out_features, _) in self.modules.items():
+            if name not in found:
+                raise RunError(f"{self._path} has no magnitudes of {name}, but {CONFIG} says use_dora")
+            shape = self._file.entries[found[name]].shape
+            if shape != (out_features,):
+                raise RunError(f"{self._path}: {found[name]} is {shape}, not ({out_features},)")
+        return {name: found[name] for name in self.modules}
+
     def _module_names(self) -> list[str]:
         names: dict[str, None] = {}
         for key, entry in self._file.entries.items():
+            if self.weight_decomposed and module_of_magnitude(key):
+                continue
             module = module_of(key)
             if not module:
                 raise RunError(f"{self._path} holds {key}, which is no LoRA factor of a linear layer")

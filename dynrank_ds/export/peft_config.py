@@ -14,9 +14,8 @@ from dynrank_ds.files import read_json
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# Settings that make the adapted layer something else than W x + s B A x.
+# Settings that make the adapted layer something else than W x + s B A x, with or without magnitudes.
 _REFUSED = {
-    "use_dora": "weight-decomposed (DoRA)",
     "modules_to_save": "accompanied by fully trained modules",
     "lora_bias": "one with biases",
     "fan_in_fan_out": "for transposed weights",
@@ -70,8 +69,13 @@ class AdapterConfig:
         number = re.match(r".*\.[^.]*\.(\d+)\.", module)
         return number is not None and int(number[1]) in (layers if isinstance(layers, list) else [layers])
 
+    @property
+    def weight_decomposed(self) -> bool:
+        """Whether the rows of W + s B A are scaled to magnitudes of the adapter's own (DoRA)."""
+        return bool(self.values.get("use_dora"))
+
     def refuse_unless_plain(self) -> None:
-        """Refuse settings under which a layer is not W x + s B A x with the base's own W.
+        """Refuse settings under which a layer's weight is not W + s B A with the base's own W, magnitudes aside.
 
         Raises:
             RunError: naming the setting.

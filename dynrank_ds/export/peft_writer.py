@@ -11,7 +11,7 @@ import torch
 
 from dynrank_ds.checkpoint.adapter import LinearShape
 from dynrank_ds.errors import RunError
-from dynrank_ds.export.peft_adapter import PeftAdapter, factor_key
+from dynrank_ds.export.peft_adapter import PeftAdapter, factor_key, magnitude_key
 from dynrank_ds.export.peft_config import CONFIG, WEIGHTS
 from dynrank_ds.tensorfile import TensorEntry, TensorFileWriter
 
@@ -37,6 +37,26 @@ class AdapterSource(Protocol):
     def triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, in) and B (r, out) of a linear layer of rank r > 0, in fp32: dW is scale * B^T A."""
 
+    @property
+    def weight_decomposed(self) -> bool:
+        """Whether linear layers have magnitudes."""
+
+    def magnitudes(self, name: str) -> torch.Tensor | None:
+        """The magnitudes of a linear layer's output rows, (out,) fp32; None where it has none."""
+
+
+def refuse_format(source: AdapterSource, format: Format) -> None:
+    """Refuse what no engine would read rightly.
+
+    Raises:
+        RunError: it is to be padded, and weight-decomposed.
+    """
+    if format == "padded" and source.weight_decomposed:
+        raise RunError(
+            f"{source.description} is weight-decomposed: the engines that --format padded is for serve no magnitudes; "
+            "export with --format peft and merge it"
+        )
+
 
 def write_adapter(source: AdapterSource, folder: Path, format: Format, dtype: torch.dtype) -> None:
     """Write the two files of a PEFT adapter, and read back every tensor.
@@ -50,7 +70,8 @@ def write_adapter(source: AdapterSource, folder: Path, format: Format, dtype: to
     Raises:
         RunError: the adapter changes nothing, or a value is beyond the range of `dtype`.
     """
-    if all(linear.rank == 0 for linear in source.linears.values()):
+    refuse_format(source, format)
+    if all(linear.rank == 0 for linear in source.linears.values()) and not source.weight_decomposed:
         raise RunError(f"Every module of {source.description} has rank 0: the adapter changes nothing")
     _WRITERS[format](source, folder, dtype)
     _read_back(folder)
@@ -59,20 +80,23 @@ def write_adapter(source: AdapterSource, folder: Path, format: Format, dtype: to
 def _write_peft(source: AdapterSource, folder: Path, dtype: torch.dtype) -> None:
     """Write PEFT files in which every module keeps its own rank and modules of rank 0 are left out.
 
+    Where weights are decomposed a module of rank 0 has magnitudes yet, and gets one triple of zeros, which PEFT needs.
     Where heads are modules a module's rank is the sum of theirs: PEFT knows no module structure.
 
     e is folded into B; the scale is PEFT's alpha / r. Patterns list every module by its full name: PEFT and
     vLLM take the first key that matches a module's name or a dotted suffix of it, so longer names come first.
     """
-    ranks = {name: linear.rank for name, linear in source.linears.items() if linear.rank > 0}
+    least = int(source.weight_decomposed)
+    ranks = {n: max(least, linear.rank) for n, linear in source.linears.items() if linear.rank or least}
     names = sorted(ranks, key=lambda name: (-len(name), name))
     alphas = {name: _plain(source.linears[name].scale * ranks[name]) for name in names}
     largest = max(names, key=lambda name: ranks[name])
     uniform = len({(ranks[name], alphas[name]) for name in names}) == 1
     config = _config(source, list(ranks), ranks[largest], alphas[largest])
+    config["use_dora"] = source.weight_decomposed
     if not uniform:
         config |= {"rank_pattern": {name: ranks[name] for name in names}, "alpha_pattern": alphas}
-    _write(folder, config, source, ranks, ((name, *source.triples(name)) for name in ranks), dtype)
+    _write(folder, config, source, ranks, ((name, *_triples(source, name)) for name in ranks), dtype)
 
 
 def _write_padded(source: AdapterSource, folder: Path, dtype: torch.dtype) -> None:
@@ -91,6 +115,14 @@ _WRITERS: dict[str, Callable[[AdapterSource, Path, torch.dtype], None]] = {
     "peft": _write_peft,
     "padded": _write_padded,
 }
+
+
+def _triples(source: AdapterSource, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the triples of a linear layer, one of zeros where it has none."""
+    linear = source.linears[name]
+    if linear.rank:
+        return source.triples(name)
+    return torch.zeros(1, linear.in_features), torch.zeros(1, linear.out_features)
 
 
 def _padded_triples(source: AdapterSource, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -142,7 +174,10 @@ def _write(
         linear = source.linears[name]
         entries.append(TensorEntry(factor_key(name, "A"), dtype, (rank, linear.in_features)))
         entries.append(TensorEntry(factor_key(name, "B"), dtype, (linear.out_features, rank)))
-    changes = False
+        if source.weight_decomposed:
+            # Always in fp32: what rounds a magnitude rounds a whole row of W.
+            entries.append(TensorEntry(magnitude_key(name), torch.float32, (linear.out_features,)))
+    changes = source.weight_decomposed
     with TensorFileWriter(folder / WEIGHTS, entries) as file:
         for name, a, b in triples:
             for side, factor in (("A", a), ("B", b.T)):
@@ -152,6 +187,9 @@ def _write(
                         f"lora_{side} of {name} has values beyond the range of {dtype}: take another --dtype"
                     )
                 file.write(factor_key(name, side), stored)
+            magnitudes = source.magnitudes(name)
+            if magnitudes is not None:
+                file.write(magnitude_key(name), magnitudes)
             changes = changes or bool(a.any() and b.any())
     if not changes:
         raise RunError(
@@ -164,3 +202,5 @@ def _read_back(folder: Path) -> None:
     with PeftAdapter(folder) as adapter:
         for name in adapter.modules:
             adapter.update(name)
+            if adapter.weight_decomposed:
+                adapter.magnitudes(name)

@@ -163,9 +163,13 @@ class ResizedAdapter:
             )
             for name, rank in ranks.items()
         }
-        self._source = source
+        self._source, self.weight_decomposed = source, source.weight_decomposed
         self.changes: dict[str, ModuleChange] = {}
         """Of the modules that were asked for."""
+
+    def magnitudes(self, name: str) -> Tensor | None:
+        """Those of the source, (out,) fp32: the rows of W + dW have them at any rank."""
+        return self._source.magnitudes(name) if self.weight_decomposed else None
 
     def triples(self, name: str) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (r, out) of a module in the dtype of the source's factors."""

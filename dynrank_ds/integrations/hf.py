@@ -73,6 +73,11 @@ class DynamicRankCallback(TrainerCallback):
         self.recipe = check_recipe(values, "DynamicRankCallback")
         if self.recipe.adapter.dropout:
             raise RecipeError("adapter.dropout is not available in a Trainer: its masks are drawn by sample")
+        if self.recipe.adapter.weight_decomposed:
+            raise RecipeError(
+                f"adapter.weight_decomposed is not available in a Trainer, whose optimizer here holds triples alone: "
+                f"{_ELSEWHERE}"
+            )
         check_config(model.config, self.recipe.model.path)
         check_layers(model, self.recipe.model.path)
         modules = adapt(model, self.recipe)

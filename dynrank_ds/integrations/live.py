@@ -162,6 +162,7 @@ class LiveSource:
         self, adapters: LiveAdapters, gates: Sequence[Tensor | None], base_model: str | None
     ) -> None:
         self.base_model, self.description = base_model, f"step {adapters.updates}"
+        self.weight_decomposed = False
         self._parts: dict[str, list[tuple[AdaptedModule, Tensor | None]]] = {}
         for shape, module, gate in zip(adapters.shapes, adapters.modules, gates, strict=True):
             name = module.part.linear if module.part else shape.name
@@ -172,6 +173,9 @@ class LiveSource:
         }
         self._index = {id(module): number for number, module in enumerate(adapters.modules)}
         self.linears = {name: self._shape(parts) for name, parts in self._parts.items()}
+
+    def magnitudes(self, name: str) -> None:
+        """There are none: DynamicRankCallback refuses weight-decomposed adapters."""
 
     def triples(self, name: str) -> tuple[Tensor, Tensor]:
         """A (r, in) and diag(e g) B (r, out) of a linear layer, fp32; of a head zero outside of it."""

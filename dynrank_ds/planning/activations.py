@@ -3,8 +3,8 @@
 Counted per token and layer is what autograd keeps: the layer's input and the sum behind attention, both normed sums,
 which are inputs of linears, q and k behind their rotation, v, attention's output and its copy for o_proj, and of the
 MLP the outputs of gate_proj and up_proj, silu of the first, and the product. In bf16 the norms keep fp32 copies of
-their inputs. Attention is taken to keep no matrix of tokens by tokens, as SDPA and FlashAttention do; eager attention
-keeps two of each head.
+their inputs. A weight-decomposed linear keeps its output from before its rows are scaled. Attention is taken to keep
+no matrix of tokens by tokens, as SDPA and FlashAttention do; eager attention keeps two of each head.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Activations:
 def activations(of: Architecture, batch: MicroBatch, item: int, attention: str) -> Activations:
     """Return the activations of a micro-batch for `item` bytes an element, 2 or 4."""
     n, hidden, mlp = batch.positions, of.hidden, of.intermediate
-    kept = 3 * hidden + 3 * of.query_width + 2 * of.key_width + 4 * mlp
+    kept = 3 * hidden + 3 * of.query_width + 2 * of.key_width + 4 * mlp + of.decomposed_width
     norms = 2 * hidden * 4 if item < 4 else 0
     matrices = 2 * of.heads * batch.tokens * item if attention == "eager" else 0
     return Activations(

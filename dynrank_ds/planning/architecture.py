@@ -68,6 +68,8 @@ class Architecture:
     """Adapted modules without weights."""
     base_parameters: int
     trainable_parameters: int
+    decomposed_width: int
+    """Output features of a layer's weight-decomposed linears together, whose outputs autograd keeps once more."""
     layers: int
     hidden: int
     intermediate: int
@@ -100,12 +102,16 @@ def describe(recipe: Recipe) -> Architecture:
     heads: int = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     units = _units(model)
+    layers = sum(unit.whole_layer for unit in units)
     return Architecture(
         units=units,
         modules=modules,
         base_parameters=base,
-        trainable_parameters=sum(p.numel() for m in modules.values() for p in m.factors().values()),
-        layers=sum(unit.whole_layer for unit in units),
+        trainable_parameters=sum(
+            p.numel() for m in modules.values() for p in (*m.factors().values(), *m.vectors().values())
+        ),
+        decomposed_width=-(-sum(m.out_features for m in modules.values() if m.vectors()) // layers),
+        layers=layers,
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         heads=heads,

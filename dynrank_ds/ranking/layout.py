@@ -4,6 +4,9 @@ Weights, gradients, moments and statistics of the adapters are handled as flat f
 layout: the fragments that this process holds, one after another, all lora_A first, then lora_E, then
 lora_B, each in module order. A per-triple sum over fragments is then one index_add, whatever the ZeRO
 stage, and adding the processes' sums gives the sum over the whole row.
+
+What is trained beside the triples (the magnitudes of weight-decomposed modules) is no part of these vectors, so that
+methods never meet it. The optimizer has it behind them: `vector_fragments`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,10 @@ class ModuleShape:
         """Return the number of elements of one triple in `factor`."""
         return {"lora_A": self.in_features, "lora_E": 1, "lora_B": self.out_features}[factor]
 
+    def vector_length(self, vector: str) -> int:
+        """Return the number of elements of a vector beside the triples."""
+        return {"magnitude_offset": self.out_features}[vector]
+
     def triple_parameters(self, factors: Sequence[str]) -> int:
         """Return the number of parameters of one triple."""
         return sum(map(self.row_length, factors))
@@ -35,7 +42,7 @@ class ModuleShape:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, stop) of one factor in row-major order, held by this process; possibly none."""
+    """Elements [start, stop) of one factor or vector in row-major order, held by this process; possibly none."""
 
     factor: str
     module: int
@@ -48,7 +55,10 @@ FragmentOf = Callable[[str, int, int], tuple[int, int]]
 
 
 class ShardLayout:
-    """The flat vector of a process: modules, their ranks, the factors they have, and the local fragments."""
+    """The flat vector of a process: modules, their ranks, the factors they have, and the local fragments.
+
+    vectors: names of what modules have beside the triples, at every rank.
+    """
 
     def __init__(
         self,
@@ -57,8 +67,10 @@ class ShardLayout:
         factors: Sequence[str],
         fragment_of: FragmentOf,
         device: torch.device | str = "cpu",
+        vectors: Sequence[str] = (),
     ) -> None:
         self.shapes, self.ranks, self.factors = tuple(shapes), tuple(ranks), tuple(factors)
+        self.vectors = tuple(vectors)
         self.device = torch.device(device)
         self.fragments = tuple(
             Fragment(factor, module, *fragment_of(factor, module, rank * shape.row_length(factor)))
@@ -66,6 +78,16 @@ class ShardLayout:
             for module, (shape, rank) in enumerate(zip(shapes, ranks, strict=True))
             if rank > 0
         )
+        self.vector_fragments = tuple(
+            Fragment(vector, module, *fragment_of(vector, module, shape.vector_length(vector)))
+            for vector in vectors
+            for module, shape in enumerate(shapes)
+        )
+
+    @property
+    def all_fragments(self) -> tuple[Fragment, ...]:
+        """Those of the triples and, behind them, those of the vectors."""
+        return self.fragments + self.vector_fragments
 
     @property
     def total_rank(self) -> int:
@@ -73,7 +95,7 @@ class ShardLayout:
 
     @cached_property
     def numel(self) -> int:
-        """Elements that this process holds."""
+        """Elements of triples that this process holds."""
         return sum(f.stop - f.start for f in self.fragments)
 
     @property
@@ -82,7 +104,16 @@ class ShardLayout:
         return sum(
             rank * shape.triple_parameters(self.factors)
             for shape, rank in zip(self.shapes, self.ranks, strict=True)
-        )
+        ) + sum(shape.vector_length(vector) for vector in self.vectors for shape in self.shapes)
+
+    def row_length(self, of: Fragment) -> int:
+        """Return the length of the rows of a fragment's factor; a vector is one row."""
+        shape = self.shapes[of.module]
+        return shape.vector_length(of.factor) if of.factor in self.vectors else shape.row_length(of.factor)
+
+    def rows(self, of: Fragment) -> int:
+        """Return the number of rows of a fragment's factor; a vector is one row."""
+        return 1 if of.factor in self.vectors else self.ranks[of.module]
 
     @cached_property
     def module_of_triple(self) -> Tensor:

@@ -56,7 +56,7 @@ class StepResult:
     applied: bool
     """False where loss or gradient was not finite and the step was discarded everywhere."""
     gradient_norms: Mapping[str, float] = field(default_factory=dict)
-    """By factor, before clipping; {} where the step was discarded."""
+    """By factor and vector, before clipping; {} where the step was discarded."""
     penalty: float | None = None
     """Value of the method's penalty, before the update; None where it has none."""
     tokens_per_second: float = 0.0
@@ -217,6 +217,9 @@ class Trainer:
             torch.linalg.vector_norm(layout.factor(gradients, factor), dtype=torch.float64).square()
             for factor in layout.factors
         ]
+        if layout.vectors:  # of one kind
+            of_vectors = self.engine.vector_gradients()
+            squares.append(torch.linalg.vector_norm(of_vectors, dtype=torch.float64).square())
         stop = loss.new_tensor(float(self.stop_request.received))
         # The penalty's value is the same on every process: the sum is divided by their number.
         share = loss.new_zeros(()) if penalty is None else penalty / processes.world_size()
@@ -233,7 +236,9 @@ class Trainer:
             math.sqrt(square),
             stops > 0,
             applied,
-            gradient_norms=dict(zip(layout.factors, map(math.sqrt, squares_of_factors), strict=True)),
+            gradient_norms=dict(
+                zip(layout.factors + layout.vectors, map(math.sqrt, squares_of_factors), strict=True)
+            ),
             penalty=None if penalty is None else penalty_value,
         )
 

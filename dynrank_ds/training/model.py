@@ -31,7 +31,7 @@ from dynrank_ds.methods import method_class
 from dynrank_ds.recipe import ModelSection, Recipe
 from dynrank_ds.training.architecture import check_attention, check_config, check_layers, text_decoder
 from dynrank_ds.training.quantisation import keep_layout, quantisation_config
-from dynrank_ds.training.starting import StartingAdapter, ranks_of_linears
+from dynrank_ds.training.starting import StartingAdapter, begin_magnitudes, ranks_of_linears
 from dynrank_ds.training.streaming import NotStreamableError, load_streamed
 from dynrank_ds.zero.partitioner import Partitioner
 
@@ -203,7 +203,7 @@ def adapt(
     Args:
         model: the base.
         recipe: of the run.
-        restored: (module, {factor: weights}) that take the place of initial values.
+        restored: (module, {factor or vector: weights}) that take the place of initial values.
         initial_ranks: of a run that is resumed, by module; None is a run that begins.
 
     Raises:
@@ -223,17 +223,31 @@ def adapt(
         )
     ranks = ranks_of_linears(section, linears, method.least_rank)
     modules = inject(
-        model, linears, section.rank, section.scale, method.init, recipe.train.seed, splits, ranks
+        model,
+        linears,
+        section.rank,
+        section.scale,
+        method.init,
+        recipe.train.seed,
+        splits,
+        ranks,
+        section.variant,
     )
+    magnitudes: Mapping[str, Tensor] = {}
+    starting = section.init_from is not None and initial_ranks is None
     if section.init_from is not None and initial_ranks is None:
         with StartingAdapter(Path(section.init_from), section, linears) as start:
             restored = list(start.factors(modules, method.factors))
+            magnitudes = start.magnitudes()
         initial_ranks = {name: len(factors["lora_A"]) for name, factors in restored}
     for name, module in modules.items():
         module.initial_rank = (initial_ranks or {}).get(name, module.initial_rank)
         module.max_rank = section.largest_rank(module.in_features, module.out_features)
     for name, factors in restored:
         modules[name].set_factors(factors)
+        modules[name].set_vectors(factors)
+    if starting:
+        begin_magnitudes(modules, magnitudes)
     return modules
 
 

@@ -1,20 +1,14 @@
-"""A base in NF4 by bitsandbytes: which of its layers are quantised, and how."""
+"""A base in NF4 by bitsandbytes: how its layers are quantised, and kept so."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations import replace_with_bnb_linear
-from transformers.quantizers.base import HfQuantizer
 
-from dynrank_ds.errors import MachineError
+from dynrank_ds.quantised_layers import check_packages, quantised_linears
 from dynrank_ds.recipe import ModelSection
-
-if TYPE_CHECKING:
-    from bitsandbytes.nn import Linear4bit
 
 
 def quantisation_config(section: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -27,11 +21,7 @@ def quantisation_config(section: ModelSection, dtype: torch.dtype) -> BitsAndByt
     """
     if section.quantisation is None:
         return None
-    for package in ("bitsandbytes", "accelerate"):
-        if find_spec(package) is None:
-            raise MachineError(
-                f"model.quantisation {section.quantisation} needs {package}: pip install {package}"
-            )
+    check_packages(f"model.quantisation {section.quantisation}")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=section.quantisation,
@@ -39,21 +29,6 @@ def quantisation_config(section: ModelSection, dtype: torch.dtype) -> BitsAndByt
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
     )
-
-
-def quantised_linears(model: PreTrainedModel) -> dict[str, Linear4bit]:
-    """Return the 4-bit layers of a model by their full names."""
-    from bitsandbytes.nn import Linear4bit
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-
-
-def replace_linears(model: PreTrainedModel, config: BitsAndBytesConfig) -> dict[str, Linear4bit]:
-    """Put 4-bit layers without weights in the place of those that transformers would quantise; return them by name."""
-    in_fp32 = list(model._keep_in_fp32_modules or ())
-    kept: Any = HfQuantizer.get_modules_to_not_convert(model, None, in_fp32)
-    replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=config)
-    return quantised_linears(model)
 
 
 def constant_bytes(model: PreTrainedModel) -> int:

@@ -10,11 +10,13 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from dynrank_ds.adapters.linear import AdaptedModule, Part
+from dynrank_ds.adapters.weight_decomposed import WeightDecomposedLinear
 from dynrank_ds.errors import RecipeError, RunError
 from dynrank_ds.export.folder import read_record
 from dynrank_ds.export.low_rank import svd
 from dynrank_ds.export.peft_adapter import PeftAdapter, Update
 from dynrank_ds.recipe import AdapterSection
+from dynrank_ds.zero.gathering import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,17 @@ def warn_of_another_base(adapter: Path, model_hash: str) -> None:
         )
 
 
+def begin_magnitudes(modules: Mapping[str, AdaptedModule], magnitudes: Mapping[str, Tensor]) -> None:
+    """Set the magnitudes of weight-decomposed modules that were given the triples of an adapter.
+
+    magnitudes: (out,) of those whose adapter has them; the others begin with the function W x + dW x, as it had it.
+    """
+    for name, module in modules.items():
+        if isinstance(module, WeightDecomposedLinear) and not module.base.weight.is_meta:
+            with gathered(module.base.weight):
+                module.begin_at(magnitudes.get(name))
+
+
 class StartingAdapter:
     """The PEFT LoRA adapter that a run starts from.
 
@@ -72,6 +85,11 @@ class StartingAdapter:
             self._adapter = PeftAdapter(folder)
         except RunError as error:
             raise RunError(f"adapter.init_from: {error}") from error
+        if self._adapter.weight_decomposed and not section.weight_decomposed:
+            raise RecipeError(
+                f"adapter.init_from {folder} is weight-decomposed (DoRA): set adapter.weight_decomposed to true, or "
+                "start from another adapter"
+            )
         for name, (out_features, in_features) in self._adapter.modules.items():
             linear = linears.get(name)
             if linear is None:
@@ -86,6 +104,11 @@ class StartingAdapter:
                 )
         if left_out := [name for name in linears if name not in self._adapter.modules]:
             logger.info("adapter.init_from has no triples for %s and %d more", left_out[0], len(left_out) - 1)
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return the magnitudes of the output rows of every module, (out,) fp32; {} where the adapter has none."""
+        names = self._adapter.modules if self._adapter.weight_decomposed else ()
+        return {name: self._adapter.magnitudes(name) for name in names}
 
     def factors(
         self, modules: Mapping[str, AdaptedModule], factors: Sequence[str]

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 
 from dynrank_ds.base_weights import BaseWeights, has_weight_files, loaded_names
 from dynrank_ds.errors import ModelError
-from dynrank_ds.training.quantisation import constant_bytes, replace_linears
+from dynrank_ds.quantised_layers import replace_linears
+from dynrank_ds.training.quantisation import constant_bytes
 from dynrank_ds.zero.partitioner import Partitioner
 
 if TYPE_CHECKING:

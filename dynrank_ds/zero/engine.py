@@ -22,7 +22,14 @@ from dynrank_ds.ranking.layout import Fragment, FragmentOf, ModuleShape, ShardLa
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.deepspeed_internals import release_engine, release_parameter, trace_of_training_kept
-from dynrank_ds.zero.migrate import NewRows, gather_modules, migrate, portions
+from dynrank_ds.zero.migrate import (
+    NewRows,
+    gather_modules,
+    migrate,
+    migrate_vectors,
+    module_sizes,
+    portions,
+)
 from dynrank_ds.zero.shards import MOMENTS, Shards, Zero2Shards, Zero3Shards
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -38,7 +45,8 @@ class ZeroEngine:
     unit's gradients before they exist.
 
     `rates` multiplies the learning rate of each factor. Flat vectors are fp32, of this process's elements, in
-    the order of `layout`, on the device that trains, wherever the optimizer's state is.
+    the order of `layout`, on the device that trains, wherever the optimizer's state is. What modules train beside their
+    triples (AdaptedModule.vectors) is partitioned and updated with them, and stays as it is when ranks change.
     """
 
     def __init__(
@@ -54,12 +62,13 @@ class ZeroEngine:
         self.modules = list(modules.values())
         self.shapes = tuple(ModuleShape(n, b.in_features, b.out_features) for n, b in modules.items())
         self.factors = tuple(factors)
+        self.vectors = tuple(self.modules[0].vectors())
         self.births = [torch.zeros(_rank(b), dtype=torch.int64) for b in self.modules]
         """Per module, the optimizer step after which each triple was born, (rank,)."""
         self.updates = 0
         """Optimizer steps applied so far."""
         self._model, self._config = model, config
-        self._make_optimizer, self._rates = make_optimizer, dict(rates)
+        self._make_optimizer, self._rates = make_optimizer, dict.fromkeys(self.vectors, 1.0) | dict(rates)
         stage = config["zero_optimization"]["stage"]
         self._shards_of: type[Shards] = Zero3Shards if stage == 3 else Zero2Shards
         if stage == 3:
@@ -106,19 +115,31 @@ class ZeroEngine:
     # --- shards
 
     def weights(self) -> Tensor:
-        """Return the fp32 master weights."""
-        return torch.cat(self._shards.masters).to(self.layout.device)
+        """Return the fp32 master weights of the triples."""
+        return self._flat(self._shards.masters[: self._triples])
 
     def gradients(self) -> Tensor:
-        """Return the gradients of the whole step, between the last backward and `step`."""
-        return self._shards.gradients()
+        """Return the triples' gradients of the whole step, between the last backward and `step`."""
+        return self._shards.gradients()[: self.layout.numel]
+
+    def vector_gradients(self) -> Tensor:
+        """Return the gradients of what is trained beside the triples, as `gradients` does theirs."""
+        return self._shards.gradients()[self.layout.numel :]
 
     def moments(self, name: str) -> Tensor:
-        """Return the moments `exp_avg` or `exp_avg_sq`."""
-        return torch.cat(self._shards.moments[name]).to(self.layout.device)
+        """Return the triples' moments `exp_avg` or `exp_avg_sq`."""
+        return self._flat(self._shards.moments[name][: self._triples])
+
+    @property
+    def _triples(self) -> int:
+        """Fragments of triples: those of vectors follow."""
+        return len(self.layout.fragments)
+
+    def _flat(self, views: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(views)).to(self.layout.device)
 
     def states(self) -> dict[str, list[Tensor]]:
-        """Return views of the master weights and of both moments, one for each fragment of `layout`."""
+        """Return views of the master weights and of both moments, one for each of all fragments of `layout`."""
         return {"master": self._shards.masters, **self._shards.moments}
 
     @torch.no_grad()
@@ -130,7 +151,7 @@ class ZeroEngine:
         self.births, self.updates = list(births), updates
         self._shards.seed(self.births, self._rates, updates)
         for state, views in self.states().items():
-            for fragment, view in zip(self.layout.fragments, views, strict=True):
+            for fragment, view in zip(self.layout.all_fragments, views, strict=True):
                 view.copy_(read(state, fragment))
 
     # --- ranks
@@ -148,6 +169,7 @@ class ZeroEngine:
         old, new = self.layout, self._layout(plan.ranks)
         rules = self._rules(old.ranks), self._rules(plan.ranks)
         moved, whole = migrate(states, old, new, plan, new_rows, rules, processes.all_reduce_sum)
+        of_vectors = self._moved_vectors(old, new, rules)
         self._close()
         for index, factors in whole.items():
             module = self.modules[index]
@@ -158,10 +180,21 @@ class ZeroEngine:
             self.births[index] = torch.cat([kept, kept.new_full((plan.new[index],), self.updates)])
         self._build(new)
         carried = dict(zip(names, moved[1:], strict=True))
-        self._write(moved[0], carried)
+        self._write(moved[0], carried, of_vectors)
         # The old engine is a web of references to itself, and lets go of its shards only when collected.
         gc.collect()
         return {name: carried[name].clone() for name in statistics}
+
+    def _moved_vectors(
+        self, old: ShardLayout, new: ShardLayout, rules: tuple[list[FragmentOf], list[FragmentOf]]
+    ) -> dict[str, Tensor]:
+        """Return the states of what is trained beside the triples, in the order of the new layout; {} without any."""
+        if not self.vectors:
+            return {}
+        states = self.states()
+        flat = torch.stack([self._flat(views[self._triples :]) for views in states.values()])
+        moved = migrate_vectors(flat, old, new, rules, processes.all_reduce_sum)
+        return dict(zip(states, moved, strict=True))
 
     def mask(self, masked: Sequence[Sequence[int]]) -> None:
         """Set lora_E of these triples of every module to 0; moments stay, and the next step may move them."""
@@ -169,10 +202,13 @@ class ZeroEngine:
             self._shards.zero_gates(masked)
 
     def whole_rows(self, state: Sequence[Tensor]) -> Iterator[tuple[int, str, Tensor]]:
-        """Yield (module, factor, (rank, row_length)) of a state with one tensor per fragment, few modules a gather."""
-        fragments = zip(self.layout.fragments, state, strict=True)
-        local = {(f.factor, f.module): piece[None] for f, piece in fragments}
-        for some in portions(range(len(self.modules)), self.layout, 1):
+        """Yield (module, factor, (rows, row_length)) of a state, few modules a gather.
+
+        state: one tensor for each fragment, of the triples alone or of all.
+        """
+        fragments = self.layout.all_fragments[: len(state)]
+        local = {(f.factor, f.module): piece[None] for f, piece in zip(fragments, state, strict=True)}
+        for some in portions(range(len(self.modules)), module_sizes(self.layout, fragments), 1):
             for (factor, module), rows in gather_modules(
                 local, self.layout, some, processes.all_reduce_sum
             ).items():
@@ -181,28 +217,36 @@ class ZeroEngine:
     # --- building
 
     def _rules(self, ranks: Sequence[int]) -> list[FragmentOf]:
-        return self._shards_of.rules(self.shapes, ranks, self.factors, processes.world_size())
+        return self._shards_of.rules(self.shapes, ranks, self.factors, processes.world_size(), self.vectors)
 
     def _layout(self, ranks: Sequence[int]) -> ShardLayout:
         rule = self._rules(ranks)[processes.rank()]
         device = deepspeed.get_accelerator().current_device_name()
-        return ShardLayout(self.shapes, ranks, self.factors, rule, device)
+        return ShardLayout(self.shapes, ranks, self.factors, rule, device, self.vectors)
 
     def _build(self, layout: ShardLayout) -> None:
         self.layout = layout
         # DeepSpeed hangs its own attributes (ds_id, ds_tensor, ...) on parameters: no type knows them.
-        params: list[Any] = [self.modules[f.module].factors()[f.factor] for f in layout.fragments]
+        params: list[Any] = [self._parameter(f) for f in layout.all_fragments]
         self._engine, *_ = deepspeed.initialize(
             model=self._model, optimizer=self._make_optimizer(params), config=self._config
         )
         self._shards = self._shards_of(self._engine.optimizer, params, layout)
         self._shards.seed(self.births, self._rates, self.updates)
 
+    def _parameter(self, of: Fragment) -> nn.Parameter:
+        module = self.modules[of.module]
+        return (module.vectors() if of.factor in self.vectors else module.factors())[of.factor]
+
     @torch.no_grad()
-    def _write(self, weights: Tensor, moments: Mapping[str, Tensor]) -> None:
+    def _write(
+        self, weights: Tensor, moments: Mapping[str, Tensor], of_vectors: Mapping[str, Tensor]
+    ) -> None:
+        sizes = [f.stop - f.start for f in self.layout.vector_fragments]
         for name, views in self.states().items():
-            flat = weights if name == "master" else moments[name]
-            for view, value in zip(views, self.layout.split(flat), strict=True):
+            values = self.layout.split(weights if name == "master" else moments[name])
+            values += of_vectors[name].split(sizes) if self.vectors else ()
+            for view, value in zip(views, values, strict=True):
                 view.copy_(value)
 
     def _close(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dynrank_ds.ranking.layout import FragmentOf, ShardLayout
+from dynrank_ds.ranking.layout import Fragment, FragmentOf, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
 
 AllReduceSum = Callable[[Tensor], Tensor]
@@ -40,12 +40,12 @@ def migrate(
     rule of the old layout and of the new one. Also returns the whole new weights, fp32, of each changed module:
     {module: {factor: ...}}.
     """
-    held = pieces(states, old)
+    held = pieces(states, old.fragments)
     whole: dict[int, dict[str, Tensor]] = {}
     own = {(f.factor, f.module): (f.start, f.stop) for f in new.fragments}
     changed = set(plan.changed(old.ranks))
     moving = sorted(changed | _moved(old, rules))
-    for modules in portions(moving, old, states.shape[0]):
+    for modules in portions(moving, module_sizes(old, old.fragments), states.shape[0]):
         full = gather_modules(held, old, modules, all_reduce_sum)
         for module in modules:
             rows = {f: full[f, module] for f in old.factors if old.ranks[module]}
@@ -59,6 +59,36 @@ def migrate(
                 # Here and above copied: a view would keep the whole portion, all states of it.
                 held[f, module] = r.flatten(1)[:, start:stop].clone()
     return torch.cat([held[f.factor, f.module] for f in new.fragments], dim=1), whole
+
+
+def migrate_vectors(
+    states: Tensor,
+    old: ShardLayout,
+    new: ShardLayout,
+    rules: tuple[Sequence[FragmentOf], Sequence[FragmentOf]],
+    all_reduce_sum: AllReduceSum,
+) -> Tensor:
+    """Carry `states` (n, local elements of all vectors) of one layout over to the next.
+
+    Under ZeRO-1 and 2 vectors lie behind the triples in the flat buffer, and elsewhere when these are fewer or more.
+    """
+    held = pieces(states, old.vector_fragments)
+    moving = sorted(
+        {
+            module
+            for vector in old.vectors
+            for module, shape in enumerate(old.shapes)
+            for before, after in zip(*rules, strict=True)
+            if before(vector, module, shape.vector_length(vector))
+            != after(vector, module, shape.vector_length(vector))
+        }
+    )
+    for modules in portions(moving, module_sizes(old, old.vector_fragments), states.shape[0]):
+        full = gather_modules(held, old, modules, all_reduce_sum)
+        for f in new.vector_fragments:
+            if f.module in modules:
+                held[f.factor, f.module] = full[f.factor, f.module][:, 0, f.start : f.stop].clone()
+    return torch.cat([held[f.factor, f.module] for f in new.vector_fragments], dim=1)
 
 
 def _moved(old: ShardLayout, rules: tuple[Sequence[FragmentOf], Sequence[FragmentOf]]) -> set[int]:
@@ -96,18 +126,29 @@ def _changed_rows(
     return out
 
 
-def pieces(states: Tensor, layout: ShardLayout) -> dict[tuple[str, int], Tensor]:
-    """Return {(factor, module): (n, local elements)}: `states` (n, numel) by fragment."""
-    parts = states.split([f.stop - f.start for f in layout.fragments], dim=1)
-    return {(f.factor, f.module): part for f, part in zip(layout.fragments, parts, strict=True)}
+def pieces(states: Tensor, fragments: Sequence[Fragment]) -> dict[tuple[str, int], Tensor]:
+    """Return {(factor, module): (n, local elements)}: `states` (n, elements of all) by fragment."""
+    parts = states.split([f.stop - f.start for f in fragments], dim=1)
+    return {(f.factor, f.module): part for f, part in zip(fragments, parts, strict=True)}
 
 
-def portions(modules: Iterable[int], layout: ShardLayout, n: int) -> Iterator[list[int]]:
-    """Split `modules` into groups whose `n` states have at most GATHERED_AT_ONCE elements, or of one larger module."""
+def module_sizes(layout: ShardLayout, fragments: Sequence[Fragment]) -> list[int]:
+    """Return the elements of every module, whole, in the factors of these fragments."""
+    sizes = [0] * len(layout.shapes)
+    for f in fragments:
+        sizes[f.module] += layout.rows(f) * layout.row_length(f)
+    return sizes
+
+
+def portions(modules: Iterable[int], sizes: Sequence[int], n: int) -> Iterator[list[int]]:
+    """Split `modules` into groups whose `n` states have at most GATHERED_AT_ONCE elements, or of one larger module.
+
+    sizes: elements of a state of every module.
+    """
     group: list[int] = []
     held = 0
     for module in modules:
-        size = n * layout.ranks[module] * layout.shapes[module].triple_parameters(layout.factors)
+        size = n * sizes[module]
         if group and held + size > GATHERED_AT_ONCE:
             yield group
             group, held = [], 0
@@ -123,18 +164,19 @@ def gather_modules(
     modules: Sequence[int],
     all_reduce_sum: AllReduceSum,
 ) -> dict[tuple[str, int], Tensor]:
-    """Return {(factor, module): (n, rank, row_length)} fp32 of whole modules of rank > 0; one collective.
+    """Return {(factor, module): (n, rows, row_length)} fp32 of whole modules that have elements; one collective.
 
-    local: this process's pieces of them, (n, elements) fp32. `all_reduce_sum` sums over processes in place:
-    every element is held by one process, so that it needs no more memory than the modules themselves.
+    local: this process's pieces, (n, elements) fp32, of the factors that are wanted. `all_reduce_sum` sums over
+    processes in place: every element is held by one process, so that it needs no more memory than the modules
+    themselves.
     """
     chosen = set(modules)
-    fragments = [f for f in layout.fragments if f.module in chosen]
+    fragments = [f for f in layout.all_fragments if f.module in chosen and (f.factor, f.module) in local]
     if not fragments:
         return {}
-    lengths = [layout.shapes[f.module].row_length(f.factor) for f in fragments]
+    lengths = [layout.row_length(f) for f in fragments]
     first = local[fragments[0].factor, fragments[0].module]
-    sizes = [layout.ranks[f.module] * length for f, length in zip(fragments, lengths, strict=True)]
+    sizes = [layout.rows(f) * length for f, length in zip(fragments, lengths, strict=True)]
     # On the device that trains: pieces may be offloaded.
     whole = first.new_zeros(len(first), sum(sizes), device=layout.device)
     views = whole.split(sizes, dim=1)

@@ -1,13 +1,13 @@
 """What a process holds of adapters, master weights, moments and gradients under each ZeRO stage.
 
-Both classes offer the same: views of this process's fp32 elements in the order of a ShardLayout, the gradients
-between the last backward and the step, fresh optimizer state, and gates set to zero. Only where the elements
+Both classes offer the same: views of this process's fp32 elements in the order of all fragments of a ShardLayout, the
+gradients between the last backward and the step, fresh optimizer state, and gates set to zero. Only where the elements
 lie differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,13 @@ from dynrank_ds.zero.deepspeed_internals import zero2_gradients, zero2_master, z
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-FragmentRules = Callable[[Sequence[ModuleShape], Sequence[int], Sequence[str], int], list[FragmentOf]]
-"""(shapes, ranks, factors, world size) -> the fragment rule of every process."""
-
 
 def zero3_rules(
-    shapes: Sequence[ModuleShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
+    shapes: Sequence[ModuleShape],
+    ranks: Sequence[int],
+    factors: Sequence[str],
+    world_size: int,
+    vectors: Sequence[str] = (),
 ) -> list[FragmentOf]:
     """Return ZeRO-3's rules: each tensor in pieces of ceil(numel / world_size) elements, the last short or empty."""
 
@@ -40,7 +41,11 @@ def zero3_rules(
 
 
 def zero2_rules(
-    shapes: Sequence[ModuleShape], ranks: Sequence[int], factors: Sequence[str], world_size: int
+    shapes: Sequence[ModuleShape],
+    ranks: Sequence[int],
+    factors: Sequence[str],
+    world_size: int,
+    vectors: Sequence[str] = (),
 ) -> list[FragmentOf]:
     """Return ZeRO-1's and 2's rules: tensors concatenated, padded to a multiple of 2 * world_size, in equal pieces."""
     offsets: dict[tuple[str, int], int] = {}
@@ -49,6 +54,10 @@ def zero2_rules(
         for module, (shape, rank) in enumerate(zip(shapes, ranks, strict=True)):
             offsets[factor, module] = end
             end += rank * shape.row_length(factor)
+    for vector in vectors:
+        for module, shape in enumerate(shapes):
+            offsets[vector, module] = end
+            end += shape.vector_length(vector)
     piece = -(-end // (2 * world_size)) * 2
 
     def rule(process: int) -> FragmentOf:
@@ -73,7 +82,7 @@ class Zero3Shards:
         """Reset the optimizer's state to zero moments after `updates` steps; see `_runs`."""
         padded = {}
         for param, fragment, runs in zip(
-            self._params, self._layout.fragments, _runs(births, rates, self._layout), strict=True
+            self._params, self._layout.all_fragments, _runs(births, rates, self._layout), strict=True
         ):
             padded[param.ds_id] = _padded(runs, param.partition_numel(), rates[fragment.factor])
         # Not by DeepSpeed's safe_get_local_fp32_param, which copies what is offloaded to the GPU: these must be views.
@@ -102,7 +111,7 @@ class Zero3Shards:
 
     def _local(self, pieces: Mapping[int, Tensor]) -> list[Tensor]:
         """Return every parameter's local shard without its padding, by ds_id."""
-        pairs = zip(self._params, self._layout.fragments, strict=True)
+        pairs = zip(self._params, self._layout.all_fragments, strict=True)
         return [pieces[p.ds_id].view(-1)[: f.stop - f.start] for p, f in pairs]
 
 
@@ -120,11 +129,17 @@ class Zero2Shards:
         runs = _padded(torch.cat(_runs(births, rates, self._layout), dim=1), flat.numel(), 1.0)
         self._optimizer.optimizer.set_state(flat, updates, *runs.to(flat.device))
         state = self._optimizer.optimizer.state[flat]
-        self.masters = self._layout.split(flat.detach()[: self._layout.numel])
-        self.moments = {name: self._layout.split(state[name][: self._layout.numel]) for name in MOMENTS}
+        self.masters = self._split(flat.detach())
+        self.moments = {name: self._split(state[name]) for name in MOMENTS}
 
     def gradients(self) -> Tensor:
-        return zero2_gradients(self._optimizer)[: self._layout.numel].to(self._layout.device, torch.float32)
+        held = sum(f.stop - f.start for f in self._layout.all_fragments)
+        return zero2_gradients(self._optimizer)[:held].to(self._layout.device, torch.float32)
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        """Return views of every fragment in a flat vector, which may end in padding."""
+        sizes = [f.stop - f.start for f in self._layout.all_fragments]
+        return list(flat[: sum(sizes)].split(sizes))
 
     def zero_gates(self, masked: Sequence[Sequence[int]]) -> None:
         """Set lora_E of these triples to 0, in master and 16-bit copy."""
@@ -139,15 +154,16 @@ Shards = Zero3Shards | Zero2Shards
 def _runs(births: Sequence[Tensor], rates: Mapping[str, float], layout: ShardLayout) -> list[Tensor]:
     """Return per fragment (3, rows) fp64: the step at which each row was added, its rate, its number of local elements.
 
-    births: the (rank,) of every module, the optimizer step after which each triple was born.
+    births: the (rank,) of every module, the optimizer step after which each triple was born; vectors were always there.
     """
     parts = []
-    for f in layout.fragments:
-        length = layout.shapes[f.module].row_length(f.factor)
+    for f in layout.all_fragments:
+        length = layout.row_length(f)
+        born = torch.zeros(1) if f.factor in layout.vectors else births[f.module]
         rows = torch.arange(f.start // length, -(-f.stop // length))
         held = (rows * length + length).clamp(max=f.stop) - (rows * length).clamp(min=f.start)
         rate = torch.full(rows.shape, rates[f.factor], dtype=torch.float64)
-        parts.append(torch.stack([births[f.module][rows].double(), rate, held.double()]))
+        parts.append(torch.stack([born[rows].double(), rate, held.double()]))
     return parts
 
 

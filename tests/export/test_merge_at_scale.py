@@ -70,12 +70,12 @@ def test_no_number_of_workers_below_one(large, tmp_path, capsys):
 
 SLOW_MERGE = """
 import sys, time
-from dynrank_ds.export import merge
-whole = merge._merge_shard
+from dynrank_ds.export.merging import Merge
+whole = Merge.write_file
 def slow(*arguments):
     time.sleep(0.3)
     return whole(*arguments)
-merge._merge_shard = slow
+Merge.write_file = slow
 from dynrank_ds.cli import main
 main(sys.argv[1:])
 """

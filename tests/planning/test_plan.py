@@ -68,6 +68,18 @@ def test_a_7b_model_takes_its_weights_on_one_gpu_and_a_share_of_them_on_eight() 
     assert one.steps == 31_250 and one.adjustments == 17 and one.fits and eight.fits
 
 
+def test_weight_decomposition_adds_a_number_and_an_activation_for_each_output_row() -> None:
+    recipe = load_recipe(NAME, ["adapter.weight_decomposed=true", "train.activation_checkpointing=false"])
+    usual = load_recipe(NAME, ["train.activation_checkpointing=false"])
+    found, expected = (make_plan(r, cluster(1, 8, 80), None, describe(r)) for r in (recipe, usual))
+    rows = 4 * 4096 + 2 * 11008 + 4096  # of a layer's seven linears
+    added = found.architecture.trainable_parameters - expected.architecture.trainable_parameters
+    assert added == 32 * rows
+    tokens = usual.train.micro_batch_size * usual.data.max_length
+    kept = found.memory.parts.activations - expected.memory.parts.activations
+    assert kept == pytest.approx(32 * tokens * rows * 2, rel=0.05)
+
+
 def test_traffic_of_zero_3_is_twice_the_model_less_what_is_kept_for_backward() -> None:
     eight = plan(NAME, on=cluster(1, 8, 80))
     whole = 2 * 2 * eight.architecture.base_parameters * 7 / 8

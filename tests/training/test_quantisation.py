@@ -8,11 +8,11 @@ import pytest
 from bitsandbytes.nn import modules
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dynrank_ds import quantised_layers
 from dynrank_ds.errors import MachineError, RecipeError
+from dynrank_ds.quantised_layers import quantised_linears
 from dynrank_ds.recipe import ModelSection, check_recipe
-from dynrank_ds.training import quantisation
 from dynrank_ds.training.model import load_model
-from dynrank_ds.training.quantisation import quantised_linears
 
 
 def section(folder: Path) -> ModelSection:
@@ -37,7 +37,7 @@ def test_all_linear_layers_but_the_head_are_quantised_and_never_rearranged(
 
 
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantisation, "find_spec", lambda _: None)
+    monkeypatch.setattr(quantised_layers, "find_spec", lambda _: None)
     with pytest.raises(
         MachineError, match=r"model.quantisation nf4 needs bitsandbytes: pip install bitsandbytes"
     ):

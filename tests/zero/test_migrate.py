@@ -11,7 +11,7 @@ from torch import Tensor
 from dynrank_ds.ranking.layout import ModuleShape, ShardLayout, whole
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import migrate as moving
-from dynrank_ds.zero.migrate import migrate, portions
+from dynrank_ds.zero.migrate import migrate, migrate_vectors, module_sizes, portions
 from dynrank_ds.zero.shards import zero2_rules, zero3_rules
 from tests.ranking.thread_processes import ThreadProcess, run_in_threads, shard
 
@@ -103,6 +103,28 @@ def test_migrating_shards_equals_indexing_whole_tensors(
                 assert torch.equal(weights.flatten(), expected[factor, module][0].flatten())
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_vectors_stay_as_they_are_while_triples_before_them_come_and_go(stage: int, size: int) -> None:
+    vectors = ("magnitude_offset",)
+    beside = {(vectors[0], b): torch.randn(STATES, 1, shape.out_features) for b, shape in enumerate(SHAPES)}
+    full = whole_states(BEFORE)
+    rules_of, held = STAGES[stage]
+    before, after = (rules_of(SHAPES, ranks, FACTORS, size, vectors) for ranks in (BEFORE, AFTER))
+
+    def work(process: ThreadProcess) -> tuple[Tensor, Tensor]:
+        old = ShardLayout(SHAPES, BEFORE, FACTORS, before[process.rank], vectors=vectors)
+        new = ShardLayout(SHAPES, AFTER, FACTORS, after[process.rank], vectors=vectors)
+        rules, mine = (before, after), held(full | beside, process.rank, size)
+        states, _ = migrate(mine[:, : old.numel], old, new, PLAN, rows_of_plan, rules, process.all_reduce_sum)
+        behind = sum(f.stop - f.start for f in old.vector_fragments)
+        moved = mine[:, old.numel : old.numel + behind]
+        return states, migrate_vectors(moved, old, new, rules, process.all_reduce_sum)
+
+    for rank, parts in enumerate(run_in_threads(size, work)):
+        assert torch.equal(torch.cat(parts, dim=1), held(indexed(full) | beside, rank, size))
+
+
 def test_survivors_keep_their_rows_and_new_rows_have_zero_moments() -> None:
     full = whole_states(BEFORE)
     rules = zero3_rules(SHAPES, BEFORE, FACTORS, 1)
@@ -121,5 +143,6 @@ def test_modules_are_gathered_in_groups_of_bounded_size_and_larger_ones_alone(
     layout = ShardLayout(shapes, (2, 1, 0, 9, 1), ("lora_A", "lora_B"), whole)
     monkeypatch.setattr(moving, "GATHERED_AT_ONCE", 24)
     # Two states of 4 elements a triple: 16, 8, 0, 72 and 8 elements.
-    assert list(portions(range(5), layout, 2)) == [[0, 1, 2], [3], [4]]
-    assert list(portions([4, 0], layout, 2)) == [[4, 0]]
+    sizes = module_sizes(layout, layout.fragments)
+    assert list(portions(range(5), sizes, 2)) == [[0, 1, 2], [3], [4]]
+    assert list(portions([4, 0], sizes, 2)) == [[4, 0]]
