@@ -5,7 +5,6 @@ agree at several random points to 30 digits are equal for every practical purpos
 comparison this takes milliseconds and drops nothing: what the grammar does not know is refused.
 """
 
-import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -13,19 +12,24 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import mpmath
+from dynrank_eval.answers.arithmetic import (
+    MP,
+    UnreadableError,
+    Value,
+    binomial,
+    combined,
+    divided,
+    factorial,
+    logarithm,
+    numeric,
+    raised,
+    real,
+    root,
+)
 
-MP = mpmath.MPContext()
-MP.dps = 60
-"""A context of its own: the precision of the process stays as it is."""
-# A longer number, power or factorial is no benchmark's answer, and would take long.
+# A longer number is no benchmark's answer.
 _MOST_DIGITS = 200
-_MOST_BITS = 200_000
-_LARGEST_FACTORIAL = 10_000
 _DEEPEST = 60
-
-Value = Any
-"""A Fraction, or an mpmath number."""
 
 _NUMBER = re.compile(
     r"[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9])(?:\.[0-9]+)?"
@@ -34,6 +38,11 @@ _NUMBER = re.compile(
     r"|[0-9]{1,3}(?:'[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
     r"|[0-9]{1,3}(?:_[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
     r"|[0-9]+\.[0-9]+|\.[0-9]+|[0-9]+"
+)
+_REPEATING = re.compile(
+    r"(?P<whole>[0-9]{0,20})\.(?P<once>[0-9]{0,12}?)"
+    r"(?:\\(?:overline|bar|dot)\s*(?:\{\s*(?P<marked>[0-9]{1,30})\s*\}|(?P<digit>[0-9]))"
+    r"|(?P<written>[0-9]{1,12}?)(?P=written){2,}\s*(?:\.\.\.|\\[lc]?dots))"
 )
 _EXPONENT = re.compile(r"[eE][-+]?[0-9]+(?![A-Za-z0-9.])")
 _MIXED = re.compile(r"\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])")
@@ -45,14 +54,10 @@ _FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     },
     **{f"arc{name}": getattr(MP, f"a{name}") for name in ("sin", "cos", "tan")},
     "ln": MP.log,
-    "log": MP.log10,
-    "lg": MP.log10,
+    "log": lambda value: logarithm(value, Fraction(10)),
+    "lg": lambda value: logarithm(value, Fraction(10)),
 }
 _CLOSING = {"(": ")", "{": "}", "[": "]"}
-
-
-class UnreadableError(Exception):
-    """The text is no expression of the grammar."""
 
 
 @dataclass
@@ -76,7 +81,7 @@ class Expression:
         while (sign := self._peek()) in ("+", "-") and self._operand_follows(self._after_space() + 1):
             self._skip(sign)
             term = self._term()
-            total = _combined(operator.add if sign == "+" else operator.sub, total, term)
+            total = combined(operator.add if sign == "+" else operator.sub, total, term)
         return total
 
     def at_end(self) -> bool:
@@ -85,15 +90,15 @@ class Expression:
     def _term(self) -> Value:
         product = self._signed()
         while True:
-            if self._takes("*", "\\cdot", "\\times", "\\ast") or self._takes_letter_times():
-                product = _combined(operator.mul, product, self._signed())
+            if self._takes_operator("*", "\\cdot", "\\times", "\\ast") or self._takes_letter_times():
+                product = combined(operator.mul, product, self._signed())
             elif self._peek() == "/" and self._operand_follows(self._after_space() + 1):
                 self._skip("/")
-                product = _divided(product, self._signed())
-            elif self._takes("\\div"):
-                product = _divided(product, self._signed())
+                product = divided(product, self._signed())
+            elif self._takes_operator("\\div"):
+                product = divided(product, self._signed())
             elif self._implicit_factor_follows():
-                product = _combined(operator.mul, product, self._power())
+                product = combined(operator.mul, product, self._power())
             else:
                 return product
 
@@ -108,12 +113,12 @@ class Expression:
     def _power(self) -> Value:
         base = self._atom()
         while self._takes("!"):
-            base = _factorial(base)
+            base = factorial(base)
         if self._takes("^\\circ", "^{\\circ}"):
             return numeric(base) * MP.pi / 180
         if self._takes("^"):
             exponent = self._argument()
-            return _raised(base, exponent)
+            return raised(base, exponent)
         return base
 
     def _atom(self) -> Value:
@@ -146,6 +151,9 @@ class Expression:
         return self._letters()
 
     def _numeral(self) -> Value:
+        if repeating := _REPEATING.match(self.text, self.position):
+            self.position = repeating.end()
+            return _repeating(repeating)
         match = _NUMBER.match(self.text, self.position)
         if match is None or len(match.group()) > _MOST_DIGITS:
             raise UnreadableError
@@ -154,7 +162,7 @@ class Expression:
         exponent = _EXPONENT.match(self.text, self.position)
         if exponent and "." not in exponent.group():
             self.position = exponent.end()
-            return _raised(Fraction(10), Fraction(int(exponent.group()[1:]))) * value
+            return raised(Fraction(10), Fraction(int(exponent.group()[1:]))) * value
         if "." not in match.group():
             return value + self._fraction_beside()
         return value
@@ -174,22 +182,22 @@ class Expression:
         for name in ("\\frac", "\\binom", "\\dbinom", "\\tbinom"):
             if self._takes(name):
                 above, below = self._argument(one_digit=True), self._argument(one_digit=True)
-                return _divided(above, below) if name == "\\frac" else _binomial(above, below)
+                return divided(above, below) if name == "\\frac" else binomial(above, below)
         if self._takes("\\sqrt"):
             degree = Fraction(2)
             if self._takes("["):
                 degree = self.value()
                 if not self._takes("]"):
                     raise UnreadableError
-            return _root(self._argument(), degree)
+            return root(self._argument(), degree)
         if self._takes("\\pi"):
             return +MP.pi
         if self._takes("\\infty"):
             return MP.inf
         if self._takes("\\lfloor"):
-            return self._between("\\rfloor", lambda value: Fraction(int(MP.floor(_real(value)))))
+            return self._between("\\rfloor", lambda value: Fraction(int(MP.floor(real(value)))))
         if self._takes("\\lceil"):
-            return self._between("\\rceil", lambda value: Fraction(int(MP.ceil(_real(value)))))
+            return self._between("\\rceil", lambda value: Fraction(int(MP.ceil(real(value)))))
         if self._takes("\\lvert", "\\mid"):
             return self._between("\\rvert", abs)
         command = re.compile(r"\\([A-Za-z]+)").match(self.text, self.position)
@@ -216,11 +224,11 @@ class Expression:
             value: Any = Fraction(0)
         else:
             value = (
-                MP.log(numeric(argument), numeric(base))
+                logarithm(argument, base)
                 if base is not None
-                else _FUNCTIONS[name](numeric(argument))
+                else _FUNCTIONS[name](argument if name in ("log", "lg") else numeric(argument))
             )
-        return value if power is None else _raised(value, power)
+        return value if power is None else raised(value, power)
 
     def _letters(self) -> Value:
         word = re.compile("[A-Za-z]+").match(self.text, self.position)
@@ -228,7 +236,7 @@ class Expression:
             raise UnreadableError
         if word.group().lower() == "sqrt":
             self.position = word.end()
-            return _root(self._argument(), Fraction(2))
+            return root(self._argument(), Fraction(2))
         if word.group().lower() == "pi":
             self.position = word.end()
             return +MP.pi
@@ -270,6 +278,9 @@ class Expression:
     def _implicit_factor_follows(self) -> bool:
         place = self._after_space()
         rest = self.text[place : place + 12]
+        if rest[:1] in ("(", "{") and self.variables is None:
+            # In prose a parenthesis after a space is a remark, and one that begins with a word is a unit.
+            return place == self.position and re.match(r"[({]\s*(?:[-+0-9.({]|\\(?!text))", rest) is not None
         if rest[:1] in ("(", "{") or rest.startswith(("\\frac", "\\sqrt", "\\pi", "\\binom")):
             return not rest.startswith(("{\\text", "(\\text"))
         if self.variables is None or not rest:
@@ -310,6 +321,16 @@ class Expression:
                 return True
         return False
 
+    def _takes_operator(self, *words: str) -> bool:
+        r"""Take an operator where an operand follows it: "3 \times as many" is 3."""
+        before = self.position
+        if not self._takes(*words):
+            return False
+        if self.variables is None and not self._operand_follows(self._after_space()):
+            self.position = before
+            return False
+        return True
+
     def _skip(self, character: str) -> None:
         self.position = self._after_space() + len(character)
 
@@ -324,84 +345,8 @@ class Expression:
         return place
 
 
-def numeric(value: Value) -> Any:
-    """Return the value as a number of `MP`."""
-    if isinstance(value, Fraction):
-        return MP.mpf(value.numerator) / MP.mpf(value.denominator)
-    return value
-
-
-def _real(value: Value) -> Any:
-    number = numeric(value)
-    if isinstance(number, MP.mpc):
-        raise UnreadableError
-    return number
-
-
-def _combined(operation: Callable[[Any, Any], Any], first: Value, second: Value) -> Value:
-    if isinstance(first, Fraction) and isinstance(second, Fraction):
-        return operation(first, second)
-    return operation(numeric(first), numeric(second))
-
-
-def _divided(above: Value, below: Value) -> Value:
-    if below == 0:
-        raise UnreadableError
-    if isinstance(above, Fraction) and isinstance(below, Fraction):
-        return above / below
-    return numeric(above) / numeric(below)
-
-
-def _raised(base: Value, exponent: Value) -> Value:
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        size = max(abs(base.numerator).bit_length(), base.denominator.bit_length())
-        if abs(exponent.numerator) * size > _MOST_BITS:
-            raise UnreadableError
-        if base == 0 and exponent <= 0:
-            raise UnreadableError
-        return base**exponent.numerator
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator <= 64:
-        return _raised(_root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator))
-    if base == 0:
-        raise UnreadableError
-    return MP.power(numeric(base), numeric(exponent))
-
-
-def _root(value: Value, degree: Value) -> Value:
-    if not isinstance(degree, Fraction) or degree.denominator != 1 or degree < 2:
-        raise UnreadableError
-    n = degree.numerator
-    if isinstance(value, Fraction):
-        above, below = _whole_root(abs(value.numerator), n), _whole_root(value.denominator, n)
-        if above is not None and below is not None and (value >= 0 or n % 2):
-            return Fraction(above, below) * (1 if value >= 0 else -1)
-    number = numeric(value)
-    if not isinstance(number, MP.mpc) and number < 0 and n % 2:
-        return -MP.root(-number, n)
-    return MP.root(number, n)
-
-
-def _whole_root(value: int, n: int) -> int | None:
-    if n == 2:
-        root = math.isqrt(value)
-    else:
-        low, high = 0, 1 << (value.bit_length() // n + 1)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if middle**n <= value else (low, middle - 1)
-        root = low
-    return root if root**n == value else None
-
-
-def _factorial(value: Value) -> Fraction:
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= _LARGEST_FACTORIAL:
-        raise UnreadableError
-    return Fraction(math.factorial(value.numerator))
-
-
-def _binomial(n: Value, k: Value) -> Fraction:
-    if any(
-        not isinstance(v, Fraction) or v.denominator != 1 or not 0 <= v <= _LARGEST_FACTORIAL for v in (n, k)
-    ):
-        raise UnreadableError
-    return Fraction(math.comb(n.numerator, k.numerator))
+def _repeating(decimal: "re.Match[str]") -> Fraction:
+    r"""Return the value of 0.1\overline{6} or 0.1666..."""
+    once, period = decimal["once"], decimal["marked"] or decimal["digit"] or decimal["written"]
+    start = Fraction(f"{decimal['whole'] or 0}.{once or 0}")
+    return start + Fraction(int(period), 10 ** len(once) * (10 ** len(period) - 1))

@@ -53,7 +53,8 @@ def without_math_verify(gold: str, answer: str) -> Grade | None:
 
 
 def _as_text(text: str) -> str:
-    return re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).replace(" ", "").lower()
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).replace(" ", "").lower()
+    return re.sub(r"(?<=[0-9])([ap])\.m\.?", r"\1m", text)
 
 
 def _same_figures(gold: str, answer: str) -> bool:

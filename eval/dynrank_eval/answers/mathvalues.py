@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from dynrank_eval.answers.expressions import MP, Expression, UnreadableError, numeric
+from dynrank_eval.answers.arithmetic import MP, UnreadableError, numeric
+from dynrank_eval.answers.bases import in_a_base, same_in_base
+from dynrank_eval.answers.expressions import Expression
 from dynrank_eval.answers.plain import plain
+from dynrank_eval.answers.ranges import is_inequality, same_range
 from dynrank_eval.extraction import balanced_end
 
 _LONGEST = 1_000
@@ -52,26 +55,21 @@ _ABBREVIATIONS = {
     "percent": "",
     "deg": "",
 }
-_BASE = re.compile(
-    r"(?P<digits>[0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\s*_\s*\{?\s*(?:\\text\s*\{\s*)?(?P<base>[0-9]+|[a-z]+)\s*\}*"
-)
-_BASE_NAMES = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-}
 _NAME_BEFORE = re.compile(
-    r"^\s*(?:\\text\s*\{\s*)?[A-Za-z](?:_\{?[0-9A-Za-z]\}?|'|\([A-Za-z]\))?\s*\}?\s*(?:=|\\in(?![a-z]))\s*(?=\S)"
+    r"^\s*(?:\([A-Za-z](?:\s*,\s*[A-Za-z])+\)"
+    r"|(?:\\text\s*\{\s*)?[A-Za-z](?:_\{?[0-9A-Za-z]\}?|'|\([A-Za-z]\))?\s*\}?)\s*(?:=|\\in(?![a-z]))\s*(?=\S)"
 )
 _WRAPPER = re.compile(r"\\(?:boxed|fbox|text)\s*\{")
 _TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|sec|csc|cot)")
 _DEGREE = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*")
+_NAMED_PARTS = re.compile(r"[A-Za-z]\s*=[^=,]+(?:,\s*[A-Za-z]\s*=[^=,]+)+")
+# What an equation's left side may be where the right side is the answer: AB, f(3), |AB|, m + n, \\angle A.
+_NAME = re.compile(
+    r"(?:\\text\s*\{[^{}]*\}|\\(?:angle|triangle|overline|max|min|gcd|lcm)(?![A-Za-z])|[A-Za-z]+\([0-9., -]+\)"
+    r"|[A-Za-z]_\{?[0-9A-Za-z]\}?|[A-Za-z'|\[\](){} +-])+"
+)
+_LEAD_IN = re.compile(r"^\\text\s*\{[^{}]*(?:\bis|:)\s*\}\s*(?=\S)")
+_RATIO = re.compile(r"[0-9.]+(?:\s*:\s*[0-9.]+)+")
 _CHOICE = re.compile(r"\s*\(?\s*(?:\\text\s*\{)?\s*\(?([A-Z])\)?\s*\}?\s*\)?\s*")
 
 
@@ -101,7 +99,8 @@ def normal_answer(answer: str) -> str:
         text
     ) - match.end():
         text = text[match.end() : -1].strip()
-    text = text.rstrip(".,; \n").strip()
+    text = _LEAD_IN.sub("", text)
+    text = re.sub(r"\.\.\.\s*$", r"\\ldots", text).rstrip(".,; \n").strip()
     if not _TRIGONOMETRIC.search(text):
         text = _DEGREE.sub(" ", text)
     text = re.sub(r"\s+(?:and|or)\s+|\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}", ", ", text)
@@ -111,11 +110,21 @@ def normal_answer(answer: str) -> str:
 def _same(gold: str, answer: str, depth: int) -> bool:
     if depth > 6:
         raise UnreadableError
-    gold, answer = without_name(gold, answer)
+    gold, answer = without_name(_tuple_of_names(gold, answer), _tuple_of_names(answer, gold))
+    if _RATIO.fullmatch(gold) and _RATIO.fullmatch(answer):
+        return re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer)
+    gold, answer = _last_side(gold, answer), _last_side(answer, gold)
     if (choice := _CHOICE.fullmatch(gold)) and (other := _CHOICE.fullmatch(answer)):
         return choice[1] == other[1]
-    if _BASE.fullmatch(_bare(gold)) or _BASE.fullmatch(_bare(answer)):
-        return _same_in_base(gold, answer)
+    if in_a_base(gold) or in_a_base(answer):
+        return same_in_base(gold, answer)
+    if is_inequality(gold) or is_inequality(answer):
+        return same_range(gold, answer, lambda a, b: _same(a, b, depth + 1))
+    if gold.endswith("%") is not answer.endswith("%"):
+        # 50 % is 50 where percent are asked for, and one half.
+        number, percent = (answer, gold) if gold.endswith("%") else (gold, answer)
+        inside = percent.removesuffix("%")
+        return any(_same(number, each, depth + 1) for each in (inside, f"({inside})/100"))
     gold, gold_unit = _unit(gold)
     answer, answer_unit = _unit(answer)
     if gold_unit and answer_unit and gold_unit != answer_unit:
@@ -150,21 +159,31 @@ def without_name(gold: str, answer: str) -> tuple[str, str]:
     return rest[0], rest[1]
 
 
-def _same_in_base(gold: str, answer: str) -> bool:
-    matches = [_BASE.fullmatch(_bare(text)) for text in (gold, answer)]
-    if matches[0] is None or matches[1] is None:
-        # A number in another base than ten says so: 52 is not 52_8. Both could be symbols, as x_1.
-        written = [match for match in matches if match is not None]
-        if any(match["base"].isalpha() and match["base"] not in _BASE_NAMES for match in written):
-            raise UnreadableError
-        return False
-    bases = [_BASE_NAMES.get(match["base"]) or match["base"] for match in matches if match]
-    digits = [match["digits"].lstrip("0") for match in matches if match]
-    return str(bases[0]) == str(bases[1]) and digits[0] == digits[1]
+def _tuple_of_names(text: str, other: str) -> str:
+    """Return "x=2, y=3" as (2, 3) where the other answer is a tuple, and the names stand in its order."""
+    if not _encloses(other) or not _NAMED_PARTS.fullmatch(text):
+        return text
+    names, values = zip(*(part.split("=") for part in text.split(",")), strict=True)
+    return f"({','.join(values)})" if list(names) == sorted(names, key=str.strip) else text
 
 
-def _bare(text: str) -> str:
-    return text.strip().strip("()")
+def _last_side(text: str, other: str) -> str:
+    """Return 18 of "9 + 9 = 18" and of "AB = 18" where the other answer is no equation.
+
+    Each side before the last is a name or has no letters: of "2x + 1 = 0" nothing is taken.
+    """
+    if "=" not in text or "=" in other:
+        return text
+    *sides, last = (side.strip() for side in text.split("="))
+    return (
+        last
+        if all(_NAME.fullmatch(side) or (_constant(side) and _constant(last)) for side in sides)
+        else text
+    )
+
+
+def _constant(text: str) -> bool:
+    return re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)) is None
 
 
 def _unit(text: str) -> tuple[str, str]:

@@ -4,33 +4,72 @@ import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from dynrank_eval.answers.expressions import Expression, UnreadableError
+from dynrank_eval.answers.arithmetic import UnreadableError
+from dynrank_eval.answers.expressions import Expression
+from dynrank_eval.answers.number_words import SCALES, words_as_digits
 from dynrank_eval.answers.plain import plain
 
 _LONGEST = 2_000
+_COMMANDS = r"\\(?:frac|sqrt|pi|d?binom|log|ln|lg|sin|cos|tan|exp|lfloor|lceil)(?![A-Za-z])"
 _START = re.compile(
-    r"(?<![A-Za-z0-9_.])[-+]?\s*[$]?\s*[-+]?\s*(?=[0-9(.]|\\frac|\\sqrt|sqrt\b|\\pi)(?!\.(?![0-9]))(?!\([^0-9\\-])"
+    r"(?<![A-Za-z0-9_.])[-+]?\s*[$]?\s*[-+]?\s*"
+    rf"(?:(?=[0-9(.]|{_COMMANDS}|sqrt\b)(?!\.(?![0-9]))(?!\([^0-9\\-])|(?<=[-+])(?=\{{[0-9])|(?=\|-?[0-9.]+\|))"
 )
 _REMARK = re.compile(
-    r"\s*(?:,|;|\.(?=\s|$))?\s*\b(?:which|because|since|as|where|so|when|while|given|assuming|after|if|but|therefore|i\.e)\b",
+    r"\s*(?:,|;|\.(?=\s|$))?\s*\b(?:(?:which|because|since|as|where|so|when|while|given|assuming|after|if|but|therefore|"
+    r"i\.e)\b|(?:explanation|reasoning|note|check|verification|justification|solution)\s*:)",
     re.IGNORECASE,
 )
-_PARENTHESIS = re.compile(r"\s\((?=[^)]*[A-Za-z=])[^()]*\)")
+_WHICH_IS = re.compile(r",?\s*\bwhich (?:is|was|equals|means|makes)\b.*", re.IGNORECASE | re.DOTALL)
+_PARENTHESIS = re.compile(r"\s?\((?=[^)]*[A-Za-z=])(?![^)]*\\)[^()]*\)|\{\s*[A-Za-z][A-Za-z ]*\}")
+_NEGATED = re.compile(r"(?:\bnot|n't)\s+(?:equal to\s+|exactly\s+)?[$]?\s*[-+]?[0-9][0-9,.]*", re.IGNORECASE)
+_TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*(?:\s[^<>]*)?/?>|<<[^<>]*>>(?=\s*[$]?[0-9])|<<|>>")
+_EMPHASIS = re.compile(r"(?<![0-9*)])\*(?=[^\s*])([^*]+)(?<=\S)\*(?![0-9*(])")
+_EUROPEAN = re.compile(
+    r"(?<![0-9.,])[0-9]{1,3}(?:(?:\.[0-9]{3}){2,}(?:,[0-9]+)?|\.[0-9]{3},[0-9]{1,2})(?![0-9.,]*[0-9])"
+)
 _CURRENCY = re.compile(r"(?:US|A|C|HK|R)?\$|[€£¥₹₽]|\b(?:USD|EUR|GBP|Rs\.?|INR)(?=[\s\d])")
-_DOLLAR_SIGN = re.compile(r"\$(?=\s*[-+]?\s*[0-9.])")
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_AND_CENTS = re.compile(r"\$\s*([0-9]+)\s*(?:,|and|,\s*and)\s*([0-9]{1,2})\s*(?:cents?\b|¢)", re.IGNORECASE)
+_SIDES = re.compile(
+    r"=>|-+>|=|[⇒→∴]|\\(?:approx|implies|to|therefore|(?:long)?rightarrow|(?:Long)?Rightarrow)(?![A-Za-z])"
+)
 _SCALE = re.compile(r"\s*(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
+_SCALE_LETTER = re.compile(r"([kKMB])(?![A-Za-z0-9/^])")
+_SCALE_LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _DOZEN = re.compile(r"\s*dozens?\b", re.IGNORECASE)
-_PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b)", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b|cents?\b|¢)", re.IGNORECASE)
+# Coins and parts alike: 3 quarters are 3, and 3/4.
+_COUNTED_PARTS = re.compile(r"\s*-?\s*(hal(?:f|ves)|quarter|third)s?\b", re.IGNORECASE)
+_COUNTED_SIZES = {"hal": 2, "qua": 4, "thi": 3}
 _CLOCK = re.compile(r"\s*(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::00)?(?![0-9:])")
 _UNIT_WORDS = r"(?:\s*[A-Za-z][A-Za-z/^0-9{}.'-]*){0,4}?"
 _ANOTHER = re.compile(
     rf"{_UNIT_WORDS}\s*(?:,\s*(?:and|or)?|;|\band\b|\bor\b|\bto\b|\bthrough\b|\bvs\.?|&|:|~|-(?=\s*\S))\s*"
     r"(?:an?\s+)?[$€£]?\s*[-+]?(?:[0-9.]|\\frac|\\sqrt)"
 )
+_GOES_ON = re.compile(
+    r"\s*\^(?!\\circ|\{\\circ)|[0-9]|i(?![A-Za-z])|(?:[CP]|_)\{?[0-9]"
+    rf"|{_UNIT_WORDS}\s*(?:\+|\\pm|\*|\\cdot|\\times|<|>|\\(?:leq?|geq?|lt|gt|neq?)(?![A-Za-z]))\s*[-+]?\s*[$]?"
+    r"(?:[0-9.(\\]|(?![aA]\b)[A-Za-z](?![A-Za-z]))"
+    rf"|{_UNIT_WORDS}\s*(?:/\s*[0-9(\\]|\b(?:mod|choose)\b|\b(?:more|less|fewer|greater) than\s+[$]?[0-9])"
+)
+_NOT_EQUAL_TO = re.compile(
+    r"(?:\b(?:more|less|greater|fewer|larger|smaller) than|(?<!<)<|(?<![->])>|\^)\s*[{($]*$"
+)
+_UNREAD = re.compile(r"\\(?:sum|prod|int|lim|max|min|gcd|lcm|arc[a-z]+|[a-z]+h|overline|bar|det)(?![A-Za-z])")
 # Of each family the units in the size of its smallest: "2 hours and 30 minutes" is 150 minutes and 2.5 hours.
 _COMPOUND = [
-    {"day": 86400, "hour": 3600, "hr": 3600, "h": 3600, "minute": 60, "min": 60, "second": 1, "sec": 1},
+    {
+        "day": 86400,
+        "hour": 3600,
+        "hr": 3600,
+        "h": 3600,
+        "minute": 60,
+        "min": 60,
+        "m": 60,
+        "second": 1,
+        "sec": 1,
+    },
     {"dollar": 100, "cent": 1},
     {"yard": 36, "foot": 12, "feet": 12, "ft": 12, "inch": 1, "inche": 1, "in": 1},
     {"year": 12, "month": 1},
@@ -39,41 +78,7 @@ _COMPOUND = [
     {"meter": 100, "metre": 100, "m": 100, "centimeter": 1, "centimetre": 1, "cm": 1},
     {"kilogram": 1000, "kg": 1000, "gram": 1, "g": 1},
 ]
-_PART = re.compile(r"\s*(?:,|and\b|,\s*and\b)?\s*([0-9]+(?:\.[0-9]+)?)\s*-?\s*([A-Za-z]+?)s?\b")
-
-_SMALL = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
-_SMALL += [f"{stem}teen" for stem in ("thir", "four", "fif", "six", "seven", "eigh", "nine")]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_WORDS = {word: value for value, word in enumerate(_SMALL)} | {
-    w: 10 * n for n, w in enumerate(_TENS, start=2)
-}
-_PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8}
-_PARTS["tenth"] = 10
-_NUMBER_WORD = "|".join(sorted([*_WORDS, *_SCALES, "dozen"], key=len, reverse=True))
-_PHRASE = re.compile(
-    r"\b(?:an?\s+(?=hundred|thousand|million|billion|dozen))?"
-    rf"(?:{_NUMBER_WORD})\b(?:[\s-]+(?:(?<=hundred )and |(?<=thousand )and )?(?:{_NUMBER_WORD})\b)*",
-    re.IGNORECASE,
-)
-_PART_WORD = "|".join(sorted(_PARTS, key=len, reverse=True))
-_AND_A_PART = re.compile(rf"\b([0-9]+)[\s-]+and[\s-]+(?:(?:an?|one|1)[\s-]+)?({_PART_WORD})\b", re.IGNORECASE)
-_AND_PARTS = re.compile(rf"\b([0-9]+)[\s-]+and[\s-]+([0-9]+)[\s-]+({_PART_WORD})s?\b", re.IGNORECASE)
-_SOME_PARTS = re.compile(rf"\b([0-9]+)[\s-]+({_PART_WORD})s?\b(?!\s*-)", re.IGNORECASE)
-_A_PART = re.compile(rf"(?<![0-9] )(?<![0-9])\b(?:an?\s+)?({_PART_WORD})\b", re.IGNORECASE)
+_PART = re.compile(r"\s*(?:,|and\b|,\s*and\b)?\s*([0-9]+(?:\.[0-9]+)?)\s*-?\s*([A-Za-z]+?)s?(?![A-Za-z])")
 _AND_A_FRACTION = re.compile(
     r"(?<![0-9.,/])([0-9]+)\s*(?:and|&)\s*(?=[0-9]+\s*/\s*[0-9]|\\frac)", re.IGNORECASE
 )
@@ -98,7 +103,7 @@ def read_number(text: str) -> Reading | None:
     """Read the first number of an answer, or after its last equals sign; None where the text holds no number.
 
     Units, currency and percent signs are passed over. Expressions are evaluated: 2 + 3 = 5 is 5, 2^3 is 8,
-    1.2e3 is 1200. Lists and ranges have no value.
+    1.2e3 is 1200. Lists, ranges, inequalities and what goes on in an unknown way have no value.
     """
     text = _prepared(text[:_LONGEST], remarks=False)
     if text.count("=") > 1 and re.search(r",\s*(?:and\s+)?[A-Za-z]", text):
@@ -119,6 +124,9 @@ def read_number(text: str) -> Reading | None:
                 return Reading()
             start = _START.search(text, start.end() + 1)
             continue
+        before = text[: start.start()]
+        if _NOT_EQUAL_TO.search(before) or _UNREAD.search(before):
+            return Reading()
         return _reading(text, start.start(), expression.position, value)
     return None
 
@@ -128,7 +136,7 @@ def last_number(text: str) -> Reading | None:
     for line in reversed(text[-20_000:].split("\n")[-50:]):
         line = re.sub(r"^\s*(?:[0-9]+[.)]|[-*#>]+)\s+", "", line)
         for sentence in reversed(re.split(r"(?<=[.!?])\s+", line)):
-            prepared = _right_side(_prepared(sentence[-_LONGEST:], remarks=True))
+            prepared = _right_side(_prepared(sentence[-_LONGEST:].rstrip("! "), remarks=True))
             found, place = None, 0
             while (start := _START.search(prepared, place)) is not None:
                 expression = Expression(prepared, None, start.start())
@@ -146,53 +154,29 @@ def last_number(text: str) -> Reading | None:
 
 def _prepared(text: str, remarks: bool) -> str:
     """Return the text without delimiters and currency; where `remarks` is False, also without explanations."""
-    text = plain(text)
+    text = _EMPHASIS.sub(r" \1 ", re.sub(r"(?<![0-9])\.{2,}", " ", plain(_TAG.sub(" ", text))))
     text = re.sub(r"\\(?:boxed|fbox|text)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\(?:boxed|fbox|text)\s*\{", " {", text)
     text = re.sub(r"\\[\[\]()]", " ", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", " ", text)
     text = _PARENTHESIS.sub(" ", text)
-    remark = _REMARK.search(text)
-    if remark and not remarks and re.search("[0-9]", text[: remark.start()]):
+    if remarks:
+        shorter = _WHICH_IS.sub("", _NEGATED.sub(" ", text))
+        text = shorter if re.search("[0-9]", shorter) or _NEGATED.search(text) else text
+    elif (remark := _REMARK.search(text)) and re.search("[0-9]", text[: remark.start()]):
         text = text[: remark.start()]
+    text = _EUROPEAN.sub(lambda m: m.group().replace(".", "").replace(",", "."), text)
+    text = _AND_CENTS.sub(r"\1 dollars and \2 cents", text)
     text = _CURRENCY.sub(" ", text).replace("$", " ")
     return re.sub(r"\b(?:negative|minus)\s+(?=\S)", "-", text, flags=re.IGNORECASE)
 
 
 def _right_side(text: str) -> str:
-    """Return what follows the last equals sign, with number words as digits."""
-    sides = re.split(r"=|\\approx|\\implies|\\Rightarrow|->", text)
-    text = next((side for side in reversed(sides) if side.strip()), "")
-    text = _words_as_digits(text)
+    """Return what follows the last equals sign or arrow, with number words as digits."""
+    text = next((side for side in reversed(_SIDES.split(text)) if side.strip()), "")
+    text = words_as_digits(text)
     text = _AND_A_FRACTION.sub(r"\1 ", text)
     return _HYPHEN_FRACTION.sub(r"\1 ", text).strip()
-
-
-def _words_as_digits(text: str) -> str:
-    text = _AND_A_PART.sub(lambda m: f"{m[1]} 1/{_PARTS[m[2].lower()]}", text)
-    if re.search("[0-9]", text) and not _PHRASE.match(text.lstrip(" -")):
-        return text
-    text = _PHRASE.sub(lambda phrase: str(_words_value(phrase.group())), text)
-    text = _AND_A_PART.sub(lambda m: f"{m[1]} 1/{_PARTS[m[2].lower()]}", text)
-    text = _AND_PARTS.sub(lambda m: f"{m[1]} {m[2]}/{_PARTS[m[3].lower()]}", text)
-    text = _SOME_PARTS.sub(lambda m: f"{m[1]}/{_PARTS[m[2].lower()]}", text)
-    if not re.search("[0-9]", text):
-        text = _A_PART.sub(lambda m: f"1/{_PARTS[m[1].lower()]}", text, count=1)
-    return text
-
-
-def _words_value(phrase: str) -> int:
-    total, current = 0, 0
-    for word in re.findall("[a-z]+", phrase.lower()):
-        if word in _WORDS:
-            current += _WORDS[word]
-        elif word == "hundred":
-            current = max(current, 1) * 100
-        elif word == "dozen":
-            current = max(current, 1) * 12
-        elif word in _SCALES:
-            total, current = total + max(current, 1) * _SCALES[word], 0
-    return total + current
 
 
 def _reading(text: str, start: int, end: int, value: object, alone: bool = False) -> Reading:
@@ -204,22 +188,41 @@ def _reading(text: str, start: int, end: int, value: object, alone: bool = False
         return Reading()
     if _RANGE.fullmatch(text[start:end].strip()) and not alone:
         return Reading()
-    rest = text[end:]
     if not alone and (compound := _compound(text[start:])):
         return Reading(compound)
-    values = {value}
-    if scale := _SCALE.match(rest):
-        values, rest = {value * _SCALES[scale[1].lower()]}, rest[scale.end() :]
-    elif dozen := _DOZEN.match(rest):
-        values, rest = {value, value * 12}, rest[dozen.end() :]
-    elif re.match(r"\s*(?:%|percent)?\s*of\s+\$?[0-9]", rest):
+    values, rest = _in_units(value, text[end:])
+    if re.match(r"\s*(?:%|percent)?\s*of\s+\$?[0-9]", rest):
         # "10 % of 50", "3/4 of 20": the answer is another number.
         return Reading()
-    elif percent := _PERCENT.match(rest):
-        values, rest = {value, value / 100}, rest[percent.end() :]
-    if re.match(r"\s*\^(?!\\circ|\{\\circ)|[0-9]", rest) or (_ANOTHER.match(rest) and not alone):
+    if _GOES_ON.match(rest) or (not alone and (_ANOTHER.match(rest) or _repeats_otherwise(rest, value))):
         return Reading()
     return Reading(frozenset(values))
+
+
+def _in_units(value: Fraction, rest: str) -> tuple[set[Fraction], str]:
+    """Return what `value` means with the scale, percent or cents that begin `rest`, and what follows them."""
+    if scale := _SCALE.match(rest):
+        return {value * SCALES[scale[1].lower()]}, rest[scale.end() :]
+    if letter := _SCALE_LETTER.match(rest):
+        return {value * _SCALE_LETTERS[letter[1]]}, rest[letter.end() :]
+    if dozen := _DOZEN.match(rest):
+        return {value, value * 12}, rest[dozen.end() :]
+    if parts := _COUNTED_PARTS.match(rest):
+        return {value, value / _COUNTED_SIZES[parts[1][:3].lower()]}, rest[parts.end() :]
+    if percent := _PERCENT.match(rest):
+        return {value, value / 100}, rest[percent.end() :]
+    return {value}, rest
+
+
+def _repeats_otherwise(rest: str, value: Fraction) -> bool:
+    """Whether a parenthesis with another number follows: "18 (9 + 9)" repeats 18, "18 (20)" does not."""
+    if not (opening := re.match(r"\s+\((?=[0-9-])", rest)):
+        return False
+    expression = Expression(rest, None, opening.end())
+    try:
+        return bool(expression.value() != value)
+    except (UnreadableError, ArithmeticError, ValueError):
+        return False
 
 
 def _compound(text: str) -> frozenset[Fraction]:

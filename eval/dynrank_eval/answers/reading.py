@@ -18,6 +18,9 @@ _REMARK = re.compile(
     r"|\s*,?\s+\b(?:which|because|since|where|so that|as (?:we|the|it|required|desired|shown)|when|if)\b.*",
     re.IGNORECASE | re.DOTALL,
 )
+_DASH_REMARK = re.compile(
+    r"\s+[-\N{EN DASH}\N{EM DASH}]+\s+(?!sqrt|sin|cos|tan|log|ln|pi\b)[A-Za-z]{2,}.*", re.DOTALL
+)
 _LONGEST_BARE_REPLY = 80
 
 
@@ -34,11 +37,23 @@ def number_answer(completion: str) -> NumberAnswer | None:
     reply = final_reply(completion)
     text = stated_answer(reply, lambda candidate: read_number(candidate) is not None)
     if text is not None:
-        reading = read_number(text)
+        boxed = f"{{{text}}}" in reply
+        reading = read_number(text) if boxed else _exclaimed(text)
         assert reading is not None
         return NumberAnswer(text, reading)
     reading = last_number(up_to_next_problem(reply))
     return None if reading is None else NumberAnswer(str(reading), reading)
+
+
+def _exclaimed(text: str) -> Reading | None:
+    """Read a number that may end its sentence with "!": 5! is 120 or 5, and no answer in words is 18 factorial."""
+    calm = text.rstrip("! ")
+    if calm == text.rstrip() or not calm[-1:].isdigit():
+        return read_number(text)
+    plain, factorial = read_number(calm), read_number(text)
+    if plain is None or factorial is None or not all(abs(value) < 10 for value in plain.values):
+        return plain
+    return Reading(plain.values | factorial.values)
 
 
 def math_answer(completion: str) -> str | None:
@@ -62,7 +77,8 @@ def trimmed(text: str) -> str:
     end = _SENTENCE_END.search(text)
     if end and text.count("{", 0, end.start()) <= text.count("}", 0, end.start()):
         text = text[: end.start()]
-    return _REMARK.sub("", text).strip().rstrip(".,;").strip("*_` ")
+    text = _DASH_REMARK.sub("", _REMARK.sub("", text))
+    return re.sub(r"(?:\\[,;:! ]|[.,;\s])+$", "", text).strip("*_` ")
 
 
 def _formulas(text: str, segments: list["re.Match[str]"]) -> str:

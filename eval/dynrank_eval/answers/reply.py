@@ -2,12 +2,22 @@
 
 import re
 
-_TAG = re.compile(r"<(?P<close>/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
-_END_OF_TURN = re.compile(
-    r"<\|(?:eot_id|eom_id|im_end|endoftext|end_of_text|endofmask|end_of_turn|end|eot|return)\|>"
-    r"|<end_of_turn>|<eos>|</s>(?=\s*(?:\Z|<s>|\n))",
+_TAG = re.compile(
+    r"<(?P<close>/?)(?:seed:)?(?:think|thinking|thought|reasoning|scratchpad)>"
+    r"|\[(?P<close_bracket>/?)THINK\]"
+    r"|◁(?P<close_symbol>/?)think▷"
+    r"|<\|(?:begin|(?P<close_token>end))_of_thought\|>",
     re.IGNORECASE,
 )
+_END_OF_TURN = re.compile(
+    r"<\|(?:eot_id|eom_id|im_end|endoftext|end_of_text|endofmask|end_of_turn|end|eot|return|user)\|>"
+    r"|<end_of_turn>|<start_of_turn>user|<\|im_start\|>user|<eos>|</s>(?=\s*(?:\Z|<s>|\n))"
+    r"|(?<=\S)\s*\[/?INST\]",
+    re.IGNORECASE,
+)
+# gpt-oss' format: what is not in the last channel is a thought.
+_FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\s*(?:<\|constrain\|>[^<]*)?<\|message\|>")
+_ANY_CHANNEL = re.compile(r"<\|channel\|>\s*\w+\s*<\|message\|>")
 _OPENING = re.compile(
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>"
     r"|<\|im_start\|>\s*assistant\b|<start_of_turn>\s*model\b)"
@@ -21,6 +31,8 @@ def final_reply(completion: str) -> str:
     chat template opened.
     """
     text = completion
+    if _ANY_CHANNEL.search(text):
+        *_, text = _FINAL_CHANNEL.split(text) if _FINAL_CHANNEL.search(text) else [""]
     while opening := _OPENING.match(text):
         text = text[opening.end() :]
     text = _without_thoughts(text)
@@ -32,7 +44,7 @@ def _without_thoughts(text: str) -> str:
     kept: list[str] = []
     start, inside = 0, False
     for tag in _TAG.finditer(text):
-        if tag["close"]:
+        if any(tag.groups()):
             if not inside:
                 kept.clear()
             start, inside = tag.end(), False

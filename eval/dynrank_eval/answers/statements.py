@@ -18,6 +18,7 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _BOX = re.compile(r"\\f?boxed(?![A-Za-z])|\\fbox(?![A-Za-z])")
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _REMARK = re.compile(
     r"[*_\s]*(?:(?:also|indeed|therefore|thus|then|probably|clearly|actually|really|definitely|likely|still|now|both|"
     r"very|quite|most)\s+)*"
@@ -32,11 +33,14 @@ _FILLERS = re.compile(
     re.IGNORECASE,
 )
 _NEW_PROBLEM = re.compile(
-    r"^[ \t]*(?:\*\*)?(?:(?:Q|Question|Problem|Exercise|Example)[ \t]*[0-9]*[ \t]*[:.)]|"
+    r"^[ \t]*(?:\*\*)?(?:(?:(?:Next|New|Another)[ \t]+)?(?:Q|[Qq]uestion|[Pp]roblem|Exercise|Example|Task)[ \t]*"
+    r"[0-9]*[ \t]*[:.)]|"
     r"#+[ \t]*(?:Instruction|Question|Problem|Input|Response)\b|"
     r"(?:USER|User|Human|Instruction|Input)[ \t]*:|Below is an instruction\b)",
     re.MULTILINE,
 )
+_WORD_FIRST = re.compile(r"[*_]*[A-Za-z]+")
+_BULLET = re.compile(r"[ \t]*(?:[-*•>]|[0-9]+[.)])[ \t]+(?=\S)")
 _DISPLAYS = (("\\[", "\\]"), ("$$", "$$"), ("\\begin{", "\\end{"))
 
 
@@ -70,16 +74,25 @@ def up_to_next_problem(reply: str) -> str:
 
 
 def _statements(reply: str) -> Iterator[_Statement]:
-    found = []
+    # "####" before words may be a heading of Markdown's: it states an answer where nothing else does.
+    found: list[_Statement] = []
+    headings: list[_Statement] = []
     for match in _ends(list(_BOX.finditer(reply))):
         if text := _boxed(reply, match.end()):
             found.append(_Statement(match.start(), text))
+    for match in _ends(list(_TAGGED.finditer(reply))):
+        if not _BOX.search(match[1]):
+            found.append(_Statement(match.start(1), match[1].strip()))
+    ends = {statement.place: statement.place + len(statement.text) for statement in found}
     for match in _ends(list(_MARKER.finditer(reply))):
+        if any(start < match.start() < end for start, end in ends.items()):
+            continue
         content = _content(reply[match.end() : match.end() + _LONGEST_ANSWER])
         # A box is a statement itself, of just the answer.
         if content and not _BOX.search(content) and not _REMARK.match(content):
-            found.append(_Statement(match.start(), content))
-    yield from sorted(found, key=lambda statement: statement.place)
+            heading = match.group().endswith("####") and _WORD_FIRST.match(content) is not None
+            (headings if heading else found).append(_Statement(match.start(), content))
+    yield from sorted(found or headings, key=lambda statement: statement.place)
 
 
 def _ends(matches: list["re.Match[str]"]) -> list["re.Match[str]"]:
@@ -99,7 +112,10 @@ def _boxed(reply: str, start: int) -> str | None:
 
 def _content(tail: str) -> str:
     """Return the answer after a marker: the rest of its line, or the next line or display where that is empty."""
-    tail = tail.lstrip(" \t\r\n:*_")
+    below = re.match(r"[ \t\r:*_]*\n\s*", tail)
+    if below and (bullet := _BULLET.match(tail, below.end())):
+        tail = tail[bullet.end() :]
+    tail = _TAGGED.sub(r"\1", tail).lstrip(" \t\r\n:*_")
     filler = _FILLERS.match(tail)
     if filler:
         tail = tail[filler.end() :].lstrip(" \t\r\n:")

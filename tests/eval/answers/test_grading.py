@@ -44,6 +44,27 @@ EQUAL = [
     ("\\text{(B)}", "B"),
     ("\\text{Odd}", "odd"),
     ("12", "twelve"),
+    ("21", "10 + 11 = 21"),
+    ("21", "AB = 21"),
+    ("21", "m + n = 10 + 11 = 21"),
+    ("21", "f(3) = 21"),
+    ("21", "\\angle A = 21^\\circ"),
+    ("21", "\\text{the answer is } 21"),
+    ("31_7", "31 base 7"),
+    ("31_7", "31 \\text{ (base seven)}"),
+    ("31_7", "(31)_7"),
+    ("31_7", "31_{(7)}"),
+    ("\\frac{1}{6}", "0.1\\overline{6}"),
+    ("0.\\overline{45}", "\\frac{5}{11}"),
+    ("\\frac{1}{3}", "0.333..."),
+    ("\\frac{3}{4}", "75\\%"),
+    ("x \\le 3", "3 \\ge x"),
+    ("x > 3", "(3, \\infty)"),
+    ("[-3,4)", "-3 \\le x < 4"),
+    ("(3,4)", "(x, y) = (3, 4)"),
+    ("(3,4)", "x = 3, y = 4"),
+    ("10", "{5 \\choose 2}"),
+    ("\\text{4:45 p.m.}", "4:45 PM"),
 ]
 DIFFERENT = [
     ("1/3^{70}", "1/3^{71}"),
@@ -64,6 +85,16 @@ DIFFERENT = [
     ("y=3x+1", "3x-y+2=0"),
     ("\\text{(B)}", "(C)"),
     ("\\text{odd}", "even"),
+    ("21", "10 + 11 = 22"),
+    ("31_7", "31 base 8"),
+    ("0.\\overline{45}", "0.45"),
+    ("\\frac{1}{3}", "0.333"),
+    ("\\frac{3}{4}", "70\\%"),
+    ("x \\le 3", "x < 3"),
+    ("x \\le 3", "x \\ge 3"),
+    ("x > 3", "(-\\infty, 3)"),
+    ("(3,4)", "x = 4, y = 3"),
+    ("3:4", "4:3"),
     ("\\begin{pmatrix} 3 \\\\ 4 \\end{pmatrix}", "\\begin{pmatrix} 3 \\\\ 5 \\end{pmatrix}"),
 ]
 
@@ -92,6 +123,6 @@ def test_math_verify_is_believed_only_where_the_numerals_are_the_golds(
 ) -> None:
     monkeypatch.setattr(verification, "compare", lambda pairs: [Equality.EQUAL for _ in pairs])
     assert grading.verification.compare is verification.compare
-    found = grade([("a < 5", "5 > a"), ("a < 5", "6 > a")])
+    found = grade([("a \\equiv 5", "5 \\equiv a"), ("a \\equiv 5", "6 \\equiv a")])
     assert [each.equality for each in found] == [Equality.EQUAL, Equality.DIFFERENT]
     assert {each.grader for each in found} == {"math_verify"}
