@@ -276,7 +276,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _sandbox_check(args: argparse.Namespace) -> int:
-    """Exit code 1 where something escapes."""
+    """Try the sandbox; return 1 where something escapes."""
     from dynrank_eval.sandbox.attempts import attempt_all
 
     report = attempt_all(args.workers)

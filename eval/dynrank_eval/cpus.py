@@ -8,7 +8,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable_cpus() -> int:
-    """Fewer than the machine has under a batch system or in a container: by affinity and by the cgroup's quota."""
+    """Count them: under a batch system or in a container fewer than the machine has (affinity, the cgroup's quota)."""
     cpus = len(os.sched_getaffinity(0))
     if _QUOTA.is_file():
         quota, period = _QUOTA.read_text().split()

@@ -8,7 +8,7 @@ import re
 
 
 def equivalent(first: str, second: str) -> bool:
-    """Both answers read the same once normalised; where normalising fails, the raw texts are compared."""
+    """Whether both answers read the same once normalised; where normalising fails, the raw texts are compared."""
     try:
         return normalise(first) == normalise(second)
     except _MalformedError:
@@ -20,7 +20,7 @@ class _MalformedError(Exception):
 
 
 def normalise(text: str) -> str:
-    """One spelling for the variants of an answer that the original treats as equal."""
+    """Return one spelling for the variants of an answer that the original treats as equal."""
     text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
     text = text.replace("tfrac", "frac").replace("dfrac", "frac")
     text = text.replace("\\left", "").replace("\\right", "")
@@ -58,7 +58,7 @@ def _braced_roots(text: str) -> str:
 
 
 def _braced_fractions(text: str) -> str:
-    r"""\frac12, \frac1{72}: each argument of one character gets its braces."""
+    r"""Put braces around each argument of one character: \frac12, \frac1{72}."""
     result, *rest = text.split("\\frac")
     for part in rest:
         if not part:

@@ -37,14 +37,14 @@ class Rule:
 
     @classmethod
     def parse(cls, written: str | dict[str, Any]) -> "Rule":
-        """The rule as it stands in a protocol's file."""
+        """Make a rule of what stands in a protocol's file."""
         if isinstance(written, str):
             return cls(written)
         kind = "after" if "after" in written else "pattern"
         return cls(kind, written[kind], written.get("take") == "first")
 
     def find(self, completion: str) -> str | None:
-        """The text that holds the answer; None where the rule finds none."""
+        """Return the text that holds the answer; None where the rule finds none."""
         if self.kind == "boxed":
             return last_boxed(completion)
         if self.kind == "after":
@@ -60,7 +60,7 @@ class Rule:
 
 
 def find_answer(completion: str, rules: Sequence[Rule]) -> str | None:
-    """What the first rule that finds something finds, without surrounding space and full stop."""
+    """Return what the first rule that finds something finds, without surrounding space and full stop."""
     for rule in rules:
         text = rule.find(completion)
         if text is not None:
@@ -84,14 +84,14 @@ def _after(completion: str, marker: str) -> str | None:
 
 
 def _is_open(text: str) -> bool:
-    r"""A brace or \begin{...} without its end: the answer goes on in the next line."""
+    r"""Whether a brace or \begin{...} has no end: the answer goes on in the next line."""
     return len(text) < _LONGEST_TAIL and (
         text.count("{") > text.count("}") or text.count("\\begin") > text.count("\\end")
     )
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete \boxed{...} (or \fbox{...}, or "\boxed 5") holds; None where there is none."""
+    r"""Return what the last complete \boxed{...} (or \fbox{...}, or "\boxed 5") holds; None where there is none."""
     for place in _places_from_the_end(text, ("\\boxed", "\\fbox")):
         start = place + len("\\boxed" if text.startswith("\\boxed", place) else "\\fbox")
         tail = text[start : start + _LONGEST_TAIL]
@@ -124,7 +124,7 @@ def balanced_end(text: str) -> int | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The first number in `text`: sign, grouping commas, decimals, fractions and mixed numbers, LaTeX.
+    """Read the first number in `text`: sign, grouping commas, decimals, fractions and mixed numbers, LaTeX.
 
     Currency signs, percent signs and units beside the number are passed over, so "50%" is 50. None where no
     number is found, a denominator is 0, or the number has more than 200 characters.
@@ -149,7 +149,7 @@ def _exact(digits: str) -> Fraction:
 
 
 def without_latex(text: str) -> str:
-    """LaTeX's way to write numbers as plain text's: fractions with a slash, no boxes, no thin spaces."""
+    """Write LaTeX's numbers as plain text does: fractions with a slash, no boxes, no thin spaces."""
     for minus in ("\N{MINUS SIGN}", "\N{EN DASH}"):
         text = text.replace(minus, "-")
     text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$").replace("\\,", "")

@@ -48,7 +48,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """The rows of one JSON list, counted from 1 as if each had a line."""
+    """Return the rows of one JSON list, counted from 1 as if each had a line."""
     try:
         rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:

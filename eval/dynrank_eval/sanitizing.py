@@ -16,7 +16,7 @@ _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign
 
 
 def sanitize(prompt: str, completion: str, names: Iterable[str]) -> str:
-    """The program in `prompt` + `completion` that defines `names`; empty where the completion adds nothing to it."""
+    """Return the program in `prompt` + `completion` that defines `names`; empty where the completion adds nothing."""
     lines = (prompt + completion[:_LONGEST_COMPLETION]).split("\n")
     first, last = longest_valid(lines)
     if not any(line.strip() for line in lines[prompt.count("\n") : last]):
@@ -25,7 +25,7 @@ def sanitize(prompt: str, completion: str, names: Iterable[str]) -> str:
 
 
 def longest_valid(lines: Sequence[str]) -> tuple[int, int]:
-    """The half-open range of valid lines with the most that are not blank; of equals the first."""
+    """Return the half-open range of valid lines with the most that are not blank; of equals the first."""
     written = [0]
     for line in lines:
         written.append(written[-1] + bool(line.strip()))
@@ -44,7 +44,7 @@ def longest_valid(lines: Sequence[str]) -> tuple[int, int]:
 
 
 def _first_error(lines: Sequence[str]) -> int | None:
-    """How many of `lines` stand before the one that is no valid Python; None where all are."""
+    """Count the `lines` before the one that is no valid Python; None where all are."""
     try:
         _parse("\n".join(lines))
     except NOT_PYTHON as error:
@@ -61,7 +61,7 @@ def _parse(source: str) -> ast.Module:
 
 
 def _needed(lines: Sequence[str], names: Iterable[str]) -> str:
-    """Imports, then what `names` reach from one definition to the next; empty where none of them is defined."""
+    """Return imports, then what `names` reach from definition to definition; empty where none is defined."""
     body = _parse("\n".join(lines)).body
     definitions = _definitions(body)
     reached: dict[str, None] = {}
@@ -78,7 +78,7 @@ def _needed(lines: Sequence[str], names: Iterable[str]) -> str:
 
 
 def _definitions(body: Iterable[ast.stmt]) -> dict[str, _Definition]:
-    """Of each name the first definition that returns something, else the first: a prompt's stub is none."""
+    """Return of each name the first definition that returns something, else the first: a prompt's stub is none."""
     found: dict[str, _Definition] = {}
     for node in body:
         if isinstance(node, _Definition):
@@ -117,7 +117,7 @@ def identifiers(node: ast.AST) -> set[str]:
 
 
 def _lines_of(nodes: Iterable[ast.stmt]) -> set[int]:
-    """Places of the nodes' lines, with those of decorators."""
+    """Return the places of the nodes' lines, with those of decorators."""
     places: set[int] = set()
     for node in nodes:
         starts = [node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]

@@ -32,7 +32,7 @@ class Equality(Enum):
 
 
 def check() -> None:
-    """MachineError where math-verify is not installed."""
+    """Raise MachineError where math-verify is not installed."""
     if find_spec("math_verify") is None:
         raise MachineError("the math task needs the package math-verify: `pip install math-verify==0.9.0`.")
 
@@ -40,7 +40,7 @@ def check() -> None:
 def compare(
     pairs: Sequence[tuple[str, str]], deadline: float | None = None, by: str = "math_verify"
 ) -> list[Equality]:
-    """For each (gold, answer), return whether the answer has the gold's value.
+    """Return for each (gold, answer) whether the answer has the gold's value.
 
     Args:
         deadline: seconds for a pair; 10 where None.

@@ -322,7 +322,7 @@ def _same_number(gold: str, answer: str) -> bool:
 
 
 def _evaluate(text: str, point: int) -> Any:
-    """The value of the whole text with random values, the same for a point, for its variables."""
+    """Evaluate the whole text with random values, the same for a point, for its variables."""
     draw = random.Random(point)
     values: dict[str, Any] = {letter: MP.mpf(draw.randint(10**8, 10**9)) / 10**8 for letter in _LETTERS}
     values["e"], values["i"] = +MP.e, MP.mpc(0, 1)

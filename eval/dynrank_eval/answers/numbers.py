@@ -39,8 +39,8 @@ _SCALE_LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _DOZEN = re.compile(r"\s*dozens?\b", re.IGNORECASE)
 _PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b|cents?\b|¢)", re.IGNORECASE)
 # Coins and parts alike: 3 quarters are 3, and 3/4.
-_COUNTED_PARTS = re.compile(r"\s*-?\s*(hal(?:f|ves)|quarter|third)s?\b", re.IGNORECASE)
-_COUNTED_SIZES = {"hal": 2, "qua": 4, "thi": 3}
+_COUNTED_PARTS = re.compile(r"\s*-?\s*(half|halve|quarter|third)s?\b", re.IGNORECASE)
+_COUNTED_SIZES = {"half": 2, "halve": 2, "quarter": 4, "third": 3}
 _CLOCK = re.compile(r"\s*(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::00)?(?![0-9:])")
 _UNIT_WORDS = r"(?:\s*[A-Za-z][A-Za-z/^0-9{}.'-]*){0,4}?"
 _ANOTHER = re.compile(
@@ -208,7 +208,7 @@ def _in_units(value: Fraction, rest: str) -> tuple[set[Fraction], str]:
     if dozen := _DOZEN.match(rest):
         return {value, value * 12}, rest[dozen.end() :]
     if parts := _COUNTED_PARTS.match(rest):
-        return {value, value / _COUNTED_SIZES[parts[1][:3].lower()]}, rest[parts.end() :]
+        return {value, value / _COUNTED_SIZES[parts[1].lower()]}, rest[parts.end() :]
     if percent := _PERCENT.match(rest):
         return {value, value / 100}, rest[percent.end() :]
     return {value}, rest

@@ -33,7 +33,7 @@ _FILLERS = re.compile(
     re.IGNORECASE,
 )
 _NEW_PROBLEM = re.compile(
-    r"^[ \t]*(?:\*\*)?(?:(?:(?:Next|New|Another)[ \t]+)?(?:Q|[Qq]uestion|[Pp]roblem|Exercise|Example|Task)[ \t]*"
+    r"^[ \t]*(?:\*\*)?(?:(?:(?:Next|New|Another)[ \t]+)?(?:Q|(?i:question|problem)|Exercise|Example|Task)[ \t]*"
     r"[0-9]*[ \t]*[:.)]|"
     r"#+[ \t]*(?:Instruction|Question|Problem|Input|Response)\b|"
     r"(?:USER|User|Human|Instruction|Input)[ \t]*:|Below is an instruction\b)",

@@ -37,7 +37,7 @@ class ModelSpec:
 
     @property
     def torch_dtype(self) -> str:
-        """The dtype as torch and vLLM name it."""
+        """Return the dtype as torch and vLLM name it."""
         return TORCH_DTYPES[self.dtype]
 
 

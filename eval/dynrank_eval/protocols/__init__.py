@@ -94,7 +94,7 @@ class Protocol:
     known_errors: tuple[str, ...]
 
     def render(self, text: str, tokenizer: Any = None) -> str:
-        """The prompt around a problem's text; a chat needs the model's tokenizer for its template."""
+        """Return the prompt around a problem's text; a chat needs the model's tokenizer for its template."""
         prompt = self.prompt.replace("{problem}", text.strip() if self.reply_prefix else text)
         if not self.chat:
             return prompt

@@ -14,7 +14,8 @@ Covered for each of the two processes:
 - a scrubbed environment, stdin at its end, stdout and stderr to /dev/null, no inherited descriptor but its pipes;
 - a private directory as working directory, HOME and TMPDIR, removed afterwards;
 - with bubblewrap: a file system with nothing in it but the interpreter, its packages (read-only) and that
-  directory; no network; process ids of its own, whose every process is killed with the first;
+  directory, and no /proc, which would show paths of the host; no network; process ids of its own, whose every
+  process is killed with the first;
 - without, where the packages are there: Landlock lets it open the interpreter's files and its own only, seccomp
   refuses sockets, new processes (threads stay), signals to others, and calls that no solution needs.
 
@@ -24,7 +25,7 @@ Not covered:
 - without bubblewrap: other files' names and sizes (stat), which Landlock leaves open; solutions that start
   processes are refused there and judged wrong, with bubblewrap they may pass;
 - with bubblewrap but without pyseccomp: AF_VSOCK, a wider CPU set, and memory in file systems that the program mounts
-  in a namespace of its own; without Landlock, paths of the host in /proc;
+  in a namespace of its own;
 - with neither (run only with --allow-network): what the user may read, write and reach stays reachable, an ordinary
   user's orphaned processes outlive the run, and such a user's program may reach its judge's process.
 

@@ -42,7 +42,7 @@ class Report:
 def attempt_all(
     workers: int | None = None, isolation: Isolation | None = None, escapes: Sequence[Escape] = ESCAPES
 ) -> Report:
-    """Runs the escapes against targets put up for them, and an honest program that must pass."""
+    """Run the escapes against targets put up for them, and an honest program that must pass."""
     isolation = isolation or detect()
     # Programs of root's run as another user; an ordinary user's could end everything that the user runs.
     exposed = os.geteuid() != 0 and "processes" in isolation.missing()
@@ -71,7 +71,8 @@ class _Targets:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.secret = secrets.token_hex(16)
-        self.cells = folder / "cells"
+        # Its name is in the command lines of the processes that it holds.
+        self.cells = folder / f"cells-{secrets.token_hex(8)}"
         self._folder = folder / "outside"
         self._file = self._folder / "secret"
         for place in (self.cells, self._folder):
@@ -141,7 +142,7 @@ class _Targets:
         self._victim.wait()
 
     def aimed(self, source: str) -> str:
-        """The escape's source with the targets' addresses."""
+        """Return the escape's source with the targets' addresses."""
         addresses = {
             "FILE": str(self._file),
             "FOLDER": str(self._folder),
@@ -164,7 +165,7 @@ class _Targets:
         found += [f"a program's folder was left: {place.name}" for place in self.cells.iterdir()]
         if self._victim.poll() is not None:
             found.append("another process was killed")
-        found += [f"a process was left: {line}" for line in _processes_with(str(self.cells), self._mark)]
+        found += [f"a process was left: {line}" for line in _processes_with(self.cells.name, self._mark)]
         found += [f"a kernel object was left: {line}" for line in _kernel_objects() - self._before]
         folders = [*sys.path, sys.prefix, os.path.dirname(os.__file__)]
         found += [
@@ -182,7 +183,7 @@ def _shut_down(server: socket.socket) -> None:
 
 
 def _processes_with(*arguments: str) -> list[str]:
-    """Command lines of the processes that have one of these in theirs."""
+    """Return the command lines of the processes that have one of these in theirs."""
     found = []
     for command in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -195,7 +196,7 @@ def _processes_with(*arguments: str) -> list[str]:
 
 
 def _kernel_objects() -> set[str]:
-    """System V memory segments and shared-memory files that escapes might leave."""
+    """Return the System V memory segments and shared-memory files that escapes might leave."""
     segments = Path("/proc/sysvipc/shm")
     lines = segments.read_text().splitlines()[1:] if segments.exists() else []
     ours = {f"segment {line.split()[0]}" for line in lines if int(line.split()[0]) == 0x64796E72}

@@ -47,7 +47,7 @@ class Cell:
         confinement = isolation.confinement(folder)
         confinement |= {"uid": uid, "limits": _rlimits(limits, tasks)}
         self._process = subprocess.Popen(
-            [*isolation.command(limits), "-s", "-S", str(INSIDE), str(folder)],
+            [*isolation.command(limits), "-s", "-S", str(INSIDE), f"{folder.parent.name}/{folder.name}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -70,14 +70,16 @@ class Cell:
             return
 
     def await_ready(self, seconds: float) -> None:
-        """Returns once the limits hold; MachineError where they cannot."""
+        """Return once the limits hold; MachineError where they cannot."""
         line = self.read_line(seconds)
         if line != "ready":
             reason = line or f"the interpreter did not start within {seconds:.0f} s or ended at once"
             raise MachineError(f"the sandbox cannot start a program: {reason}.")
+        for pid in _tree(self._process.pid):
+            _kill_first_without_memory(pid)
 
     def read_line(self, seconds: float, watched: "Cell | None" = None) -> str | None:
-        """The next line reported; empty when the process is gone; None at the deadline.
+        """Return the next line reported; empty when the process is gone; None at the deadline.
 
         `watched` is a cell that must stay within its memory and disk meanwhile: beyond, the line is empty too.
         """
@@ -104,12 +106,12 @@ class Cell:
         return ""
 
     def uses_too_much(self) -> bool:
-        """More memory over all its processes, or more disk over all its files, than allowed."""
+        """Whether it has more memory over all its processes, or more disk over all its files, than allowed."""
         memory = sum(_resident_bytes(pid) for pid in _tree(self._process.pid))
         return memory > self._limits.memory_bytes or _disk_bytes(self._folder) > self._limits.disk_bytes
 
     def end(self) -> None:
-        """Kills everything in it and waits until it is gone."""
+        """Kill everything in it and wait until it is gone."""
         if self._isolation.bwrap is not None:
             self._end_namespace()
         else:
@@ -125,7 +127,7 @@ class Cell:
         os.close(self._report)
 
     def _end_namespace(self) -> None:
-        """Kills the first process of the namespace: the kernel kills all others, and then bubblewrap ends too."""
+        """Kill the first process of the namespace: the kernel kills all others, and then bubblewrap ends too."""
         first = _children(self._process.pid)
         for pid in first:
             _kill(pid)
@@ -162,7 +164,7 @@ def _rlimits(limits: Limits, tasks: int) -> dict[str, int]:
 
 
 def tasks_of(uid: int) -> int:
-    """Processes and threads of a user now."""
+    """Count a user's processes and threads."""
     count = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -205,6 +207,14 @@ def _disk_bytes(folder: Path) -> int:
     return total
 
 
+def _kill_first_without_memory(pid: int) -> None:
+    try:
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+    except PermissionError:
+        # bubblewrap's own processes, which hold no memory of the program's.
+        return
+
+
 def _kill(pid: int) -> None:
     try:
         os.kill(pid, signal.SIGKILL)
@@ -213,7 +223,7 @@ def _kill(pid: int) -> None:
 
 
 def _kill_user(uid: int) -> None:
-    """Every process of a user that is nobody's: children that left the group too, until none is left."""
+    """Kill every process of a user that is nobody's, children that left the group too, until none is left."""
     while found := [p for p in Path("/proc").glob("[0-9]*") if _belongs(p, uid)]:
         for process in found:
             _kill(int(process.name))

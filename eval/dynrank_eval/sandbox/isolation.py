@@ -45,7 +45,7 @@ class Isolation:
     seccomp: bool
 
     def covers(self) -> dict[str, str | None]:
-        """What keeps a program from what; None: nothing does."""
+        """Return what keeps a program from what; None: nothing does."""
         if self.bwrap is not None:
             return dict.fromkeys(("network", "files", "processes"), "namespaces (bubblewrap)")
         by_seccomp = "seccomp" if self.seccomp else None
@@ -59,33 +59,34 @@ class Isolation:
         return [aspect for aspect, mechanism in self.covers().items() if mechanism is None]
 
     def command(self, limits: Limits) -> list[str]:
-        """The command line up to the interpreter's arguments."""
+        """Return the command line up to the interpreter's arguments."""
         if self.bwrap is None:
             return [sys.executable]
         return [self.bwrap, *_bubblewrap_arguments(limits), "--", sys.executable]
 
     def working_folder(self, folder: Path) -> str:
-        """Working directory, HOME and TMPDIR, as the program sees them."""
+        """Return the working directory, HOME and TMPDIR, as the program sees them."""
         return str(folder) if self.bwrap is None else _OWN
 
     def confinement(self, folder: Path) -> dict[str, Any]:
-        """Return what the process has to do itself: inside/confine.py's settings.
-
-        In namespaces Landlock closes /proc: command lines and mounts there show paths of the host.
-        """
+        """Return what the process has to do itself: inside/confine.py's settings."""
         landlock = None
-        if self.landlock:
+        if self.landlock and self.bwrap is None:
             readable = [*_interpreter_folders(), *_SYSTEM, *_DEVICES]
-            alone = self.bwrap is None
             landlock = {
                 "readable": [path for path in readable if os.path.exists(path)],
-                "writable": [str(folder), "/dev/null"] if alone else [_OWN, "/dev/shm", "/dev/null"],
-                "everything": not alone,
+                "writable": [str(folder), "/dev/null"],
             }
         filter_ = None
         if self.seccomp:
             filter_ = (filter_alone() if self.bwrap is None else filter_in_namespaces()).hex()
-        return {"packages": _package_folders(), "landlock": landlock, "seccomp": filter_}
+        return {
+            "packages": _package_folders(),
+            # In namespaces every folder on the way to an import is readable by all.
+            "reopen_imports": self.bwrap is None,
+            "landlock": landlock,
+            "seccomp": filter_,
+        }
 
 
 NOTHING = Isolation(None, False, False)
@@ -93,12 +94,12 @@ NOTHING = Isolation(None, False, False)
 
 @functools.cache
 def detect() -> Isolation:
-    """The strongest isolation that works on this machine, tried once a process."""
+    """Return the strongest isolation that works on this machine, tried once a process."""
     return Isolation(_working_bubblewrap(), landlock_works(), seccomp.available())
 
 
 def require_network_isolation(isolation: Isolation) -> None:
-    """MachineError where programs could use the network."""
+    """Raise MachineError where programs could use the network."""
     if isolation.covers()["network"] is None:
         raise MachineError(
             "the sandbox cannot keep programs off the network on this machine: there is neither bubblewrap with "
@@ -133,7 +134,8 @@ def _bubblewrap_arguments(limits: Limits) -> list[str]:
         arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         arguments += ["--unshare-user"]
-    arguments += ["--proc", "/proc", "--dev", "/dev"]
+    # No /proc: command lines and mounts there show paths of the host.
+    arguments += ["--dev", "/dev"]
     size = str(limits.disk_bytes)
     # Before the interpreter's folders, which may lie in /tmp.
     arguments += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
@@ -157,7 +159,7 @@ def _bubblewrap_arguments(limits: Limits) -> list[str]:
 
 @functools.cache
 def _interpreter_folders() -> list[str]:
-    """The interpreter, its libraries and packages, and our own side in the sandbox."""
+    """Return the folders of the interpreter, of its libraries and packages, and of our own side in the sandbox."""
     places = [sys.base_prefix, sys.prefix, *_package_folders(), str(INSIDE)]
     real = str(Path(sys.executable).resolve().parent)
     chosen: list[str] = []
@@ -172,7 +174,7 @@ def _package_folders() -> list[str]:
 
 
 def _packages_with_answers() -> list[str]:
-    """Installed packages that hold a benchmark's tests and reference solutions."""
+    """Return the installed packages that hold a benchmark's tests and reference solutions."""
     return [
         str(path)
         for folder in _package_folders()
@@ -182,7 +184,7 @@ def _packages_with_answers() -> list[str]:
 
 
 def landlock_works() -> bool:
-    """The package is there and the kernel has Landlock."""
+    """Whether the package is there and the kernel has Landlock."""
     try:
         import landlockpy
     except ImportError:

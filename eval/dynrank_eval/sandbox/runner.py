@@ -34,7 +34,7 @@ _PROBE = Program(
 
 
 def check(isolation: Isolation | None = None) -> None:
-    """Raises MachineError where the sandbox cannot run programs on this machine."""
+    """Raise MachineError where the sandbox cannot run programs on this machine."""
     if run_programs([_PROBE], isolation=isolation)[0].outcome is not Outcome.PASSED:
         raise MachineError(
             "the sandbox cannot import the standard library; install Python where every user may read it."
@@ -48,7 +48,7 @@ def run_programs(
     workers: int | None = None,
     folder: Path | None = None,
 ) -> list[Result]:
-    """Runs each program, as many at a time as there are CPUs to use unless `workers` says otherwise.
+    """Run each program, as many at a time as there are CPUs to use unless `workers` says otherwise.
 
     Args:
         limits: for all, or one for each.
@@ -111,7 +111,7 @@ def _slots(workers: int, processes: int, held: ExitStack) -> "queue.SimpleQueue[
 
 
 def _free_users(held: ExitStack) -> Iterator[int]:
-    """Users that no other evaluator has, which would kill their programs, until `held` ends."""
+    """Claim users that no other evaluator has, which would kill their programs, until `held` ends."""
     for uid in random.SystemRandom().sample(_UNUSED_UIDS, len(_UNUSED_UIDS)):
         claim = held.enter_context(socket.socket(socket.AF_UNIX))
         try:

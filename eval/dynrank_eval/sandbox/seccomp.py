@@ -7,11 +7,12 @@ from typing import Any
 
 # Kernel objects and memory that no limit counts, and the kernel's own settings: nothing that a solution does.
 _EXOTIC = (
-    "add_key bpf chroot delete_module finit_module fsconfig fsmount fsopen fspick init_module io_uring_enter "
-    "io_uring_register io_uring_setup kcmp kexec_load keyctl memfd_create memfd_secret mount mount_setattr "
-    "move_mount move_pages mq_open msgget name_to_handle_at open_by_handle_at open_tree perf_event_open "
-    "pidfd_getfd pivot_root process_madvise process_vm_readv process_vm_writev ptrace reboot request_key "
-    "sched_setaffinity sched_setattr semget setns shmget swapoff swapon syslog umount2 unshare userfaultfd"
+    "acct add_key bpf chroot clock_settime delete_module fanotify_init finit_module fsconfig fsmount fsopen "
+    "fspick init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load "
+    "kexec_load keyctl memfd_create memfd_secret mount mount_setattr move_mount move_pages mq_open msgget "
+    "name_to_handle_at open_by_handle_at open_tree perf_event_open pidfd_getfd pivot_root process_madvise "
+    "process_vm_readv process_vm_writev ptrace quotactl reboot request_key sched_setaffinity sched_setattr "
+    "semget setns settimeofday shmget swapoff swapon syslog umount2 unshare userfaultfd vhangup"
 )
 # Other processes and the network, where no namespace keeps the program from them.
 _OTHERS = (

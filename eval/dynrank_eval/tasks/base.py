@@ -65,32 +65,32 @@ class Task(ABC):
 
     @abstractmethod
     def load(self, data_dir: Path | None) -> list[Problem]:
-        """All problems, in the benchmark's order; DataError where they are not to be had."""
+        """Return all problems, in the benchmark's order; DataError where they are not to be had."""
 
     def source(self, data_dir: Path | None) -> dict[str, str]:
         """Return where the problems come from (`file` or `hub`) and which `variant` of the benchmark they are."""
         return {}
 
     def examples(self, data_dir: Path | None) -> list[dict[str, Any]]:
-        """Training rows for protocols with solved examples; DataError where there are none."""
+        """Return training rows for protocols with solved examples; DataError where there are none."""
         raise DataError(f"{self.name} has no solved examples, which this protocol shows before each problem.")
 
     def check_machine(self, allow_network: bool) -> None:  # noqa: B027  most tasks need nothing
-        """Raises MachineError where this machine cannot score the task; called before generating."""
+        """Raise MachineError where this machine cannot score the task; called before generating."""
 
     def machine(self) -> dict[str, Any]:
-        """What of this machine bears on the verdicts, for the run block of results.json."""
+        """Return what of this machine bears on the verdicts, for the run block of results.json."""
         return {}
 
     @abstractmethod
     def judge(
         self, problems: Sequence[Problem], completions: Sequence[str], protocol: Protocol
     ) -> list[Judgement]:
-        """One judgement per problem, of the completion at the same place."""
+        """Return one judgement per problem, of the completion at the same place."""
 
 
 def fingerprint(values: object) -> str:
-    """SHA-256 of `values` as JSON."""
+    """Return the SHA-256 of `values` as JSON."""
     return hashlib.sha256(
         json.dumps(values, ensure_ascii=False, sort_keys=True).encode("utf-8", "backslashreplace")
     ).hexdigest()

@@ -128,7 +128,7 @@ def _names(problem: Problem) -> list[str]:
 
 
 def first_block(completion: str) -> str:
-    """The first fenced block of Python, else the first of no language, else the whole text.
+    """Return the first fenced block of Python, else the first of no language, else the whole text.
 
     Up to what only tries the function out.
     """
@@ -163,7 +163,7 @@ def run_within_limits(programs: Sequence[Program], references: Sequence[Program]
 
 
 def defined_names(source: str) -> set[str]:
-    """What a module's top level defines: functions, classes and assigned names."""
+    """Return what a module's top level defines: functions, classes and assigned names."""
     names = set()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -182,6 +182,6 @@ def used_names(source: str) -> set[str]:
 
 
 def imports(source: str) -> str:
-    """The import statements of a module's top level."""
+    """Return the import statements of a module's top level."""
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
     return "".join(ast.unparse(node) + "\n" for node in nodes)

@@ -81,7 +81,7 @@ class EvalPlusTask(CodeTask):
         )
 
     def _input(self, task_id: str, given: list[Any]) -> list[Any]:
-        """The arguments of one call, as the file means them."""
+        """Return the arguments of one call, as the file means them."""
         return given
 
 

@@ -7,7 +7,7 @@ _Arguments = list[Any]
 
 
 def mbpp_input(number: int, given: _Arguments) -> _Arguments:
-    """The arguments of one call of the MBPP problem `number`."""
+    """Return the arguments of one call of the MBPP problem `number`."""
     return _CONVERTERS.get(number, list)(given)
 
 

@@ -37,7 +37,7 @@ def check(
     entry_point: str,
     tolerance: float,
 ) -> None:
-    """AssertionError at the first input whose result is not accepted.
+    """Raise AssertionError at the first input whose result is not accepted.
 
     Called once for the original's inputs and once for the added ones.
     """
@@ -54,7 +54,7 @@ def check(
 
 
 def with_floats(tolerance: float, expected: Any) -> float:
-    """The tolerance of a task that names none, once it expects floats."""
+    """Return the tolerance of a task that names none, once it expects floats."""
     return 1e-6 if tolerance == 0 and _is_floats(expected) else tolerance
 
 
@@ -77,7 +77,7 @@ def accepted(
 
 
 def _accepts_too(result: Any, given: list[Any], entry_point: str, tolerance: float) -> bool:
-    """What some tasks take besides the reference's result."""
+    """Whether a task takes the result though it is not the reference's."""
     rules: dict[str, Callable[[], bool]] = {
         "are_equivalent": lambda: True,
         "sum_div": lambda: bool(result == 0),
@@ -94,7 +94,7 @@ def _is_floats(value: Any) -> bool:
 
 
 def _close(result: Any, expected: Any, tolerance: float) -> bool:
-    """numpy.allclose with rtol 1e-7, on nested lists of numbers."""
+    """Whether nested lists of numbers are close, as numpy.allclose with rtol 1e-7 finds."""
     if isinstance(expected, (list, tuple)):
         return (
             isinstance(result, (list, tuple))
@@ -111,13 +111,13 @@ def _polynomial(coefficients: list[float], x: Any) -> float:
 
 
 def _surface(base_edge: float, height: float) -> int:
-    """Of a square pyramid, with the height from the base to the apex (Mbpp/581)."""
+    """Compute a square pyramid's surface, with the height from the base to the apex (Mbpp/581)."""
     slant = math.sqrt((base_edge / 2) ** 2 + height**2)
     return round(base_edge**2 + 4 * (base_edge * slant) / 2)
 
 
 def _digit_distance(first: int, second: int) -> int:
-    """With the shorter number filled up with zeros (Mbpp/558)."""
+    """Sum the differences of the digits, the shorter number filled up with zeros (Mbpp/558)."""
     width = max(len(str(first)), len(str(second)))
     pairs = zip(str(first).zfill(width), str(second).zfill(width), strict=True)
     return sum(abs(int(a) - int(b)) for a, b in pairs)

@@ -41,7 +41,7 @@ def _rows(data_dir: Path | None, split: str) -> tuple[Path | str, Iterable[tuple
 def _final_answers(
     source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows with the worked solution replaced by the number after its "####"."""
+    """Replace the rows' worked solution by the number after its "####"."""
     for line, row in rows:
         _, found, answer = str(row["answer"]).rpartition("####")
         if not found:

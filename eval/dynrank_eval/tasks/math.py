@@ -120,7 +120,7 @@ _GRADERS: dict[str, Callable[[Sequence[tuple[str, str]]], list[tuple[Verdict, st
 
 
 def _bare(answer: str) -> str:
-    r"""The answer without math delimiters around it and without \boxed."""
+    r"""Return the answer without math delimiters around it and without \boxed."""
     for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if answer.startswith(left) and answer.endswith(right) and len(answer) > len(left) + len(right):
             inner = answer[len(left) : -len(right)].strip()

@@ -83,7 +83,7 @@ _READERS: dict[str, Callable[[Problem, str, Protocol], Judgement]] = {
 
 
 def numeric_problems(source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Problem]:
-    """Problems from numbered rows of `question`, `answer` (a number) and, where there is one, `task_id`.
+    """Make problems of numbered rows of `question`, `answer` (a number) and, where there is one, `task_id`.
 
     Without a `task_id` the row's place, from 0, takes its part. `source` names the data in errors.
     """

@@ -10,7 +10,7 @@ from dynrank_ds.errors import DataError
 
 
 def find_file(data_dir: Path | None, task: str, names: Sequence[str]) -> Path | None:
-    """The first of `names` (they may hold wildcards) in the folder's subfolder `task`, else in the folder."""
+    """Return the first of `names` (they may hold wildcards) in the folder's subfolder `task`, else in the folder."""
     if data_dir is None:
         return None
     for folder in (data_dir / task, data_dir):
@@ -28,7 +28,7 @@ def file_source(path: Path, variant: str) -> dict[str, str]:
 
 @contextmanager
 def naming(source: Path | str, line: int) -> Iterator[None]:
-    """Around what reads one row: values of other types than the format's become a DataError with the line."""
+    """Turn the errors of what reads a row of another format into a DataError that names the line."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -43,7 +43,7 @@ def hub_rows(
     configurations: Iterable[str],
     split: str,
 ) -> list[dict[str, Any]]:
-    """The rows of a data set on the hub (or in its local cache), one configuration after another.
+    """Return the rows of a data set on the hub (or in its local cache), one configuration after another.
 
     Raises:
         DataError: it cannot be had; the message says what was looked for in `data_dir` before.

@@ -25,7 +25,7 @@ EITHER = ("failed", "timeout")
 
 
 def solve(body: str) -> str:
-    """A module whose `solve` has this body."""
+    """Return a module whose `solve` has this body."""
     return "import os, sys\ndef solve():\n" + "".join(
         f"    {line}\n" for line in body.strip("\n").split("\n")
     )

@@ -23,6 +23,19 @@ _NAMESPACES = {
     "pid": 0x20000000,
     "network": 0x40000000,
 }
+# By their numbers on x86-64, as everywhere here.
+_CALLS = {
+    # add_key, request_key, keyctl, mq_open, msgget, semget, shmget
+    "keys-and-queues": "248 249 250 240 68 64 29",
+    # mount, umount2, pivot_root, open_tree, move_mount, fsopen, fsconfig, fsmount, fspick, mount_setattr
+    "mounts": "165 166 155 428 429 430 431 432 433 442",
+    # init_module, delete_module, finit_module, kexec_load, kexec_file_load, reboot, swapon, swapoff, bpf
+    "modules": "175 176 313 246 320 169 167 168 321",
+    # acct, settimeofday, clock_settime, iopl, ioperm, syslog, perf_event_open, fanotify_init
+    "machine": "163 164 227 172 173 103 298 300",
+    # ptrace, process_vm_readv and _writev, kcmp, pidfd_getfd, process_madvise, move_pages, userfaultfd
+    "memory-of-others": "101 310 311 312 438 440 279 323",
+}
 _LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
 SOCKETS = [
@@ -138,6 +151,19 @@ DESCRIPTORS = [
 
 MACHINE = [
     Escape(
+        f"calls-{name}",
+        f"the kernel's calls for {name.replace('-', ' ')}",
+        solve(
+            _LIBC + f"for number in map(int, {numbers!r}.split()):\n"
+            "    done = libc.syscall(number, 0, 0, 0, 0, 0, 0)\n"
+            # Refused, or unknown to this kernel: any other error comes from looking at the arguments.
+            "    while done >= 0 or ctypes.get_errno() not in (1, 38): pass"
+        ),
+    )
+    for name, numbers in _CALLS.items()
+]
+MACHINE += [
+    Escape(
         "widen-cpus",
         "more CPUs than the evaluator may use",
         solve("os.sched_setaffinity(0, range(os.cpu_count()))\nwhile True: pass"),
@@ -146,20 +172,21 @@ MACHINE = [
         "command-lines",
         "paths of the host in command lines",
         solve(
-            "for pid in filter(str.isdigit, os.listdir('/proc')):\n"
+            "for pid in ('1', 'self', *filter(str.isdigit, os.listdir('/proc'))):\n"
             "    try: text = open(f'/proc/{pid}/cmdline').read()\n"
             "    except OSError: continue\n"
-            "    while 'bind' in text: pass"
+            "    while 'bind' in text or '@FOLDER@'.rsplit('/', 1)[0] in text: pass"
         ),
     ),
     Escape(
         "mounts",
         "paths of the host in the list of mounts",
         solve(
-            "for name in ('mountinfo', 'mounts', 'mountstats'):\n"
-            "    try: text = open(f'/proc/self/{name}').read()\n"
-            "    except OSError: continue\n"
-            "    while text: pass"
+            "for pid in ('1', 'self', 'thread-self'):\n"
+            "    for name in ('mountinfo', 'mounts', 'mountstats'):\n"
+            "        try: text = open(f'/proc/{pid}/{name}').read()\n"
+            "        except OSError: continue\n"
+            "        while text: pass"
         ),
     ),
 ]

@@ -65,7 +65,7 @@ class Objects:
         self._kept: list[Any] = [module]
 
     def perform(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Does what the judge asks: read or set an attribute (the module is handle 0), or call."""
+        """Do what the judge asks: read or set an attribute (the module is handle 0), or call."""
         target, name = self._kept[message["target"]], message.get("name", "")
         if message["do"] == "get":
             return self.answer(lambda: getattr(target, name))
@@ -85,7 +85,10 @@ class Objects:
         return reply
 
     def answer(self, action: Any) -> dict[str, Any]:
-        """What came of it. exit() and the like end this process, which the judge takes for the solution's end."""
+        """Return what came of it.
+
+        exit() and the like end this process, which the judge takes for the solution's end.
+        """
         try:
             return {"value": self._encode(action())}
         except Exception as error:

@@ -12,15 +12,13 @@ _SECCOMP_MODE_FILTER = 2
 
 
 def confine(settings: dict[str, Any]) -> None:
-    """Limits, import paths, Landlock, user, seccomp: in this order, each may need what the next takes away.
+    """Set limits, import paths, Landlock, user, seccomp: in this order, each may need what the next takes away.
 
     Raises:
         OSError, ValueError: something of it is not possible here.
     """
-    with open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")
     sys.path += [folder for folder in settings["packages"] if folder not in sys.path]
-    if settings["uid"] is not None:
+    if settings["uid"] is not None and settings["reopen_imports"]:
         keep_imports_reachable()
     for name, value in settings["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
@@ -34,7 +32,7 @@ def confine(settings: dict[str, Any]) -> None:
 
 
 def keep_imports_reachable() -> None:
-    """Addresses the import folders through descriptors opened as root.
+    """Address the import folders through descriptors opened as root.
 
     An interpreter below /root, as pyenv and virtual environments often are, is out of the new user's reach by
     path: its programs could not import the standard library. A descriptor's entry in /proc leads there.
@@ -56,18 +54,13 @@ def relocate(folder: str, moved: dict[str, str]) -> str:
     return folder if home is None else moved[home] + folder[len(home) :]
 
 
-def confine_files(readable: list[str], writable: list[str], everything: bool) -> None:
-    """Restrict the process by Landlock: read and execute these, write those as well, open no other file.
-
-    everything: in the writable folders all kinds of files may be made, moved and removed.
-    """
+def confine_files(readable: list[str], writable: list[str]) -> None:
+    """Restrict the process by Landlock: read and execute these, write those as well, open no other file."""
     from landlockpy import AccessFS, Ruleset, Scope
 
     read = AccessFS.READ_FILE | AccessFS.READ_DIR | AccessFS.EXECUTE
     write = AccessFS.WRITE_FILE | AccessFS.TRUNCATE | AccessFS.MAKE_REG | AccessFS.MAKE_DIR
     write |= AccessFS.REMOVE_FILE | AccessFS.REMOVE_DIR | AccessFS.MAKE_SYM
-    if everything:
-        write |= AccessFS.MAKE_SOCK | AccessFS.MAKE_FIFO | AccessFS.REFER
     with Ruleset(scoped=Scope.SIGNAL | Scope.ABSTRACT_UNIX_SOCKET) as rules:
         for path in readable:
             rules.allow_path(path, read if os.path.isdir(path) else AccessFS.READ_FILE | AccessFS.EXECUTE)
@@ -85,7 +78,7 @@ def drop_user(uid: int) -> None:
 
 
 def confine_calls(program: bytes) -> None:
-    """seccomp: loads a filter in the kernel's binary form, 8 bytes an instruction."""
+    """Load a seccomp filter in the kernel's binary form, 8 bytes an instruction."""
     code = ctypes.create_string_buffer(program, len(program))
 
     class Filter(ctypes.Structure):
@@ -96,7 +89,7 @@ def confine_calls(program: bytes) -> None:
 
 
 def control(option: int, first: int, second: int) -> None:
-    """prctl(2)."""
+    """Call prctl(2)."""
     libc = ctypes.CDLL(None, use_errno=True)
     zero = ctypes.c_ulong(0)
     if libc.prctl(option, ctypes.c_ulong(first), ctypes.c_ulong(second), zero, zero) != 0:

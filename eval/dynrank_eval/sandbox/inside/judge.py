@@ -54,7 +54,7 @@ class Solution:
         self._answer()
 
     def named(self, name: str) -> Any:
-        """What the solution calls `name`."""
+        """Return what the solution calls `name`."""
         return self.ask(do="get", target=0, name=name)
 
     def ask(self, **message: Any) -> Any:
@@ -141,7 +141,7 @@ class StandIn:
         return self._operation("greater_or_equal", other) is True
 
     def __eq__(self, other: object) -> bool:
-        """As the solution says; against plain data only where its items are the data's as well."""
+        """Compare as the solution says; with plain data only where its items are the data's as well."""
         if isinstance(other, StandIn):
             return other._handle == self._handle or self._operation("equal", other) is True
         if (
@@ -163,7 +163,7 @@ def _handle(value: Any) -> int:
 
 
 def _restore(mine: Any, theirs: Any) -> None:
-    """Gives the judge's container the content that the solution left in its copy."""
+    """Give the judge's container the content that the solution left in its copy."""
     if isinstance(mine, (list, bytearray)):
         mine[:] = theirs
     elif isinstance(mine, (dict, set)):
@@ -172,7 +172,7 @@ def _restore(mine: Any, theirs: Any) -> None:
 
 
 def _exception(names: list[str]) -> BaseException:
-    """The nearest built-in exception to the one that the solution raised."""
+    """Return the nearest built-in exception to the one that the solution raised."""
     for name in names:
         kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, Exception):

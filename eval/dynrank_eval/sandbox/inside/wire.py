@@ -76,7 +76,7 @@ class Channel:
             data = data[os.write(self._writer, data) :]
 
     def receive(self) -> dict[str, Any] | None:
-        """The next message; None at the end."""
+        """Return the next message; None at the end."""
         line = self._input.readline(_LONGEST_MESSAGE)
         if not line:
             return None
@@ -89,7 +89,7 @@ class Channel:
 
 
 def encode(value: Any, keep: Callable[[Any], int]) -> Any:
-    """`value` for JSON; `keep` gives the handle of an object that cannot cross.
+    """Return `value` for JSON; `keep` gives the handle of an object that cannot cross.
 
     Instances of subclasses (Counter, namedtuple, IntEnum) cross as the base type, which equals them.
     """
@@ -153,7 +153,7 @@ def _bounded(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def decode(data: Any, resolve: Callable[[int], Any]) -> Any:
-    """The value that `encode` was given; `resolve` gives the object of a handle."""
+    """Return the value that `encode` was given; `resolve` gives the object of a handle."""
     if not isinstance(data, dict):
         return data
     kind, value = data["kind"], data["value"]
