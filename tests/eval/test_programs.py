@@ -50,6 +50,14 @@ REPLIES = {
     "a main program": f"```python\n{BARE}\nif __name__ == '__main__':\n    print(total([1]))\n```",
     "an exit": f"```python\n{BARE}\nimport sys\nprint(total([1]))\nsys.exit(0)\n```",
     "a question": f"```python\n{BARE}\nnumbers = input()\nprint(total(numbers))\n```",
+    "a fence in a quotation": "> ```python\n> def total(numbers):\n>     return sum(numbers)\n> ```\n",
+    "a fence on one line": "```python def total(numbers): return sum(numbers)```",
+    "an interpreter's prompts": ">>> def total(numbers):\n...     return sum(numbers)\n...\n>>> total([1])\n1\n",
+    "a template's tags": f"[PYTHON]\n{BARE}[/PYTHON]\n",
+    "no-break spaces": BARE.replace("    ", "\N{NO-BREAK SPACE}" * 4),
+    "a continuation without its first space": BODY.lstrip(),
+    "a continuation without indentation": "result = sum(numbers)\nreturn result\n",
+    "the future after the body": BODY + "\nfrom __future__ import annotations\n",
     "tabs": "\tresult = 0\n\tfor number in numbers:\n\t\tresult += number\n\treturn result\n",
 }
 

@@ -16,6 +16,12 @@ from dynrank_eval.sanitizing import NOT_PYTHON, longest_valid
 
 _LONGEST_REPLY = 50_000
 _FENCE = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^`\s]*)[^`]*$")
+_INLINE_FENCE = re.compile(r"`{3}(?:python3?|py)?[ \t]+(?P<code>[^`\n]+)`{3}")
+_QUOTED = re.compile(r"[ \t]*>")
+_INDENTATION = re.compile("^[ \t\u00a0\u2000-\u200a\u202f\u3000]+", re.MULTILINE)
+_TAG = re.compile(r"^[ \t]*\[/?(?:PYTHON|CODE|BEGIN|DONE|END|SOLUTION|ANSWER)\][ \t]*$", re.MULTILINE)
+_PROMPTED = re.compile(r"^[ \t]*>>> (?=def |class |from |import |@)", re.MULTILINE)
+_FUTURE = re.compile(r"^from\s+__future__\s+import\b.*$", re.MULTILINE)
 _LIST_ITEM = re.compile(r"[ \t>]*(?:(?:[-*+]|[0-9]+[.)])[ \t]+)?")
 
 
@@ -24,9 +30,19 @@ def program(prompt: str, completion: str, names: Sequence[str]) -> str:
 
     prompt: the code that the program continues or repeats; empty where the prompt was no code.
     """
-    reply = final_reply(completion)[:_LONGEST_REPLY]
+    reply = _cleaned(final_reply(completion)[:_LONGEST_REPLY])
     chosen = _from_blocks(prompt, _blocks(reply), names) or _unfenced(prompt, reply, names)
     return _assembled(prompt, chosen) if chosen else ""
+
+
+def _cleaned(reply: str) -> str:
+    """Return a reply with ASCII indentation, without tags of templates and without an interpreter's prompts."""
+    reply = _INDENTATION.sub(lambda run: re.sub(r"[^ \t]", " ", run.group()), reply.replace("\ufeff", ""))
+    reply = _TAG.sub("", reply)
+    if _PROMPTED.search(reply):
+        lines = reply.split("\n")
+        reply = "\n".join(re.sub(r"^[ \t]*(?:>>>|\.\.\.) ?", "", line) for line in lines)
+    return reply
 
 
 def _from_blocks(prompt: str, blocks: Sequence[str], names: Sequence[str]) -> str:
@@ -62,33 +78,48 @@ def _unfenced(prompt: str, reply: str, names: Sequence[str]) -> str:
 
 def _continued(prompt: str, text: str, names: Sequence[str]) -> str:
     """Return prompt and continuation up to the last valid line; empty where the continuation adds nothing."""
-    for body in (text, text.expandtabs(4), textwrap.indent(textwrap.dedent(text), "    ")):
+    shapes = (
+        text,
+        text.expandtabs(4),
+        textwrap.indent(textwrap.dedent(text), "    "),
+        # The first line without the space that a tokenizer took.
+        "    " + text.lstrip(),
+    )
+    begun = prompt.count("\n")
+    stub, solving = "", []
+    for body in shapes:
         lines = (prompt + body).split("\n")
         first, last = longest_valid(lines)
-        begun = prompt.count("\n")
         if first < begun < last and any(line.strip() for line in lines[begun:last]):
             whole = "\n".join(lines[first:last]) + "\n"
-            if _solves(whole, names) or (_defines(whole, names) and body is text):
-                return whole
-    return ""
+            if _solves(whole, names):
+                solving.append(whole)
+            elif body is text and _defines(whole, names):
+                stub = whole
+    # Of several the first that keeps most of the text.
+    return max(solving, key=lambda whole: len(whole.split()), default=stub)
 
 
 def _blocks(reply: str) -> list[str]:
     """Return the contents of fenced blocks (``` or ~~~, indented or in lists, the last one perhaps not closed)."""
     blocks: list[str] = []
     lines: list[str] = []
-    open_fence = ""
+    open_fence, quoted = "", False
     for line in reply.split("\n"):
         match = _FENCE.match(line)
         if open_fence:
+            line = _QUOTED.sub("", line, count=1) if quoted else line
+            match = _FENCE.match(line)
             closing = match and match["fence"].startswith(open_fence) and not match["language"]
             if closing and match and not _LIST_ITEM.sub("", match["before"], count=1).strip():
                 blocks.append(_dedented(lines))
                 open_fence, lines = "", []
             else:
                 lines.append(line)
+        elif inline := _INLINE_FENCE.search(line):
+            blocks.append(inline["code"] + "\n")
         elif match and (match["language"] or not _LIST_ITEM.sub("", match["before"], count=1).strip()):
-            open_fence = match["fence"]
+            open_fence, quoted = match["fence"], _QUOTED.match(match["before"]) is not None
     if open_fence:
         blocks.append(_dedented(lines))
     return blocks
@@ -124,7 +155,8 @@ def _tree(source: str) -> ast.Module | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Compiled too: "return" outside a function parses.
-            compile(source, "<reply>", "exec", dont_inherit=True)
+            # `_assembled` puts imports from __future__ first.
+            compile(_FUTURE.sub("", source), "<reply>", "exec", dont_inherit=True)
             return ast.parse(source)
     except NOT_PYTHON:
         return None
@@ -191,8 +223,5 @@ def _assembled(prompt: str, chosen: str) -> str:
     source = chosen
     if prompt and not chosen.startswith(prompt.rstrip()) and _tree(prompt) is not None:
         source = prompt.rstrip("\n") + "\n\n\n" + chosen
-    future = [line for line in source.split("\n") if re.match(r"from\s+__future__\s+import\b", line)]
-    if not future:
-        return source
-    rest = "\n".join(line for line in source.split("\n") if line not in future)
-    return "\n".join(dict.fromkeys(future)) + "\n" + rest
+    future = _FUTURE.findall(source)
+    return "".join(f"{line}\n" for line in dict.fromkeys(future)) + _FUTURE.sub("", source)
