@@ -79,7 +79,7 @@ def prepare(selection: Selection, generating: bool, scoring: bool) -> list[Job]:
     jobs = [_prepare_one(task, selection, generating) for task in tasks]
     if scoring:
         for job in jobs:
-            job.task.check_machine(selection.allow_network)
+            job.task.check_machine(job.protocol, selection.allow_network)
     return jobs
 
 

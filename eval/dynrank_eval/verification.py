@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from tqdm import tqdm
@@ -23,6 +24,7 @@ DEADLINE_SECONDS = 10.0
 # Importing sympy takes seconds on a busy machine: not the answer's time.
 _STARTUP_SECONDS = 120.0
 _MEMORY_BYTES = 4 << 30
+_INSTALL = "`pip install math-verify[antlr4_11_0]==0.9.0`"
 
 
 class Equality(Enum):
@@ -31,10 +33,15 @@ class Equality(Enum):
     TIMEOUT = "timeout"
 
 
-def check() -> None:
-    """Raise MachineError where math-verify is not installed."""
+def check(by_sympy: bool = False) -> None:
+    """Raise MachineError where math-verify is not installed, or not with the antlr that sympy's parser needs."""
     if find_spec("math_verify") is None:
-        raise MachineError("the math task needs the package math-verify: `pip install math-verify==0.9.0`.")
+        raise MachineError(f"the math task needs the package math-verify: {_INSTALL}.")
+    antlr = version("antlr4-python3-runtime")
+    if by_sympy and not antlr.startswith("4.11."):
+        raise MachineError(
+            f"this protocol reads answers by sympy, which needs antlr 4.11, not {antlr}: {_INSTALL}."
+        )
 
 
 def compare(
@@ -44,8 +51,8 @@ def compare(
 
     Args:
         deadline: seconds for a pair; 10 where None.
-        by: "math_verify", which gets both as `$...$`, since it often does not recognise bare LaTeX; or "sympy", the
-            difference of both simplified to 0, as in lm-eval's minerva_math.
+        by: "math_verify", which gets both as `$...$`, since it often does not recognise bare LaTeX; or "sympy", as
+            in lm-eval's minerva_math: what sympy's parser reads differs by 0, found within 5 s.
     """
     if not pairs:
         return []
@@ -120,27 +127,40 @@ limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from math_verify import parse, verify
 logging.disable(logging.CRITICAL)
+import signal
 import sympy
-from latex2sympy2_extended import latex2sympy
+from sympy.parsing.latex import parse_latex
+
+def late(*_):
+    raise TimeoutError
+
+signal.signal(signal.SIGALRM, late)
 
 def difference_is_zero(gold, answer):
     # lm-eval catches every exception of the parser and of sympy as well, and counts it as different.
+    signal.alarm(5)
     try:
-        return bool(sympy.simplify(latex2sympy(gold) - latex2sympy(answer)) == 0)
+        return bool(sympy.simplify(parse_latex(answer) - parse_latex(gold)) == 0)
+    except ImportError:
+        raise
     except Exception:
         return False
+    finally:
+        signal.alarm(0)
 
 # What the libraries print must not look like an answer.
 output = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 # The first question loads the parsers, seconds on a busy machine: not the first answer's time either.
+if sys.argv[2] == "sympy":
+    parse_latex("\\\\frac{1}{2}")
 warm = [parse("$\\\\left( 3, \\\\frac{\\\\pi}{2} \\\\right)$", parsing_timeout=None) for _ in range(2)]
 verify(*warm, timeout_seconds=None)
 output.write("ready\\n")
 for line in sys.stdin:
     pair = json.loads(line)
     if sys.argv[2] == "sympy":
-        equal = pair[0] == pair[1] or difference_is_zero(*pair)
+        equal = (pair[0] == pair[1] != "") or difference_is_zero(*pair)
     else:
         gold, answer = (parse(f"${text}$", parsing_timeout=None) for text in pair)
         equal = bool(gold) and bool(answer) and verify(gold, answer, timeout_seconds=None)

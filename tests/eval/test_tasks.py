@@ -1,6 +1,5 @@
 """Loading problems, and what the answer tasks make of completions. Code tasks: test_code_tasks.py."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,17 +14,13 @@ from dynrank_eval.jsonl import read_rows
 from dynrank_eval.protocols import load_protocol
 from dynrank_eval.tasks import TASKS, Judgement, Verdict, get_task
 from dynrank_eval.tasks import gsm8k as gsm8k_module
+from tests.support.scoring import write_rows
 
 METAMATH = load_protocol("metamath-v1", "gsm8k")
 
 
 def verdicts(judgements: list[Judgement]) -> Counter[Verdict]:
     return Counter(judgement.verdict for judgement in judgements)
-
-
-def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_gsm8k_gold_answers_all_pass_and_others_do_not(data_dir: Path) -> None:

@@ -75,7 +75,9 @@ class Task(ABC):
         """Return training rows for protocols with solved examples; DataError where there are none."""
         raise DataError(f"{self.name} has no solved examples, which this protocol shows before each problem.")
 
-    def check_machine(self, allow_network: bool) -> None:  # noqa: B027  most tasks need nothing
+    def check_machine(  # noqa: B027  most tasks need nothing
+        self, protocol: Protocol, allow_network: bool
+    ) -> None:
         """Raise MachineError where this machine cannot score the task; called before generating."""
 
     def machine(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class CodeTask(Task):
     # Whether a prompt is the beginning of the program (HumanEval) or only describes it (MBPP).
     prompt_is_code: bool
 
-    def check_machine(self, allow_network: bool) -> None:
+    def check_machine(self, protocol: Protocol, allow_network: bool) -> None:
         isolation = sandbox.detect()
         if not allow_network:
             sandbox.require_network_isolation(isolation)
@@ -86,7 +86,7 @@ class CodeTask(Task):
     def _code(self, problem: Problem, completion: str, protocol: Protocol) -> str:
         """Return the whole program; empty where the completion holds none."""
         assert protocol.code is not None, f"{protocol.name} asks for no code"
-        begun = problem.text if self.prompt_is_code else ""
+        begun = problem.forms.get(protocol.form or "", problem.text) if self.prompt_is_code else ""
         if isinstance(completion, WholeProgram):
             return program("", completion, _names(problem)) if protocol.code == "program" else str(completion)
         text = protocol.cut(completion)
@@ -112,7 +112,7 @@ _PROGRAMS: dict[str, Callable[[Problem, str, str], str]] = {
     "program": lambda problem, begun, text: program(begun, text, _names(problem)),
     "continuation": _with_prompt,
     "block": lambda problem, begun, text: begun + first_block(text),
-    "verbatim": lambda problem, begun, text: (problem.forms.get("raw", "") if begun else "") + text,
+    "verbatim": lambda problem, begun, text: begun + text,
     "pissa": lambda problem, begun, text: begun + pissa.code(text),
     "evalplus_base": lambda problem, begun, text: evalplus.sanitize(
         problem.text + text.replace("\t", "    "), _names(problem)

@@ -4,7 +4,7 @@ Two graders: the classic string comparison that published scores rest on, and ma
 which makes the score; results report both.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ class Math(Task):
         path = find_file(data_dir, self.name, _FILES)
         return {"hub": _HUB, "variant": "test"} if path is None else file_source(path, path.stem)
 
-    def check_machine(self, allow_network: bool) -> None:
-        verification.check()
+    def check_machine(self, protocol: Protocol, allow_network: bool) -> None:
+        verification.check(by_sympy="minerva" in protocol.graders)
 
     def judge(
         self, problems: Sequence[Problem], completions: Sequence[str], protocol: Protocol
@@ -67,7 +67,7 @@ class Math(Task):
         read = _READERS[protocol.reader]
         answers = [read(text, protocol) for text in completions]
         answered = [place for place, answer in enumerate(answers) if answer is not None]
-        pairs = [(problems[place].reference["answer"], answers[place] or "") for place in answered]
+        pairs = [(problems[place].reference, answers[place] or "") for place in answered]
         graded = {name: dict(zip(answered, _GRADERS[name](pairs), strict=True)) for name in protocol.graders}
         judgements = []
         for place, answer in enumerate(answers):
@@ -92,26 +92,39 @@ _READERS: dict[str, Callable[[str, Protocol], str | None]] = {
 }
 
 
-def _by_string(pairs: Sequence[tuple[str, str]]) -> list[tuple[Verdict, str]]:
+# Pairs of a problem's reference and an answer.
+_Pairs = Sequence[tuple[Mapping[str, str], str]]
+
+
+def _by_string(pairs: _Pairs) -> list[tuple[Verdict, str]]:
     return [
-        (Verdict.CORRECT if equivalent(gold, answer) else Verdict.WRONG, "string") for gold, answer in pairs
+        (Verdict.CORRECT if equivalent(reference["answer"], answer) else Verdict.WRONG, "string")
+        for reference, answer in pairs
     ]
 
 
-def _by_math_verify(pairs: Sequence[tuple[str, str]]) -> list[tuple[Verdict, str]]:
-    return [(_GRADE[equality], "math_verify") for equality in verification.compare(pairs)]
+def _by_math_verify(pairs: _Pairs) -> list[tuple[Verdict, str]]:
+    asked = [(reference["answer"], answer) for reference, answer in pairs]
+    return [(_GRADE[equality], "math_verify") for equality in verification.compare(asked)]
 
 
-def _guarded(pairs: Sequence[tuple[str, str]]) -> list[tuple[Verdict, str]]:
-    return [(_GRADE[grade.equality], grade.grader) for grade in grading.grade(pairs)]
+def _guarded(pairs: _Pairs) -> list[tuple[Verdict, str]]:
+    asked = [(reference["answer"], answer) for reference, answer in pairs]
+    return [(_GRADE[grade.equality], grade.grader) for grade in grading.grade(asked)]
 
 
-def _by_minerva(pairs: Sequence[tuple[str, str]]) -> list[tuple[Verdict, str]]:
-    normal = [(minerva.normalize(gold), minerva.normalize(answer)) for gold, answer in pairs]
+def _by_minerva(pairs: _Pairs) -> list[tuple[Verdict, str]]:
+    normal = [
+        (
+            minerva.normalize(minerva.gold(reference["solution"]) or reference["answer"]),
+            minerva.normalize(answer),
+        )
+        for reference, answer in pairs
+    ]
     return [(_GRADE[equality], "minerva") for equality in verification.compare(normal, by="sympy")]
 
 
-_GRADERS: dict[str, Callable[[Sequence[tuple[str, str]]], list[tuple[Verdict, str]]]] = {
+_GRADERS: dict[str, Callable[[_Pairs], list[tuple[Verdict, str]]]] = {
     "guarded": _guarded,
     "string": _by_string,
     "math_verify": _by_math_verify,

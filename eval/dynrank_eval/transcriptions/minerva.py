@@ -67,6 +67,21 @@ def extract_answer(completion: str) -> str | None:
     return match[1].strip() if match else None
 
 
+def gold(solution: str) -> str | None:
+    """Return what the solution's last box holds, as lm-eval finds it; None where it has no closed box."""
+    if "\\boxed " in solution:
+        return solution.split("\\boxed ")[-1].split("$")[0]
+    start = solution.rfind("\\boxed")
+    if start < 0 or not solution.startswith("\\boxed{", start):
+        return None
+    depth = 0
+    for place in range(start, len(solution)):
+        depth += (solution[place] == "{") - (solution[place] == "}")
+        if depth == 0 and solution[place] == "}":
+            return solution[start + len("\\boxed{") : place]
+    return None
+
+
 def normalize(answer: str) -> str:
     """Return an answer without units and formatting, with braces around every argument."""
     answer = answer.split("=")[-1]
