@@ -204,10 +204,6 @@ def _score(args: argparse.Namespace) -> None:
     _print_table(results.tasks)
 
 
-def _scoring(args: argparse.Namespace) -> dict[str, Any]:
-    return {"output_dir": args.output, "ks": args.k, "command": args.command_line}
-
-
 def _selection(args: argparse.Namespace) -> "Selection":
     from dynrank_eval import Selection
 
@@ -237,6 +233,12 @@ def _print_table(tasks: Mapping[str, dict[str, Any]]) -> None:
         others += [f"pass@{k} {share:.1%}" for k, share in entry["pass_at"].items() if k != "1"]
         if others:
             print(f"{'':<20} {', '.join(others)}")
+        deciders = [f"{grader} {count}" for grader, count in entry["decided_by"].items()]
+        if deciders:
+            print(f"{'':<20} decided by {', '.join(deciders)}")
+        for group, values in entry.get("groups", {}).items():
+            shares = [f"{value} {found['score']:.1%} of {found['n']}" for value, found in values.items()]
+            print(f"{'':<20} by {group}: {', '.join(shares)}")
 
 
 def _compare(args: argparse.Namespace) -> None:

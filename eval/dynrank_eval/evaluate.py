@@ -148,7 +148,7 @@ def describe(generating: GenerationSettings, jobs: Sequence[Job]) -> dict[str, A
         "engine": generating.engine,
         "engines": generating.engines,
         "dtype": generating.dtype,
-        "max_new_tokens": generating.max_new_tokens,
+        "max_new_tokens": {job.task.name: generating.budget(job) for job in jobs},
         "sampling": {
             job.task.name: dict(zip(("temperature", "top_p"), generating.sampling(job), strict=True))
             for job in jobs

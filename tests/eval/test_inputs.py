@@ -13,7 +13,7 @@ from dynrank_eval.engines.serving import check_heads
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.statistics import sign_flip_test
 from dynrank_eval.tasks import get_tasks
-from tests.support.scoring import results, samples, score_arguments
+from tests.support.scoring import results, samples, score_arguments, write_rows
 
 
 def test_task_names_are_read_in_any_case_and_all_unknown_ones_are_named() -> None:
@@ -141,24 +141,46 @@ def test_results_hold_what_a_paper_needs(
     assert entry["data"]["variant"] == "gsm_symbolic" and len(entry["data"]["sha256"]) == 64
     assert len(run["model"]["sha256"]) == len(run["adapter"]["sha256"]) == 64
     assert run["sampling"] == {"gsm_symbolic": {"temperature": 0.7, "top_p": 0.9}}
+    assert run["max_new_tokens"] == {"gsm_symbolic": 4}
     assert run["dtype"] in ("bf16", "fp32") and run["device"] and run["versions"]["dynrank-ds"]
     limited = [row["truncated"] for row in samples(tmp_path / "out")]
     assert all(isinstance(value, bool) for value in limited)
 
 
-def test_two_engines_give_the_bytes_of_one(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    arguments = [
-        "generate",
-        "--model",
-        str(tiny_model),
-        "--engine",
-        "hf",
-        "--dtype",
-        "fp32",
-        "--max-new-tokens",
-        "6",
+def test_math_says_which_grader_decided_and_breaks_down_by_subject_and_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {
+            "problem": "p",
+            "solution": "",
+            "answer": answer,
+            "unique_id": f"id{n}",
+            "subject": subject,
+            "level": 2,
+        }
+        for n, (answer, subject) in enumerate(
+            [("7", "Algebra"), ("odd", "Algebra"), ("52_8", "Number Theory")]
+        )
     ]
-    arguments += ["--task", "gsm_symbolic", "--data-dir", str(data)]
-    for name, engines in (("one", "1"), ("two", "2")):
-        assert main([*arguments, "--engines", engines, "--output", str(tmp_path / name)]) == 0
-    assert (tmp_path / "one/samples.jsonl").read_bytes() == (tmp_path / "two/samples.jsonl").read_bytes()
+    write_rows(tmp_path / "math.jsonl", rows)
+    given = [
+        {"task_id": f"id{n}", "completion": f"\\boxed{{{text}}}"}
+        for n, text in enumerate(["7.0", "odd", "52"])
+    ]
+    write_rows(tmp_path / "given.jsonl", given)
+    arguments = ["score", "--task", "math", "--data-dir", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--generations", str(tmp_path / "given.jsonl")]) == 0
+    entry = results(tmp_path / "out")["tasks"]["math"]
+    assert entry["decided_by"] == {"text": 1, "value": 2}
+    shares = {
+        group: {value: (found["score"], found["n"]) for value, found in values.items()}
+        for group, values in entry["groups"].items()
+    }
+    assert shares == {
+        "level": {"2": (2 / 3, 3)},
+        "subject": {"Algebra": (1.0, 2), "Number Theory": (0.0, 1)},
+    }
+    printed = capsys.readouterr().out
+    assert "decided by text 1, value 2" in printed
+    assert "by subject: Algebra 100.0% of 2, Number Theory 0.0% of 1" in printed

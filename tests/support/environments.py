@@ -39,14 +39,15 @@ def environment(name: str, requirements: Sequence[str], remove: Sequence[str] = 
         return python
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-    _pip(python, "install", "--quiet", "--no-cache-dir", *requirements)
+    pip(python, "install", "--quiet", "--no-cache-dir", *requirements)
     if remove:
-        _pip(python, "uninstall", "--quiet", "--yes", *remove)
+        pip(python, "uninstall", "--quiet", "--yes", *remove)
     (place / "complete").touch()
     return python
 
 
-def _pip(python: Path, *arguments: str) -> None:
+def pip(python: Path, *arguments: str) -> None:
+    """Run an environment's pip; skip the test where no package index can be reached."""
     done = subprocess.run([str(python), "-m", "pip", *arguments], capture_output=True, text=True)
     if any(sign in done.stderr for sign in _UNREACHABLE):
         pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")

@@ -65,7 +65,7 @@ def code_replies(prompt: str, body: str, entry: str) -> list[str]:
         body,
         "\n" + body,
         broken,
-        body.replace("return", "retrun", 1),
+        body.replace("return", "returns", 1),
         body + "\nprint(1)\n",
         body + f"\n\ndef other(x):\n    return {entry}",
         body + "\n\nif __name__ == '__main__':\n    1 / 0\n",
