@@ -10,6 +10,7 @@ from dynrank_eval.answers.number_words import SCALES, words_as_digits
 from dynrank_eval.answers.plain import plain
 
 _LONGEST = 2_000
+_LONGEST_WRITTEN_BITS = 4_000
 _COMMANDS = r"\\(?:frac|sqrt|pi|d?binom|log|ln|lg|sin|cos|tan|exp|lfloor|lceil)(?![A-Za-z])"
 _START = re.compile(
     r"(?<![A-Za-z0-9_.])[-+]?\s*[$]?\s*[-+]?\s*"
@@ -96,7 +97,10 @@ class Reading:
     values: frozenset[Fraction] = field(default_factory=frozenset)
 
     def __str__(self) -> str:
-        return str(max(self.values, key=abs)) if self.values else ""
+        """Return the value; empty where there is none, or one of more digits than Python writes out (9999!)."""
+        value = max(self.values, key=abs, default=Fraction(0))
+        long = max(value.numerator.bit_length(), value.denominator.bit_length()) > _LONGEST_WRITTEN_BITS
+        return "" if long or not self.values else str(value)
 
 
 def read_number(text: str) -> Reading | None:

@@ -47,8 +47,8 @@ def number_answer(completion: str) -> NumberAnswer | None:
 
 def _exclaimed(text: str) -> Reading | None:
     """Read a number that may end its sentence with "!": 5! is 120 or 5, and no answer in words is 18 factorial."""
-    calm = text.rstrip("! ")
-    if calm == text.rstrip() or not calm[-1:].isdigit():
+    calm = text.rstrip("!. ")
+    if "!" not in text[len(calm) :] or not calm[-1:].isdigit():
         return read_number(text)
     plain, factorial = read_number(calm), read_number(text)
     if plain is None or factorial is None or not all(abs(value) < 10 for value in plain.values):

@@ -17,6 +17,13 @@ _MARKER = re.compile(
     r"|####(?!#)",
     re.IGNORECASE,
 )
+# "Let me verify the answer: 3 + 4 = 7" states no answer.
+_VERIFYING = re.compile(
+    r"\b(?:verif|(?:double[ -])?check|confirm|validat|test|justif|explain|explanation|prov(?:e|ing)\b|proof)\w*\s+"
+    r"(?:of\s+|that\s+|if\s+|whether\s+)?(?:the|my|this|that|our|your)\s+(?:final\s+)?$",
+    re.IGNORECASE,
+)
+_LONGEST_LEAD = 60
 _BOX = re.compile(r"\\f?boxed(?![A-Za-z])|\\fbox(?![A-Za-z])")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _REMARK = re.compile(
@@ -86,6 +93,8 @@ def _statements(reply: str) -> Iterator[_Statement]:
     ends = {statement.place: statement.place + len(statement.text) for statement in found}
     for match in _ends(list(_MARKER.finditer(reply))):
         if any(start < match.start() < end for start, end in ends.items()):
+            continue
+        if _VERIFYING.search(reply[max(0, match.start() - _LONGEST_LEAD) : match.start()]):
             continue
         content = _content(reply[match.end() : match.end() + _LONGEST_ANSWER])
         # A box is a statement itself, of just the answer.

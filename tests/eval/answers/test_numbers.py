@@ -201,6 +201,12 @@ def test_a_misreading_is_no_pass(gold: str, text: str) -> None:
     assert reading is not None and Fraction(gold) not in reading.values
 
 
+def test_a_value_too_long_to_write_out_does_no_harm() -> None:
+    for text in ("9999!", "10^{50000}", "1/9999!"):
+        reading = read_number(text)
+        assert reading is not None and reading.values and str(reading) == ""
+
+
 def test_the_last_number_of_a_reply_without_a_stated_answer() -> None:
     for text, value in [
         ("So he has 4 + 5 = 9 coins.\nI hope this helps!", 9),
@@ -227,9 +233,9 @@ def test_no_text_breaks_it(text: str) -> None:
 
 
 def test_a_megabyte_is_read_in_seconds() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     for bit in ("1,", "9", "-", "\\frac{", " 1 ", "(", "{", "1/", "9!", "2^", "√", "one ", "$", "and "):
         text = bit * (1_000_000 // len(bit))
         read_number(text)
         last_number(text)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20

@@ -42,6 +42,8 @@ WORD_PROBLEMS: dict[str, int | None] = {
     "<think>The answer is 27</think>": None,
     "<think>The answer is 27": None,
     "The answer is 27!": 27,
+    "Answer: 27\n\nLet me verify the answer: 3 + 4 = 7.": 27,
+    "27 it is. I checked that the answer is 27": 27,
     "The answer is:\n- 27": 27,
     "The answer is:\n> 27": 27,
     "The answer is 27, which is 3 times 9": 27,
@@ -106,7 +108,7 @@ def test_a_reply_is_without_thoughts_and_tokens_of_the_chat_format() -> None:
 
 
 def test_a_megabyte_is_read_in_seconds() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     bits = (
         "<think>",
         "</think>",
@@ -123,4 +125,4 @@ def test_a_megabyte_is_read_in_seconds() -> None:
         text = bit * (1_000_000 // len(bit))
         number_answer(text)
         math_answer(text)
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
