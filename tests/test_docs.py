@@ -44,7 +44,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 _PROGRAMS = "dynrank|dynrank-eval|python|bash|deepspeed|torchrun|pytest|pip|pre-commit"
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(rf"`((?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) [^`]*)`")
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 
@@ -95,11 +95,22 @@ def workspace(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "workspace")
 
 
+def is_named_only(words: list[str], parser: argparse.ArgumentParser) -> bool:
+    """Return whether the text names a command, with options alone, to speak of it; both must exist."""
+    if any(not word.startswith("--") for word in words[1:]):
+        return False
+    (subparsers,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    assert words[0] in subparsers.choices, words
+    return {word.split("=")[0] for word in words[1:]} <= set(
+        subparsers.choices[words[0]]._option_string_actions
+    )
+
+
 def run_dynrank(words: list[str], workspace: Path) -> None:
     recipe = words[words.index("--recipe") + 1] if "--recipe" in words else ""
-    if len(words) == 1:
-        assert words[0] in dynrank_ds.cli._parser().format_help().split()
-    elif words[0] == "plan" or JOIN in recipe:  # tests/planning runs the documented plans
+    if is_named_only(words, dynrank_ds.cli._parser()):
+        return
+    if words[0] == "plan" or JOIN in recipe:  # tests/planning runs the documented plans
         _check_recipe(recipe, [w for w in words[1:] if "=" in w])
         dynrank_ds.cli._parser().parse_args(words)
     elif words[-1] == "quickstart" or "quickstart" in words or "NAME" in words:
@@ -112,7 +123,8 @@ def run_dynrank(words: list[str], workspace: Path) -> None:
 
 
 def run_dynrank_eval(words: list[str], workspace: Path) -> None:
-    dynrank_eval.cli._parser().parse_args(words)
+    if not is_named_only(words, dynrank_eval.cli._parser()):
+        dynrank_eval.cli._parser().parse_args(words)
 
 
 def run_deepspeed(words: list[str], workspace: Path) -> None:
