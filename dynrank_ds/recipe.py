@@ -81,8 +81,8 @@ class ModelSection(Section):
     """Folder of a Hugging Face model, or its hub id."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the device computes it natively, else fp32; a resumed run keeps what it began with."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel of transformers; flash_attention_2 needs a GPU, bf16 and the flash-attn package."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Kernel of transformers. auto: FlashAttention 3 or 2 if installed (GPU, bf16), else sdpa if the model has it."""
     quantisation: Annotated[Literal["nf4"] | None, BeforeValidator(_check_quantisation)] = None
     """nf4: the base's linear layers, but for the output layer, in 4 bits a weight by bitsandbytes, as in QLoRA."""
     double_quantisation: bool = False
@@ -336,9 +336,9 @@ class Recipe(Section):
         Raises:
             RecipeError: model.attention needs another dtype.
         """
-        if self.model.attention == "flash_attention_2" and dtype == "fp32":
+        if self.model.attention.startswith("flash") and dtype == "fp32":
             raise RecipeError(
-                "model.dtype is fp32: model.attention flash_attention_2 needs bf16, or take sdpa"
+                f"model.dtype is fp32: model.attention {self.model.attention} needs bf16, or take auto"
             )
         return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynrank_ds.bench.figures import Figure
@@ -44,7 +45,7 @@ def measure_load(recipe: Recipe, quick: bool) -> Iterator[Figure]:
     """(what, figure) of the first process's loading of the recipe's base, which `quick` does not shorten."""
     device = processes.start(recipe.deepspeed.timeout)
     recipe = agree_on_dtype(recipe, None, device)
-    cost = load_cost(recipe)
+    cost = load_cost(recipe, device)
     on_device = processes.peak_memory_gib() if device.type != "cpu" else None
     processes.stop()
     yield Figure("share of the base on this process", f"{cost.share / MIB:.1f} MiB")
@@ -55,7 +56,7 @@ def measure_load(recipe: Recipe, quick: bool) -> Iterator[Figure]:
     yield Figure("reading and adapting", f"{cost.seconds:.2f} s")
 
 
-def load_cost(recipe: Recipe) -> LoadCost:
+def load_cost(recipe: Recipe, device: torch.device | None = None) -> LoadCost:
     """Load the base and put the adapter into it, as a run does; every process must call it."""
     bf16 = recipe.model.dtype == "bf16"
     config = complete_config(load_config(recipe.deepspeed.config, bf16), 1, 1, 1.0, bf16)
@@ -64,7 +65,8 @@ def load_cost(recipe: Recipe) -> LoadCost:
     largest: list[int] = []
 
     def load() -> None:
-        model = load_model(recipe.model, False, make_partitioner(config, DTYPES[recipe.model.dtype]))
+        partitioner = make_partitioner(config, DTYPES[recipe.model.dtype])
+        model = load_model(recipe.model, False, partitioner, device)
         base = list(model.parameters())
         constants = constant_bytes(model) if recipe.model.quantisation else 0
         shares.append(sum(getattr(p, "ds_tensor", p).nbytes for p in base) + constants)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from dynrank_ds.bench.contenders import Arrays, Ours, Peft, PeftAlone, PeftDeepSpeed, PeftTrainer
@@ -26,6 +27,7 @@ from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHODS
 from dynrank_ds.methods.weightlora import WeightLoRAConfig, WeightLoRAPlusConfig
 from dynrank_ds.recipe import LLAMA_LINEARS, Recipe, load_recipe
+from dynrank_ds.training.attention import with_attention
 from dynrank_ds.training.samples import prepare_data
 
 STEPS = 130
@@ -112,7 +114,9 @@ class _Bench:
             ),
         }
         dtype = "fp32" if recipe.model.dtype == "auto" else recipe.model.dtype
-        self._recipe = recipe.model_copy(update=sections).with_dtype(dtype)
+        self._recipe = with_attention(
+            recipe.model_copy(update=sections).with_dtype(dtype), torch.device("cpu")
+        )
         self._pairs, self._folder = pairs, folder
         dataset, pad_id = prepare_data(self._recipe)
         train = self._recipe.train
@@ -121,7 +125,7 @@ class _Bench:
         self._about: dict[str, Any] = {
             "model": describe(recipe.model.path),
             "dtype": dtype,
-            "attention": recipe.model.attention,
+            "attention": self._recipe.model.attention,
             "deepspeed_config": recipe.deepspeed.config,
             "global_batch_size": train.global_batch_size,
             "micro_batch_size": train.micro_batch_size,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynrank_ds.planning.architecture import Architecture
+from dynrank_ds.training.logits import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Activations:
     layer_backward: int
     """Gradients in the backward of one layer, at most at one time."""
     logits: int
-    """Logits, their softmax and their gradients, at most at one time."""
+    """The hidden states at targets, their gradient, and the logits, softmax and gradient of one chunk."""
 
 
 def activations(of: Architecture, batch: MicroBatch, item: int, attention: str) -> Activations:
@@ -49,11 +50,12 @@ def activations(of: Architecture, batch: MicroBatch, item: int, attention: str) 
     n, hidden, mlp = batch.positions, of.hidden, of.intermediate
     kept = 3 * hidden + 3 * of.query_width + 2 * of.key_width + 4 * mlp + of.decomposed_width
     norms = 2 * hidden * 4 if item < 4 else 0
+    chunk = min(batch.targets, rows_at_once(of.vocabulary))
     matrices = 2 * of.heads * batch.tokens * item if attention == "eager" else 0
     return Activations(
         layer_input=n * hidden * item,
         layer=n * (kept * item + norms + matrices),
         layer_backward=n * (3 * mlp + 2 * hidden) * item,
-        # In fp32: logits, log-softmax and, in backward, two gradients of which logits are gone by then.
-        logits=batch.targets * of.vocabulary * 12 + batch.targets * hidden * item,
+        # In fp32: the log-softmax of a chunk and two gradients; its logits are gone by then.
+        logits=chunk * of.vocabulary * 12 + 2 * batch.targets * hidden * item,
     )

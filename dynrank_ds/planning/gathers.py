@@ -63,10 +63,11 @@ class _Turn:
 
 def _turns(units: Sequence[Unit], recomputed: bool) -> list[_Turn]:
     """The modules of the loss, the model, its decoder and the rotary embedding, and the units, as they are called."""
-    head, norm, without = len(units) - 1, len(units) - 2, _Turn(None)
+    norm, without = len(units) - 2, _Turn(None)
     turns = [without, without, without, _Turn(0), without, *(_Turn(u) for u in range(1, len(units)))]
     back = _Turn(None, backward=True)
-    turns += [back, back, _Turn(head, True), back, _Turn(norm, True)]
+    # The head has no turn in backward: its gradient is computed in its forward.
+    turns += [back, back, _Turn(norm, True)]
     for layer in range(norm - 1, 0, -1):
         # A layer that is recomputed is called once more within its backward, and released after both.
         turns += [_Turn(layer, True, releases=not recomputed)] + [_Turn(layer, True)] * recomputed

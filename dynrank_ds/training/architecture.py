@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -40,19 +38,6 @@ def check_config(config: PreTrainedConfig, path: str) -> None:
     else:
         return
     raise ModelError(f"model.path {path} is no causal language model: {kind} is {what}")
-
-
-def check_attention(config: PreTrainedConfig, attention: str) -> None:
-    """Refuse `model.attention: sdpa` for a model that transformers has no such attention for.
-
-    Raises:
-        ModelError: naming what to give.
-    """
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if attention == "sdpa" and not model_class._supports_sdpa:
-        raise ModelError(
-            f"model.attention is sdpa, which transformers does not have for {config.model_type} models: give eager"
-        )
 
 
 def check_layers(model: PreTrainedModel, path: str) -> None:

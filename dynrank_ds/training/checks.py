@@ -24,9 +24,9 @@ from dynrank_ds.methods import build_method
 from dynrank_ds.methods.base import Method
 from dynrank_ds.ranking.schedule import resolve_steps
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.training.architecture import check_attention
+from dynrank_ds.training.attention import check_attention
 from dynrank_ds.training.model import DTYPES, adapt, check_model_folder, model_without_weights
-from dynrank_ds.training.quantisation import quantisation_config
+from dynrank_ds.training.quantisation import check_quantisable, quantisation_config
 from dynrank_ds.training.rundir import check_output
 from dynrank_ds.training.samples import make_batches, prepare_data, split_held_out
 from dynrank_ds.training.trackers import check_packages
@@ -70,6 +70,7 @@ def check_run(recipe: Recipe, n_processes: int) -> CheckedRun:
     check_model_files(recipe.model.path)
     quantisation_config(recipe.model, DTYPES[recipe.model.dtype])  # which needs packages
     model = model_without_weights(recipe.model.path)
+    check_quantisable(recipe.model, model)
     check_weight_files(recipe.model.path)
     check_attention(model.config, recipe.model.attention)
     samples, held_out = split_held_out(prepare_data(recipe)[0], recipe)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from dynrank_ds.data.collating import Collator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import ModelError
+from dynrank_ds.training.logits import ChunkedCrossEntropy, Head, WithGradient, rows_at_once
 
 _COMPARED = (40, 24)
 """Tokens of the samples that are compared, of unequal length so that there is padding."""
@@ -29,14 +29,18 @@ class SummedLoss(nn.Module):
     Padding is on the right, so under causal attention no token ever sees it and no mask is needed. Where samples are
     packed into one row, their position ids restart: transformers then calls FlashAttention's kernel for samples of
     unequal lengths, or with other attentions masks all but each sample's own tokens.
-    Logits are made only where there is a target: they are the largest tensors of a step. The hidden states there
-    leave the decoder as one row and go the model's own way from there, whatever it does to them or to the logits
-    (`logit_scale` of Cohere, soft caps of Gemma-2).
+    Logits are made only where there is a target, a chunk of them at a time. The hidden states there leave the decoder
+    as rows and go the model's own way from there, whatever it does to them or to the logits (`logit_scale` of Cohere,
+    soft caps of Gemma-2).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int | None = None) -> None:
+        """`rows` of logits are made at one time, by default as many as `rows_at_once` says."""
         super().__init__()
         self.model = model
+        self._head = Head(model)
+        rows = rows or rows_at_once(model.config.get_text_config().vocab_size)
+        self.cross_entropy = ChunkedCrossEntropy(self._head.layer, rows)
 
     def forward(
         self,
@@ -53,23 +57,21 @@ class SummedLoss(nn.Module):
             positions: (n,), flat, of the tokens that predict, int64.
             targets: (n,), int64.
             position_ids: (1, tokens), for packed samples, counted from 0 in each.
-            every_position: make logits of all positions, by the model's forward as it stands.
+            every_position: make logits of all positions at once, by the model's forward as it stands.
         """
-
-        def choose(_: nn.Module, __: Any, output: Any) -> Any:
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[positions][None]
-            return output
-
         inputs = {"input_ids": input_ids}
         if position_ids is not None:
             inputs["position_ids"] = position_ids
         if every_position:
             logits = self.model(**inputs).logits.flatten(0, 1)[positions]
-        else:
-            with self.model.get_decoder().register_forward_hook(choose, prepend=True):
-                logits = self.model(**inputs).logits[0]
-        # Summed in fp64: in fp32 the sum over a long batch is off by more than 1e-6 of its mean.
-        return F.cross_entropy(logits.float(), targets, reduction="none").double().sum()
+            return F.cross_entropy(logits.float(), targets, reduction="none").double().sum()
+        output = self._head.decode(positions, inputs)
+        hidden = output.last_hidden_state[0]
+        with self._head.logits(output, inputs) as logits_of:
+            loss, gradient = self.cross_entropy(hidden.detach(), targets, logits_of)
+        if gradient is not None:
+            loss = WithGradient.apply(hidden, loss, gradient)
+        return loss
 
 
 def check_loss(

@@ -29,7 +29,8 @@ from dynrank_ds.adapters.targets import describe_targets, find_linears, lost_in_
 from dynrank_ds.errors import ModelError
 from dynrank_ds.methods import method_class
 from dynrank_ds.recipe import ModelSection, Recipe
-from dynrank_ds.training.architecture import check_attention, check_config, check_layers, text_decoder
+from dynrank_ds.training.architecture import check_config, check_layers, text_decoder
+from dynrank_ds.training.attention import check_attention, choose_attention
 from dynrank_ds.training.quantisation import keep_layout, quantisation_config
 from dynrank_ds.training.starting import StartingAdapter, begin_magnitudes, ranks_of_linears
 from dynrank_ds.training.streaming import NotStreamableError, load_streamed
@@ -100,7 +101,7 @@ def load_model(
 
     Args:
         partitioner: reads each process's ZeRO-3 shards alone where the model allows it; by default all is read whole.
-        device: where a base that is quantised whole is quantised, by default the CPU.
+        device: that it is computed on, by default the CPU.
 
     Raises:
         ModelError: there is no causal language model there, or not all of its weights.
@@ -111,10 +112,12 @@ def load_model(
         config = AutoConfig.from_pretrained(section.path, trust_remote_code=False)
         check_config(config, section.path)
         check_attention(config, section.attention)
+        device = device or torch.device("cpu")
+        section = section.model_copy(update={"attention": choose_attention(section, config, device)[0]})
         _without_dropout(config, section.path)
         model = _streamed(section, config, partitioner) if partitioner else None
         if model is None:
-            model = _whole(section, config, device or torch.device("cpu"))
+            model = _whole(section, config, device)
     except _UNFIT as error:
         raise ModelError(f"model.path {section.path} is no causal language model: {_short(error)}") from error
     check_layers(model, section.path)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from dynrank_ds.quantised_layers import check_packages, quantised_linears
+from dynrank_ds.errors import ModelError
+from dynrank_ds.quantised_layers import check_packages, linears_to_quantise, quantised_linears
 from dynrank_ds.recipe import ModelSection
 
 
@@ -29,6 +30,19 @@ def quantisation_config(section: ModelSection, dtype: torch.dtype) -> BitsAndByt
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
     )
+
+
+def check_quantisable(section: ModelSection, model: PreTrainedModel) -> None:
+    """Refuse a quantisation that would leave the base as it is.
+
+    Raises:
+        ModelError: its layers are of a class of its own, which transformers does not replace.
+    """
+    if section.quantisation and not linears_to_quantise(model):
+        raise ModelError(
+            f"model.path {section.path} is a {model.config.model_type} model, none of whose layers transformers "
+            "quantises: leave out model.quantisation"
+        )
 
 
 def constant_bytes(model: PreTrainedModel) -> int:

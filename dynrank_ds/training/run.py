@@ -22,6 +22,7 @@ from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.adamw import RowAgedAdamW
 from dynrank_ds.training.agreement import check_same_everywhere, process_versions
 from dynrank_ds.training.architecture import decoder_layers
+from dynrank_ds.training.capabilities import describe_capabilities
 from dynrank_ds.training.dtype import agree_on_dtype
 from dynrank_ds.training.loop import StepResult, Trainer, TrainingData
 from dynrank_ds.training.loss import SummedLoss, check_loss
@@ -174,13 +175,15 @@ def build_engine(
     """Return the model with its adapter in DeepSpeed, and its method, at step 0 or as they were saved."""
     partitioner = make_partitioner(config, DTYPES[recipe.model.dtype])
     model = load_model(recipe.model, recipe.train.activation_checkpointing, partitioner, device)
+    loss = SummedLoss(model)
+    logger.info("computes in %s", describe_capabilities(recipe, loss, processes.world_size(), device))
     if checkpoint:
         modules = adapt(model, recipe, checkpoint.factors(), checkpoint.initial_ranks())
     else:
         modules = adapt(model, recipe)
     method = build_method(recipe.method, modules, total_steps, device)
     engine = ZeroEngine(
-        SummedLoss(model),
+        loss,
         modules,
         method.factors,
         config,

@@ -28,7 +28,18 @@ SLURM = "slurm"
 _LOCK = ".run.lock"
 _TRACKED = {"tensorboard", "wandb", "wandb_id"}
 _BEFORE_THE_FIRST_STEP = {_LOCK, RECIPE, ENVIRONMENT, METRICS, STATE, "checkpoints", *_TRACKED}
-_PACKAGES = ("dynrank-ds", "torch", "deepspeed", "transformers", "datasets", "peft", "safetensors")
+_PACKAGES = (
+    "dynrank-ds",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "peft",
+    "safetensors",
+    "bitsandbytes",
+    "flash-attn",
+    "flash-attn-3",
+)
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from dynrank_ds.training.run import train
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.engine import ZeroEngine
 
-_UNITS = ("Embedding", "LlamaDecoderLayer", "LlamaRMSNorm", "Linear")
+_UNITS = ("Embedding", "LlamaDecoderLayer", "LlamaRMSNorm", "ChunkedCrossEntropy")
 
 
 def main() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from bitsandbytes.nn import modules
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dynrank_ds import quantised_layers
-from dynrank_ds.errors import MachineError, RecipeError
+from dynrank_ds.errors import MachineError, ModelError, RecipeError
 from dynrank_ds.quantised_layers import quantised_linears
 from dynrank_ds.recipe import ModelSection, check_recipe
 from dynrank_ds.training.model import load_model
+from dynrank_ds.training.quantisation import check_quantisable
+from tests.support.architectures import ARCHITECTURES, architecture_config
 
 
 def section(folder: Path) -> ModelSection:
@@ -42,6 +45,20 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
         MachineError, match=r"model.quantisation nf4 needs bitsandbytes: pip install bitsandbytes"
     ):
         load_model(section(tmp_path), False)
+
+
+def test_a_model_of_which_nothing_would_be_quantised_is_refused() -> None:
+    """Falcon's linear layers are of a class of their own."""
+    nf4 = ModelSection(path="m", quantisation="nf4")
+    with torch.device("meta"):
+        falcon, llama = (
+            AutoModelForCausalLM.from_config(architecture_config(*ARCHITECTURES[name]))
+            for name in ("Falcon", "LLaMA")
+        )
+    check_quantisable(nf4, llama)
+    check_quantisable(ModelSection(path="m"), falcon)
+    with pytest.raises(ModelError, match=r"m is a falcon model, none of whose layers transformers quantises"):
+        check_quantisable(nf4, falcon)
 
 
 @pytest.mark.parametrize(
