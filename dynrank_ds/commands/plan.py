@@ -48,24 +48,23 @@ def _made(
 
 
 def _described(recipe: Recipe, made: Plan, samples: int | None) -> str:
-    cluster, host = made.cluster, made.memory
+    cluster = made.cluster
     start = made.architecture.trainable_parameters
     return "\n".join(
         [
-            f"model       {recipe.model.path}: {made.architecture.base_parameters:,} parameters",
+            f"model       {recipe.model.path}: {made.architecture.base_parameters:,} parameters"
+            + (
+                f", {made.architecture.packed.weights:,} of them in 4 bits"
+                if recipe.model.quantisation
+                else ""
+            ),
             f"adapter     {recipe.method.name}: {start:,} trainable parameters at start "
             f"({start / made.architecture.base_parameters:.3%}), {made.most_parameters:,} at most",
             f"batch       {recipe.train.global_batch_size} samples a step: {cluster.gpus} GPUs x "
             f"{recipe.train.micro_batch_size} x {made.accumulation} accumulated, of at most {made.batch.tokens} tokens",
             *_memory(made),
-            f"host        {_gib(host.host_while_loading * cluster.gpus_per_node)} GiB a node while the base is loaded"
-            + (
-                f", {_gib(host.host_of_optimizer * cluster.gpus_per_node)} GiB for the optimizer"
-                if host.host_of_optimizer
-                else ""
-            ),
-            f"traffic     {_gib(made.traffic.parameters)} GiB of parameters and {_gib(made.traffic.gradients)} GiB of "
-            f"gradients received by a GPU and step, at most {made.traffic.adjustment / 2**20:.1f} MiB an adjustment",
+            _host(made),
+            _traffic(made),
             *_time(made),
             f"verdict     {_verdict(recipe, made, samples)}",
         ]
@@ -74,6 +73,26 @@ def _described(recipe: Recipe, made: Plan, samples: int | None) -> str:
 
 def _gib(n: float) -> str:
     return f"{n / GIB:.2f}"
+
+
+def _host(made: Plan) -> str:
+    needs, processes = made.memory, made.cluster.gpus_per_node
+    text = f"host        {_gib(needs.host_while_loading * processes)} GiB a node while the base is loaded"
+    if needs.host_of_optimizer:
+        text += f", {_gib(needs.host_of_optimizer * processes)} GiB for the optimizer"
+    if needs.host_of_parameters:
+        text += f", {_gib(needs.host_of_parameters * processes)} GiB for the parameters"
+    return text
+
+
+def _traffic(made: Plan) -> str:
+    moved = made.traffic
+    within = f" ({_gib(moved.within_node)} of it from its own node)" if moved.within_node else ""
+    host = f", {_gib(moved.from_host)} GiB from the machine's memory" if moved.from_host else ""
+    return (
+        f"traffic     {_gib(moved.parameters)} GiB of parameters{within} and {_gib(moved.gradients)} GiB of gradients "
+        f"received by a GPU and step{host}, at most {moved.adjustment / 2**20:.1f} MiB an adjustment"
+    )
 
 
 def _memory(made: Plan) -> list[str]:

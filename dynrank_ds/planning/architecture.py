@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dynrank_ds.adapters.linear import AdaptedModule
 from dynrank_ds.errors import ModelError
+from dynrank_ds.quantised_layers import linears_to_quantise
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.architecture import decoder_layers
 from dynrank_ds.training.model import adapt, model_without_weights
+
+ITEM = {"bf16": 2, "fp32": 4}
+"""Bytes of an element of model.dtype."""
 
 _70B: dict[str, Any] = {
     "hidden_size": 8192,
@@ -49,13 +54,27 @@ class Unit:
 
     name: str
     parameters: tuple[int, ...]
-    """Elements of each of its own, in the order in which they are gathered."""
+    """Elements of each of its own as it is held (`Packed`), in the order in which they are gathered."""
     whole_layer: bool = False
     """Whether it is a decoder layer, gathered with all modules in it."""
 
     @property
     def elements(self) -> int:
         return sum(self.parameters)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What of the base is held in 4 bits; everything zero where nothing is."""
+
+    weights: int = 0
+    """Weights of the quantised layers."""
+    elements: int = 0
+    """Elements of the model's dtype that they are packed into: ZeRO takes parameters of one dtype."""
+    constants: int = 0
+    """Bytes of their scales, which every process holds whole."""
+    largest: int = 0
+    """Weights of the largest of these layers, which is unpacked for each use."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ class Architecture:
     modules: dict[str, AdaptedModule]
     """Adapted modules without weights."""
     base_parameters: int
+    packed: Packed
     trainable_parameters: int
     decomposed_width: int
     """Output features of a layer's weight-decomposed linears together, whose outputs autograd keeps once more."""
@@ -82,6 +102,11 @@ class Architecture:
     tied: bool
     """Whether the head's weights are the embedding's."""
 
+    @property
+    def held_elements(self) -> int:
+        """Of the base, as elements of the model's dtype."""
+        return self.base_parameters - self.packed.weights + self.packed.elements
+
 
 def describe(recipe: Recipe) -> Architecture:
     """Return the architecture of a recipe's model with the recipe's adapter in it.
@@ -91,6 +116,7 @@ def describe(recipe: Recipe) -> Architecture:
     """
     model = _model(recipe.model.path)
     base = sum(p.numel() for p in model.parameters())
+    quantised = _quantised(model, recipe)
     modules = adapt(model, recipe)
     config = model.config.get_text_config()
     needed = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -101,12 +127,14 @@ def describe(recipe: Recipe) -> Architecture:
         )
     heads: int = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    units = _units(model)
+    item = ITEM.get(recipe.model.dtype, 2)
+    units = _units(model, {id(weight): weight.numel() // (2 * item) for weight in quantised})
     layers = sum(unit.whole_layer for unit in units)
     return Architecture(
         units=units,
         modules=modules,
         base_parameters=base,
+        packed=_packed([weight.numel() for weight in quantised], item, recipe.model.double_quantisation),
         trainable_parameters=sum(
             p.numel() for m in modules.values() for p in (*m.factors().values(), *m.vectors().values())
         ),
@@ -130,16 +158,31 @@ def _model(path: str) -> PreTrainedModel:
     return model_without_weights(path)
 
 
-def _units(model: PreTrainedModel) -> tuple[Unit, ...]:
+def _quantised(model: PreTrainedModel, recipe: Recipe) -> list[Tensor]:
+    if recipe.model.quantisation is None:
+        return []
+    return [linear.weight for linear in linears_to_quantise(model).values()]
+
+
+def _packed(weights: Sequence[int], item: int, double: bool) -> Packed:
+    """Return what NF4 makes of layers: a scale for 64 weights, in fp32, or in 8 bits with another for 256 scales."""
+    blocks = [-(-n // 64) for n in weights]
+    constants = sum(n + 4 * -(-n // 256) if double else 4 * n for n in blocks)
+    return Packed(sum(weights), sum(n // (2 * item) for n in weights), constants, max(weights, default=0))
+
+
+def _units(model: PreTrainedModel, packed: Mapping[int, int]) -> tuple[Unit, ...]:
+    """`packed` has the elements of packed weights, by the identity of the weight."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = decoder_layers(model)
     # Parameters of the base are gathered before those of the adapters, which are made later.
     inside = [sorted(layer.parameters(), key=lambda p: p.requires_grad) for layer in layers]
     known = {id(p) for layer in inside for p in layer} | {id(_weight(embedding)), id(_weight(head))}
     rest = tuple(p.numel() for p in model.parameters() if id(p) not in known)
+    held = [tuple(packed.get(id(p), p.numel()) for p in layer) for layer in inside]
     return (
         Unit("embedding", (_weight(embedding).numel(),)),
-        *(Unit(f"layer {i}", tuple(p.numel() for p in layer), True) for i, layer in enumerate(inside)),
+        *(Unit(f"layer {i}", layer, True) for i, layer in enumerate(held)),
         Unit("norm", rest),
         Unit("head", (_weight(head).numel(),)),
     )

@@ -7,11 +7,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dynrank_ds.planning.activations import Activations, MicroBatch, activations
-from dynrank_ds.planning.architecture import Architecture, Unit
+from dynrank_ds.planning.architecture import ITEM, Architecture, Unit
 from dynrank_ds.planning.gathers import GatherLimits, Moment, follow
 from dynrank_ds.recipe import Recipe
 
-ITEM = {"bf16": 2, "fp32": 4}
 _STEP_VECTORS = 5
 """fp32 vectors of the adapters' shard beside the optimizer's state while it steps: weights and gradients for the
 method, and three temporaries of AdamW."""
@@ -24,7 +23,7 @@ class Parts:
     """Bytes of one process; the sum is what its tensors need at the moment that needs most."""
 
     base: int
-    """The base, or its shard."""
+    """The base, or its shard, with hpZ's copy of it, and the scales of a quantised base."""
     gathers: int
     """Whole parameters that are gathered, prefetched or kept for backward, and buffers that they arrive in."""
     adapters: int
@@ -36,7 +35,7 @@ class Parts:
     activations: int
     logits: int
     buffers: int
-    """The bucket that gradients are reduced in, and vectors of the optimizer's step."""
+    """The bucket that gradients are reduced in, vectors of the optimizer's step, an unpacked weight."""
 
     @property
     def total(self) -> int:
@@ -52,6 +51,8 @@ class Memory:
     """When the sum is largest."""
     host_of_optimizer: int
     """Bytes of the optimizer's state that is offloaded to the machine, of one process."""
+    host_of_parameters: int
+    """Bytes of the shards that are offloaded to the machine, of one process."""
     host_while_loading: int
     """Bytes of one process on the machine while the base is loaded."""
     gathered_elements: int
@@ -90,18 +91,23 @@ def memory(
     acts = activations(architecture, batch, item, recipe.model.attention)
     bucket = int(zero.get("reduce_bucket_size", _BUCKET))
     filled = 4 * min(bucket, trainable)
-    in_backward = _moments(architecture.units, moments, acts, recipe.train.activation_checkpointing, item)
+    unpacked = architecture.packed.largest * item
+    turns = _moments(architecture.units, moments, acts, recipe.train.activation_checkpointing, item, unpacked)
     # Gradients that are reduced are copied for it.
-    live = max((replace(each, buffers=filled) for each in in_backward), key=lambda each: each.total)
+    live = max((replace(each, buffers=each.buffers + filled) for each in turns), key=lambda each: each.total)
     live = max(live, _Live("optimizer step", 0, 0, 0, _STEP_VECTORS * 4 * shard), key=lambda each: each.total)
     states = 16 * shard
-    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    base = architecture.base_parameters
+    held = architecture.held_elements
+    base = (_shard(held, processes) if partitioned else held) * item
+    adapters = (shard if partitioned else trainable) * item
+    host_optimizer = offloads(zero, "optimizer")
+    host_parameters = offloads(zero, "param")
+    elsewhere = host_parameters and not on_cpu
     parts = Parts(
-        base=(_shard(base, processes) if partitioned else base) * item,
+        base=(0 if elsewhere else base) + _hpz_copy(zero, held) * item + architecture.packed.constants,
         gathers=live.gathers,
-        adapters=(shard if partitioned else trainable) * item,
-        optimizer=0 if offloaded and not on_cpu else states,
+        adapters=0 if elsewhere else adapters,
+        optimizer=0 if host_optimizer and not on_cpu else states,
         statistics=4 * row_statistics * shard,
         activations=live.activations,
         logits=live.logits,
@@ -111,10 +117,25 @@ def memory(
     return Memory(
         parts=parts,
         moment=live.name,
-        host_of_optimizer=states if offloaded else 0,
-        host_while_loading=(_shard(largest, processes) if partitioned else base) * item,
+        host_of_optimizer=states if host_optimizer else 0,
+        host_of_parameters=base + adapters if host_parameters else 0,
+        host_while_loading=_shard(largest, processes) * item if partitioned else base,
         gathered_elements=gathered,
     )
+
+
+def offloads(zero: Mapping[str, Any], what: str) -> bool:
+    """Return whether the machine's memory holds the shards of `what`, "optimizer" or "param"."""
+    return bool((zero.get(f"offload_{what}") or {}).get("device", "none") != "none")
+
+
+def hpz_group(zero: Mapping[str, Any]) -> int:
+    """Return how many processes hold the base once more together under hpZ; 1 without it."""
+    return int(zero.get("zero_hpz_partition_size", 1))
+
+
+def _hpz_copy(zero: Mapping[str, Any], held: int) -> int:
+    return _shard(held, hpz_group(zero)) if hpz_group(zero) > 1 else 0
 
 
 def _gathers(
@@ -123,7 +144,7 @@ def _gathers(
     moments, gathered = follow(
         architecture.units, architecture.tied, recipe.train.activation_checkpointing, GatherLimits.of(zero)
     )
-    if int(zero["stage"]) == 3 and processes > 1:
+    if int(zero["stage"]) == 3 and (processes > 1 or offloads(zero, "param")):
         return moments, gathered
     # Every parameter is there: under stages 1 and 2 whole, and with one process the shard is the parameter.
     return [Moment(m.unit, m.backward, 0, 0, 0) for m in moments], 0
@@ -145,9 +166,17 @@ class _Live:
 
 
 def _moments(
-    units: Sequence[Unit], moments: Sequence[Moment], acts: Activations, recomputed: bool, item: int
+    units: Sequence[Unit],
+    moments: Sequence[Moment],
+    acts: Activations,
+    recomputed: bool,
+    item: int,
+    unpacked: int,
 ) -> list[_Live]:
-    """Every turn of forward and backward, while parameters arrive and while it computes."""
+    """Every turn of forward and backward, while parameters arrive and while it computes.
+
+    unpacked: bytes of the largest weight of a layer that is unpacked while the layer computes.
+    """
     kept = acts.layer_input if recomputed else acts.layer_input + acts.layer
     found = []
     for moment in moments:
@@ -163,5 +192,6 @@ def _moments(
             logits = acts.logits
         where = f"{'backward' if moment.backward else 'forward'} of {unit.name}"
         found.append(_Live(f"parameters arriving for {where}", moment.arriving * item, before, 0, 0))
-        found.append(_Live(where, moment.held * item, before + during, logits, 0))
+        buffers = unpacked if unit.whole_layer else 0
+        found.append(_Live(where, moment.held * item, before + during, logits, buffers))
     return found

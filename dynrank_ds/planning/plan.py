@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.planning.activations import MicroBatch
-from dynrank_ds.planning.architecture import Architecture, describe
-from dynrank_ds.planning.memory import ITEM, Memory, memory
+from dynrank_ds.planning.architecture import ITEM, Architecture, describe
+from dynrank_ds.planning.memory import Memory, memory
 from dynrank_ds.planning.ranks import method_of, most_parameters, row_statistics
 from dynrank_ds.planning.speed import Hardware, StepTime, step_time
 from dynrank_ds.planning.traffic import Traffic, traffic
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.zero.config import load_config
+from dynrank_ds.zero.config import check_processes, load_config
 
 GIB = 2**30
 SLACK = 0.08
@@ -80,7 +80,9 @@ def make_plan(
     if recipe.model.dtype == "auto":
         recipe = recipe.with_dtype("bf16")
     accumulation = recipe.accumulation(cluster.gpus)
-    zero = load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")["zero_optimization"]
+    config = load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
+    check_processes(config, recipe.deepspeed.config, cluster.gpus)
+    zero = config["zero_optimization"]
     of = architecture or describe(recipe)
     samples = samples or recipe.data.limit
     steps = recipe.total_steps(samples) if samples else recipe.train.steps
@@ -95,7 +97,7 @@ def make_plan(
         of,
         method,
         cluster.gpus,
-        int(zero["stage"]) == 3,
+        zero,
         needs.gathered_elements,
         of.trainable_parameters,
         ITEM[recipe.model.dtype],
@@ -105,7 +107,7 @@ def make_plan(
         batch,
         accumulation,
         recipe.train.activation_checkpointing,
-        moved.parameters + moved.gradients,
+        moved,
         cluster.hardware,
         cluster.nodes,
         cluster.gpus_per_node,
@@ -123,10 +125,14 @@ class Change:
 
 
 def first_change(recipe: Recipe, plan: Plan, samples: int | None = None) -> Change | None:
-    """Return the first change that makes the run fit, the cheapest in speed and meaning first; None where none does."""
+    """Return the first change that makes the run fit, the cheapest in speed and meaning first; None where none does.
+
+    A base in 4 bits rounds weights, but takes no other machine: it comes before more nodes, which keep it in 16 bits.
+    """
     for what, changed, cluster in _changes(recipe, plan):
+        same = changed.model == recipe.model
         try:
-            tried = make_plan(changed, cluster, samples, plan.architecture)
+            tried = make_plan(changed, cluster, samples, plan.architecture if same else None)
         except RecipeError:  # the batch is no multiple of so many processes
             continue
         if tried.fits:
@@ -135,7 +141,7 @@ def first_change(recipe: Recipe, plan: Plan, samples: int | None = None) -> Chan
 
 
 def _changes(recipe: Recipe, plan: Plan) -> list[tuple[str, Recipe, Cluster]]:
-    """What can be changed, one after another; each contains those before it that need no other machine."""
+    """What can be changed, one after another; each contains those before it that change neither base nor machine."""
     cluster, train, found = plan.cluster, recipe.train, []
     said: list[str] = []
 
@@ -153,6 +159,10 @@ def _changes(recipe: Recipe, plan: Plan) -> list[tuple[str, Recipe, Cluster]]:
     if train.micro_batch_size > 1:
         train = train.model_copy(update={"micro_batch_size": 1})
         recipe = add("train.micro_batch_size=1", recipe.model_copy(update={"train": train}))
+    if recipe.model.quantisation is None:
+        model = recipe.model.model_copy(update={"quantisation": "nf4", "double_quantisation": True})
+        text = " ".join([*said, "model.quantisation=nf4 model.double_quantisation=true"])
+        found.append((text, recipe.model_copy(update={"model": model}), cluster))
     for nodes in range(cluster.nodes + 1, 65):
         more = dataclasses.replace(cluster, nodes=nodes)
         found.append((" ".join([*said, f"on {nodes} nodes ({more.gpus} GPUs)"]), recipe, more))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dynrank_ds.planning.activations import MicroBatch
 from dynrank_ds.planning.architecture import Architecture
+from dynrank_ds.planning.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,16 @@ class Hardware:
     """Bytes a second that a GPU receives from its node."""
     between_nodes: float
     """Bytes a second of the network card that each GPU has for other nodes."""
+    from_host: float
+    """Bytes a second that a GPU receives from the machine's memory."""
 
 
 HARDWARE = {
-    # NVIDIA's data sheets, whose rate of NVLink is of both directions together; one 400 or 200 Gb/s card for each GPU,
-    # as in DGX.
-    "h100": Hardware("h100", 989e12, 450e9, 50e9),
-    "h200": Hardware("h200", 989e12, 450e9, 50e9),
-    "a100": Hardware("a100", 312e12, 300e9, 25e9),
+    # NVIDIA's data sheets, whose rates of NVLink and PCIe are of both directions together; one 400 or 200 Gb/s card for
+    # each GPU, as in DGX.
+    "h100": Hardware("h100", 989e12, 450e9, 50e9, 64e9),
+    "h200": Hardware("h200", 989e12, 450e9, 50e9, 64e9),
+    "a100": Hardware("a100", 312e12, 300e9, 25e9, 32e9),
 }
 ARITHMETIC = 0.4
 """Share of the stated operations that training reaches (ours; measure it on your machine)."""
@@ -55,12 +58,12 @@ def step_time(
     batch: MicroBatch,
     accumulation: int,
     recomputed: bool,
-    received: int,
+    moved: Traffic,
     hardware: Hardware,
     nodes: int,
     gpus_per_node: int,
 ) -> StepTime:
-    """Return the time of a step of `accumulation` micro-batches in which a process receives `received` bytes.
+    """Return the time of a step of `accumulation` micro-batches in which a process receives what is `moved`.
 
     A frozen weight costs two operations a token in forward, two in backward (no gradient of its own), two more where
     layers are recomputed; an adapter's weight costs six or eight; causal attention half of all pairs of tokens. Between
@@ -75,4 +78,8 @@ def step_time(
     rate = hardware.within_node
     if nodes > 1:
         rate = min(rate, hardware.between_nodes * gpus_per_node)
-    return StepTime(arithmetic, received / (rate * LINKS))
+    everywhere = moved.parameters + moved.gradients - moved.within_node
+    links = (
+        everywhere / rate + moved.within_node / hardware.within_node + moved.from_host / hardware.from_host
+    )
+    return StepTime(arithmetic, links / LINKS)

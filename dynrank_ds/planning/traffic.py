@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dynrank_ds.methods.base import Method
 from dynrank_ds.methods.elalora import ElaLoRAConfig
 from dynrank_ds.methods.pe_dyra import PEDyRAConfig
 from dynrank_ds.planning.architecture import Architecture
+from dynrank_ds.planning.memory import hpz_group, offloads
 from dynrank_ds.recipe import Recipe
 
 
@@ -17,10 +20,14 @@ class Traffic:
 
     parameters: int
     """Gathered in a step: of the base and the adapters, forward and backward of all micro-batches."""
+    within_node: int
+    """Of these what comes from the process's own node because hpZ keeps a copy there."""
     gradients: int
     """Reduced in a step."""
     adjustment: int
     """At most, of scores and of the rows of the modules that change."""
+    from_host: int
+    """Copied in a step from the machine's memory: shards of offloaded parameters, for each gather."""
 
 
 def traffic(
@@ -28,7 +35,7 @@ def traffic(
     architecture: Architecture,
     method: Method,
     processes: int,
-    partitioned: bool,
+    zero: Mapping[str, Any],
     gathered: int,
     trainable: int,
     item: int,
@@ -40,21 +47,31 @@ def traffic(
         architecture: of its model.
         method: of the recipe, on that model.
         processes: the world size.
-        partitioned: ZeRO-3; else stage 1 or 2.
+        zero: `zero_optimization` of the DeepSpeed configuration.
         gathered: elements that ZeRO-3 gathers in a micro-batch.
         trainable: adapter parameters.
         item: bytes of an element of the base.
     """
     share = (processes - 1) / processes
     accumulation = recipe.accumulation(processes)
-    if partitioned:
-        parameters, gradients = gathered * item * accumulation, trainable * 4 * accumulation
+    within = 0.0
+    if int(zero["stage"]) == 3:
+        parameters, gradients = gathered * item * accumulation * share, trainable * 4 * accumulation
+        if (
+            group := hpz_group(zero)
+        ) > 1:  # the base comes from the node's own copy, adapters from everywhere
+            adapters = trainable / (architecture.held_elements + trainable)
+            within = parameters * (1 - adapters) / share * (group - 1) / group
+            parameters = parameters * adapters + within
     else:  # adapters alone: gathered once after the step, gradients summed everywhere
-        parameters, gradients = trainable * item, 2 * trainable * 4
+        parameters, gradients = trainable * item * share, 2 * trainable * 4
+    from_host = gathered * item * accumulation / processes if offloads(zero, "param") else 0.0
     return Traffic(
-        parameters=round(parameters * share),
+        parameters=round(parameters),
+        within_node=round(within),
         gradients=round(gradients * share),
         adjustment=round(2 * share * _adjustment(recipe, architecture, method)),
+        from_host=round(from_host),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from functools import cache
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import dynrank_ds.cli
 from dynrank_ds.errors import RecipeError
@@ -19,7 +20,11 @@ from dynrank_ds.planning.architecture import BUILT_IN, Architecture, describe
 from dynrank_ds.planning.plan import GIB, Cluster, Plan, first_change, make_plan
 from dynrank_ds.planning.ranks import method_of, most_parameters
 from dynrank_ds.planning.speed import HARDWARE, step_time
+from dynrank_ds.planning.traffic import Traffic
+from dynrank_ds.quantised_layers import linears_to_quantise, replace_linears
 from dynrank_ds.recipe import load_recipe
+from dynrank_ds.zero.config import load_config
+from tests.support.architectures import ARCHITECTURES, architecture_config
 
 
 def cluster(nodes: int, gpus: int, gib: float, gpu: str = "h100") -> Cluster:
@@ -105,9 +110,19 @@ def test_what_is_advised_first_makes_it_fit_and_a_little_less_would_not() -> Non
     assert not make_plan(load_recipe(NAME, [*overrides, *words[:-1]]), on, None, architecture(NAME)).fits
 
 
+def test_four_bits_are_advised_before_more_nodes() -> None:
+    name = "llama2_70b_metamathqa_pe_dyra"
+    recipe, on = load_recipe(name), cluster(1, 2, 40)
+    made = make_plan(recipe, on, None, architecture(name))
+    change = first_change(recipe, made)
+    assert change is not None and not made.fits
+    assert change.what == "model.quantisation=nf4 model.double_quantisation=true"
+    assert make_plan(load_recipe(name, change.what.split()), on).fits
+
+
 def test_more_nodes_are_advised_where_shards_are_too_large_and_only_numbers_that_divide_the_batch() -> None:
     name = "llama2_70b_metamathqa_pe_dyra"
-    recipe, on = load_recipe(name), cluster(1, 4, 24)
+    recipe, on = load_recipe(name), cluster(1, 4, 12)
     made = make_plan(recipe, on, None, architecture(name))
     change = first_change(recipe, made)
     assert change is not None and not made.fits
@@ -171,7 +186,10 @@ def test_arithmetic_is_what_torch_counts(recomputed: bool, tmp_path: Path) -> No
     with FlopCounterMode(display=False) as counter:
         model.train()(input_ids=ids).logits.sum().backward()
     bare = replace(found, trainable_parameters=0)
-    seconds = step_time(bare, MicroBatch(2, 24, 48), 1, recomputed, 0, HARDWARE["h100"], 1, 1).arithmetic
+    nothing = Traffic(0, 0, 0, 0, 0)
+    seconds = step_time(
+        bare, MicroBatch(2, 24, 48), 1, recomputed, nothing, HARDWARE["h100"], 1, 1
+    ).arithmetic
     # Eager attention computes all pairs of tokens. The recomputation of a layer ends here before its last linear, whose
     # input an adapter would need.
     surplus = 4 * 3 * 64 * 24 * 48 * (4 if recomputed else 3) / 2
@@ -229,6 +247,70 @@ def test_a_data_set_of_unknown_length_leaves_hours_open(capsys: pytest.CaptureFi
     assert "give --samples, the rows of the data set" in capsys.readouterr().out
 
 
+def test_seventy_billion_parameters_in_nf4_take_a_quarter_and_their_scales() -> None:
+    name = "llama2_70b_metamathqa_pe_dyra"
+    on = cluster(1, 2, 80)
+    for overrides, bits in ((["model.double_quantisation=true"], 8 / 64 + 32 / 64 / 256), ([], 32 / 64)):
+        made = make_plan(load_recipe(name, ["model.quantisation=nf4", *overrides]), on)
+        linears = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+        rest = 2 * 8192 * 32_000 + (2 * 80 + 1) * 8192  # embedding, head and norms stay in bf16
+        shard = (linears / 2 + 2 * rest) / 2
+        assert made.fits
+        assert made.memory.parts.base == pytest.approx(shard + linears * bits / 8, rel=1e-6)
+        # As STACK.md and ds_configs/README.md state them for every GPU.
+        assert linears * bits / 8 / GIB == pytest.approx(1.0 if overrides else 4.0, abs=0.03)
+        # The largest weight is unpacked for its use, and gathers move packed weights.
+        assert made.memory.parts.buffers >= 2 * 8192 * 28672
+        assert made.traffic.parameters < 0.3 * plan(name, on=on).traffic.parameters
+
+
+@pytest.mark.parametrize("name", ["LLaMA", "Qwen2.5, tied", "OPT", "DeepSeek-V3", "Mixtral", "GPT-NeoX"])
+def test_weights_in_four_bits_are_those_of_the_layers_that_a_run_quantises(name: str) -> None:
+    config = architecture_config(*ARCHITECTURES[name])
+    with torch.device("meta"):
+        planned, replaced = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    names = list(linears_to_quantise(planned))
+    assert names and names == list(replace_linears(replaced, BitsAndBytesConfig(load_in_4bit=True)))
+
+
+def hpz(folder: Path, size: int) -> str:
+    config = load_config("zero3_hpz", bf16=True)
+    config["zero_optimization"]["zero_hpz_partition_size"] = size
+    (folder / "hpz.json").write_text(json.dumps(config))
+    return f"deepspeed.config={folder / 'hpz.json'}"
+
+
+def test_hpz_holds_the_base_once_more_in_a_node_and_leaves_the_network_to_adapters(tmp_path: Path) -> None:
+    on = cluster(4, 8, 80)
+    name = "llama2_70b_metamathqa_pe_dyra"
+    plain, twice = (plan(name, *extra, on=on) for extra in ([], [hpz(tmp_path, 8)]))
+    base = 2 * plain.architecture.base_parameters
+    assert twice.memory.parts.base - plain.memory.parts.base == pytest.approx(base / 8, rel=1e-6)
+    between = twice.traffic.parameters - twice.traffic.within_node
+    assert plain.traffic.within_node == 0 and between < 0.01 * plain.traffic.parameters
+    assert twice.traffic.within_node == pytest.approx(
+        plain.traffic.parameters * (7 / 8) / (31 / 32), rel=0.01
+    )
+    assert twice.time.traffic < plain.time.traffic
+
+
+def test_offloaded_parameters_leave_the_gpu_and_come_back_for_each_gather() -> None:
+    on = cluster(1, 8, 80)
+    plain, moved, states = (
+        plan(NAME, *extra, on=on)
+        for extra in ([], ["deepspeed.config=zero3_offload_params"], ["deepspeed.config=zero3_offload"])
+    )
+    assert moved.memory.parts.base == moved.memory.parts.adapters == moved.memory.parts.optimizer == 0
+    assert moved.memory.host_of_parameters == plain.memory.parts.base + plain.memory.parts.adapters
+    assert moved.memory.host_of_optimizer == states.memory.host_of_optimizer == plain.memory.parts.optimizer
+    assert states.memory.parts.base == plain.memory.parts.base and states.traffic.from_host == 0
+    # What a GPU receives from the seven others and from its own machine are all that is gathered.
+    assert moved.traffic.from_host == pytest.approx(moved.traffic.parameters / 7, rel=1e-6)
+    assert moved.time.traffic > plain.time.traffic
+    alone = plan(NAME, "deepspeed.config=zero3_offload_params", on=cluster(1, 1, 24))
+    assert alone.traffic.parameters == 0 < alone.traffic.from_host and alone.memory.parts.gathers > 0
+
+
 def test_increlora_of_a_large_model_is_refused_before_anything_is_planned() -> None:
     with pytest.raises(RecipeError, match="increlora forms the dense gradient"):
         plan("llama2_7b+metamathqa+increlora", on=cluster(1, 8, 80))
@@ -251,4 +333,4 @@ def test_the_documented_plans_are_those_of_today(
 
 
 def test_the_documents_print_7b_on_1_and_8_and_70b_on_8_16_and_64_gpus() -> None:
-    assert [int(n) for _, text in EXAMPLES for n in re.findall(r"(\d+) GPUs x", text)] == [1, 8, 8, 16, 64]
+    assert [int(n) for _, text in EXAMPLES for n in re.findall(r"(\d+) GPUs x", text)] == [1, 8, 8, 16, 64, 2]
