@@ -22,7 +22,7 @@ from dynrank_ds.errors import RecipeError
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
-FRAGMENTS = ("models", "data", "methods")
+FRAGMENTS = ("models", "quantisation", "data", "methods")
 """Folders of the shipped parts of recipes."""
 JOIN = "+"
 

@@ -5,6 +5,8 @@ Models are built on the meta device, from configurations that the tests write: n
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -102,18 +104,38 @@ def test_a_recipe_of_table_3_trains_the_share_of_parameters_that_the_table_has(
         ("llama3_70b_codefeedback_pe_dyra", 560, 0.00073),
         # 64 heads of q and o, 8 of k and v, 3 MLP linears in 80 layers; the paper's abstract says 0.32 %.
         ("llama31_70b_metamathqa_ard_lora", 80 * (64 + 8 + 8 + 64 + 3), 0.00297),
+        ("llama2_70b_metamathqa_pe_dyra_nf4", 560, 0.00075),
+        ("llama2_70b_codefeedback_pe_dyra_nf4", 560, 0.00075),
+        ("llama3_70b_metamathqa_pe_dyra_nf4", 560, 0.00073),
+        ("llama3_70b_codefeedback_pe_dyra_nf4", 560, 0.00073),
+        ("llama31_70b_metamathqa_ard_lora_nf4", 80 * (64 + 8 + 8 + 64 + 3), 0.00297),
     ],
 )
 def test_a_recipe_of_70b_builds_its_model(name: str, modules: int, share: float, tmp_path: Path) -> None:
     built_share, n_modules, method = planned(name, tmp_path)
     assert n_modules == modules and built_share == pytest.approx(share, abs=0.5e-5)
     assert method.planned_adjustments() > 10
-    batch = load_recipe(name).train.global_batch_size
-    assert all(batch % processes == 0 for processes in (8, 16, 32, 64))
+    recipe = load_recipe(name)
+    sizes = (2, 4, 8, 16) if "nf4" in name else (8, 16, 32, 64)
+    assert all(recipe.accumulation(processes) for processes in sizes)
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER_RECIPES if "nf4" in name])
+def test_a_recipe_in_nf4_is_the_one_in_bf16_but_for_its_base(name: str) -> None:
+    ours, other = (load_recipe(one).model_dump() for one in (name, name.removesuffix("_nf4")))
+    assert ours["model"]["quantisation"] == "nf4" and ours["model"]["double_quantisation"]
+    may_differ = {
+        "model": {"quantisation", "double_quantisation"},
+        "train": {"micro_batch_size"},
+        "output": {"dir"},
+    }
+    for section, values in ours.items():
+        differing = {key for key, value in values.items() if value != other[section][key]}
+        assert differing == may_differ.get(section, set())
 
 
 def test_all_recipes_for_large_models_are_looked_at() -> None:
-    assert len(PAPER_RECIPES) == 17
+    assert len(PAPER_RECIPES) == 22
 
 
 @pytest.mark.parametrize("method", shipped("methods"))
@@ -138,6 +160,21 @@ def test_fragments_name_only_fragments_in_their_pairs() -> None:
     root = Path(__file__).resolve().parents[1] / "recipes"
     pairs = [set(yaml.safe_load(file.read_text()).get("with", {})) for file in root.glob("*/*.yaml")]
     assert len(pairs) == len(names) and set().union(*pairs) <= names
+
+
+def test_every_number_names_its_source() -> None:
+    """On its line, or for all numbers of a file in its first comment."""
+    root = Path(__file__).resolve().parents[1] / "recipes"
+    files = [file for file in root.rglob("*.yaml") if not file.name.startswith("quickstart")]
+    bare = []
+    for file in files:
+        lines = file.read_text().splitlines()
+        head = " ".join(
+            line.lstrip("# ") for line in itertools.takewhile(lambda one: one.startswith("#"), lines)
+        )
+        if "all numbers are ours" not in head.lower():
+            bare += [f"{file.name}: {line}" for line in lines if re.search(r": [0-9.e-]+$", line)]
+    assert not bare and len(files) > 35
 
 
 def test_seventy_billion_parameters_get_as_many_moves_in_a_hundred_modules() -> None:
