@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from dynrank_ds.export import merge_adapter
 from dynrank_ds.recipe import load_recipe
 from dynrank_ds.training.loss import SummedLoss
 from dynrank_ds.training.model import DTYPES, adapt
+from dynrank_ds.zero.config import load_config
 from tests.support.launch import outcomes, run_worker, train
 from tests.support.nf4 import batch, drawn_factors
 from tests.support.recipes import lines
@@ -33,6 +35,14 @@ SETUPS: dict[str, dict[str, Any]] = {
     "nf4, sizes that 64 does not divide": {"kind": "odd"},
     "nf4, ZeRO-2": {"config": "zero2"},
     "nf4, double, bf16, ZeRO-2": {"double_quantisation": True, "dtype": "bf16", "config": "zero2"},
+    "nf4, ZeRO-1": {"config": "zero1"},
+    "nf4, optimizer offloaded": {"config": "zero3_offload"},
+    "nf4, double, bf16, parameters offloaded": {
+        "double_quantisation": True,
+        "dtype": "bf16",
+        "config": "zero3_offload_params",
+    },
+    "nf4, double, hpZ": {"double_quantisation": True, "config": "zero3_hpz"},
     "nf4, real": {"kind": "real", "double_quantisation": True},
 }
 # 64 x 175 weights are 175 blocks: the shards of two processes meet within one.
@@ -69,6 +79,11 @@ def write_recipe(
     folder: Path, kind: str = "llama", config: str = "zero3", checkpointing: bool = False, **model: Any
 ) -> None:
     write_model(folder / "model", kind)
+    if config == "zero3_hpz":
+        values = load_config(config, bf16=False)
+        values["zero_optimization"]["zero_hpz_partition_size"] = PROCESSES
+        config = str(folder / "hpz.json")
+        Path(config).write_text(json.dumps(values))
     recipe = {
         "model": {"path": str(folder / "model"), "dtype": "fp32", "quantisation": "nf4", **model},
         "data": {"source": str(folder.parent / "data.jsonl")},
@@ -150,7 +165,7 @@ def test_under_zero_3_the_base_is_sharded_from_the_start_and_autograd_keeps_no_g
 ) -> None:
     if not (folder / name).is_dir():
         pytest.skip("DYNRANK_DATA_DIR, the folder of real data, is not set")
-    streamed = "ZeRO-2" not in name and "64" not in name
+    streamed = "ZeRO-" not in name and "64" not in name
     for whole, kept in zip(
         outcomes(folder / name, "whole", PROCESSES), outcomes(folder / name, "kept", PROCESSES), strict=True
     ):
