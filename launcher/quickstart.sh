@@ -49,12 +49,38 @@ else
     launch=(env OMP_NUM_THREADS=1 "${launch[@]}")
 fi
 
+running= running_stage= stopped=
+on_signal() { # training saves and stops, everything else ends at once
+    stopped=1
+    [ -n "$running" ] || exit 75
+    if [ "$running_stage" = train ]; then
+        printf '\nquickstart: training saves and stops\n' >&2
+        python launcher/stop_training.py "output.dir=$run"
+    else
+        kill -TERM -- "-$running" 2>/dev/null || true
+    fi
+}
+trap on_signal INT TERM HUP
+
 stage() { # stage NAME TITLE command...: runs it with its output on the screen and in logs/NAME.log
     local name=$1 title=$2 start=$SECONDS
     shift 2
     printf '\n== %s\n' "$title"
     local status=0
-    "$@" 2>&1 | tee "$logs/$name.log" || status=$?
+    # In the background, for a trap waits for what is in the foreground; in a process group of its own (set -m), so that
+    # Ctrl-C reaches this script alone.
+    set -m
+    ("$@" 2>&1 | tee "$logs/$name.log") &
+    running=$! running_stage=$name
+    set +m
+    # Ends early at each signal. A launcher that a signal ended leaves its processes, which tee waits for.
+    while true; do
+        status=0
+        wait "$running" || status=$?
+        kill -0 "$running" 2>/dev/null || break
+    done
+    running=
+    if [ "$status" != 0 ] && [ -n "$stopped" ]; then status=75; fi
     if [ "$status" = 75 ]; then
         printf '\nquickstart: "%s" was stopped before its end and has saved; the same command resumes it\n' "$title" >&2
         exit 75
@@ -75,8 +101,17 @@ score() { # score NAME MODEL: in the dtype that training chose for this machine,
 
 train() {
     [ -d "$run/adapter" ] && { printf 'kept: %s\n' "$run"; return; }
-    "${launch[@]}" launcher/train.py --recipe quickstart "${overrides[@]}" # 75 where a signal stopped it
+    local status=0 before
+    before=$(run_state)
+    "${launch[@]}" launcher/train.py --recipe quickstart "${overrides[@]}" || status=$? # 75 where a signal stopped it
+    # A launcher that is killed lets its processes run on.
+    if [ "$status" -gt 128 ]; then python launcher/stop_training.py "output.dir=$run"; fi
+    # One that passes the signal on, or is killed, ends with another code than they do.
+    if [[ $status != 0 && $(run_state) != "$before" && $(run_state) = *'"state": "stopped"'* ]]; then status=75; fi
+    return "$status"
 }
+
+run_state() { cat "$run/state.json" 2>/dev/null || true; }
 
 make_data() {
     [ -f "$data/gsm_symbolic_unseen.jsonl" ] && { printf 'kept: %s\n' "$data"; return; }
