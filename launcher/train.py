@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from dynrank_ds.errors import DynrankError, MachineError, RecipeError
 from dynrank_ds.files import DISK_FULL
+from dynrank_ds.training.last_line import print_error
 from dynrank_ds.training.signals import StopRequest, exit_code_when_stopped, note_signals
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def main(stop_request: StopRequest) -> int:
     except DynrankError as error:
         # What a machine lacks, such as room on its disk, may be seen by one process alone.
         if first_here or isinstance(error, MachineError):
-            _print_error(error)
+            print_error(error)
         return 2
 
 
@@ -76,7 +77,7 @@ def _train(recipe: Recipe, resume: bool, stop_request: StopRequest) -> int:
             done = train(recipe, resume, device, stop_request, state)
     except PeerFailureError as error:
         if error.should_report:
-            _print_error(f"{error}; resume with resume=auto")
+            print_error(f"{error}; resume with resume=auto")
         return 1
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -87,10 +88,6 @@ def _train(recipe: Recipe, resume: bool, stop_request: StopRequest) -> int:
         ) from error
     processes.stop()
     return 0 if done else exit_code_when_stopped()
-
-
-def _print_error(error: object) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _split_resume(overrides: list[str]) -> tuple[bool, list[str]]:

@@ -14,7 +14,7 @@ import pytest
 
 from dynrank_ds.errors import MachineError, RecipeError
 from dynrank_ds.training.signals import StopRequest
-from tests.support.launch import ROOT, launcher_script
+from tests.support.launch import ROOT, free_port, launcher_script
 
 SCRIPT = ROOT / "launcher" / "train.py"
 
@@ -101,6 +101,55 @@ def test_help_shows_an_example(
         script.main(StopRequest())
     assert stop.value.code == 0
     assert "example: deepspeed" in capsys.readouterr().out
+
+
+LAUNCHER = """
+import subprocess, sys
+script = "from dynrank_ds.training.last_line import print_error; print_error('a mistake')"
+subprocess.run([sys.executable, "-c", script])
+sys.stderr.write("the launcher's own line\\n")
+"""
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_an_error_is_the_last_line_after_those_of_the_launcher(launched: bool) -> None:
+    variables = {"TORCHELASTIC_RUN_ID": "1"} if launched else {}
+    ran = subprocess.run(
+        [sys.executable, "-c", LAUNCHER],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    expected = ["error: a mistake", "the launcher's own line"] + ["error: a mistake"] * launched
+    assert ran.stderr.splitlines() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2"),
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_a_mistake_is_the_last_line_under_the_launchers_as_they_are(
+    launcher: tuple[str, ...], tmp_path: Path
+) -> None:
+    command = [sys.executable, *launcher, "--master_port", free_port(), str(SCRIPT), "--recipe", "quickstart"]
+    ran = subprocess.run(
+        [*command, "train.stepz=3"],
+        cwd=tmp_path,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    lines = ran.stdout.splitlines()
+    mistake = "error: quickstart: unknown key 'train.stepz': did you mean 'steps'?"
+    assert ran.returncode != 0 and lines[-1] == mistake and lines.count(mistake) == 2, ran.stdout
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
