@@ -77,7 +77,7 @@ class HeadUpdate(torch.autograd.Function):
         n = len(heads.hooks)
         lora_a, gates, lora_b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         used = x if heads.dropout is None else x * heads.dropout(x)
-        hidden = _onto(used, lora_a, heads.columns)
+        hidden = _onto(used.to(lora_a[0].dtype), lora_a, heads.columns)
         ctx.save_for_backward(x, hidden, *tensors)
         ctx.heads = heads
         return _back(
@@ -96,7 +96,7 @@ class HeadUpdate(torch.autograd.Function):
         grad_hidden = through_b * scaled
         ranks = [len(a) for a in lora_a]
         factors = None if heads.dropout is None else heads.dropout(x)
-        used = x if factors is None else x * factors
+        used = (x if factors is None else x * factors).to(hidden.dtype)
         grad_a = _factor_gradients(grad_hidden, used, heads.columns, ranks)
         grad_b = _factor_gradients(hidden * scaled, grad_y, heads.rows, ranks)
         grad_gates: Sequence[Tensor | None] = [None] * n
@@ -112,7 +112,7 @@ class HeadUpdate(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _back(grad_hidden, lora_a, heads.columns, heads.in_features)
-            grad_x = grad_x if factors is None else grad_x.mul_(factors)
+            grad_x = (grad_x if factors is None else grad_x.mul_(factors)).to(x.dtype)
         wanted = ctx.needs_input_grad[2 + n : 2 + 2 * n]
         gate_gradients = [
             g.to(gate.dtype) if g is not None and wants else None
@@ -157,13 +157,15 @@ def _scaled(
 
 
 class HeadedLinear(nn.Module):
-    """A frozen `nn.Linear` (out, in) with one module a head.
+    """A frozen `nn.Linear` (out, in) with one module a head, with factors of `dtype`, by default the base weight's.
 
     Raises:
         ModelError: its side is no multiple of the heads.
     """
 
-    def __init__(self, base: nn.Linear, split: HeadSplit, scale: float, name: str) -> None:
+    def __init__(
+        self, base: nn.Linear, split: HeadSplit, scale: float, name: str, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.base, self.side, self.scale = base, split.side, scale
         whole = base.out_features if split.side == "rows" else base.in_features
@@ -173,7 +175,7 @@ class HeadedLinear(nn.Module):
         sides = (base.in_features, size) if split.side == "rows" else (size, base.out_features)
         self.blocks = nn.ModuleList()  # the name that checkpoints and ranks.jsonl have
         for head in range(split.heads):
-            module = AdaptedModule(*sides, scale, base.weight.dtype)
+            module = AdaptedModule(*sides, scale, dtype or base.weight.dtype)
             module.part = Part(name, split.side, head * size, (head + 1) * size, whole)
             self.blocks.append(module)
 
@@ -207,4 +209,4 @@ class HeadedLinear(nn.Module):
             *(module.lora_B for module in present),
         ]
         update: Tensor = HeadUpdate.apply(x.flatten(0, -2), heads, *tensors)
-        return y + update.view_as(y)
+        return (y + update.view_as(y)).to(y.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from dynrank_ds.adapters.heads import HeadedLinear, HeadSplit
@@ -31,12 +32,14 @@ def inject(
     splits: Mapping[str, HeadSplit] | None = None,
     ranks: Mapping[str, int] | None = None,
     variant: Variant = "plain",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, AdaptedModule]:
     """Freeze `model` and replace the linear layers `linears`, by their full names, by adapted ones.
 
-    Factors are created in the dtype of the base weight. `splits` names the linears, by their last names, that fall
-    into one module a head. `ranks` are those of single linears, by full names, in place of `rank`. `variant` is what
-    linears become that are one module each. Returns the modules by their full module names, in the order of `linears`.
+    Factors are created in `dtype`, by default that of the base weight. `splits` names the linears, by their last names,
+    that fall into one module a head. `ranks` are those of single linears, by full names, in place of `rank`. `variant`
+    is what linears become that are one module each. Returns the modules by their full module names, in the order of
+    `linears`.
 
     Raises:
         RecipeError: the rank exceeds a linear's sides.
@@ -47,7 +50,9 @@ def inject(
         parent, _, child = name.rpartition(".")
         split = (splits or {}).get(child)
         adapted = (
-            _LINEARS[variant](linear, scale) if split is None else HeadedLinear(linear, split, scale, name)
+            _LINEARS[variant](linear, scale, dtype)
+            if split is None
+            else HeadedLinear(linear, split, scale, name, dtype)
         )
         wanted = (ranks or {}).get(name, rank)
         for module_name, module in adapted.adapted_modules(name).items():

@@ -58,7 +58,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class TripleUpdate(torch.autograd.Function):
-    """s * B^T diag(g) A x; backward calls the method's hook.
+    """s * B^T diag(g) A x, computed in the dtype of the factors; backward calls the method's hook.
 
     Backward runs once per micro-batch, also under activation checkpointing (whose recomputed forward
     stops early), never in evaluation, and under ZeRO-3 the factors are gathered there. Only factors
@@ -77,7 +77,7 @@ class TripleUpdate(torch.autograd.Function):
         dropout: InputFactors | None,
     ) -> Tensor:
         used = x if dropout is None else x * dropout(x.flatten(0, -2)).view_as(x)
-        hidden = F.linear(used, lora_a)
+        hidden = F.linear(used.to(lora_a.dtype), lora_a)
         ctx.save_for_backward(x, hidden, lora_a, gate, lora_b)
         ctx.scale, ctx.on_backward, ctx.dropout = scale, on_backward, dropout
         gated = hidden * scale if gate is None else hidden * (gate * scale).to(hidden.dtype)
@@ -93,7 +93,7 @@ class TripleUpdate(torch.autograd.Function):
         grad_hidden = through_b * scaled_gate
         # Drawn once more instead of kept: it would be as large as x.
         factors = None if ctx.dropout is None else ctx.dropout(flat_x)
-        grad_a = grad_hidden.T @ (flat_x if factors is None else flat_x * factors)
+        grad_a = grad_hidden.T @ (flat_x if factors is None else flat_x * factors).to(hidden.dtype)
         grad_b = (flat_hidden * scaled_gate).T @ grad_y
         grad_gate = None
         if gate is not None:
@@ -106,7 +106,7 @@ class TripleUpdate(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             by_used = grad_hidden @ lora_a
-            grad_x = (by_used if factors is None else by_used.mul_(factors)).view_as(x)
+            grad_x = (by_used if factors is None else by_used.mul_(factors)).to(x.dtype).view_as(x)
         if grad_gate is not None:
             grad_gate = grad_gate.to(gate.dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_a, grad_gate, grad_b, None, None, None
@@ -187,10 +187,10 @@ class AdaptedModule(nn.Module):
 
 
 class AdaptedLinear(AdaptedModule):
-    """A frozen `nn.Linear` (out, in) that is one module."""
+    """A frozen `nn.Linear` (out, in) that is one module, with factors of `dtype`, by default the base weight's."""
 
-    def __init__(self, base: nn.Linear, scale: float) -> None:
-        super().__init__(base.in_features, base.out_features, scale, base.weight.dtype)
+    def __init__(self, base: nn.Linear, scale: float, dtype: torch.dtype | None = None) -> None:
+        super().__init__(base.in_features, base.out_features, scale, dtype or base.weight.dtype)
         self.base = base
 
     def adapted_modules(self, name: str) -> Mapping[str, AdaptedModule]:
@@ -200,7 +200,7 @@ class AdaptedLinear(AdaptedModule):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         update = self.update(x)
-        return y if update is None else y + update
+        return y if update is None else (y + update).to(y.dtype)
 
 
 FactorInit = Callable[[int, int, int, torch.Generator], dict[str, Tensor]]

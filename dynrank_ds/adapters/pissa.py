@@ -49,10 +49,10 @@ class FrozenTriples(torch.autograd.Function):
         dropout: InputFactors | None,
     ) -> Tensor:
         used = x if dropout is None else x * dropout(x.flatten(0, -2)).view_as(x)
-        hidden = F.linear(used, initial_a)
+        hidden = F.linear(used.to(initial_a.dtype), initial_a)
         # x, for its dropout is drawn once more in backward.
         ctx.save_for_backward(initial_a, gate, initial_b, None if dropout is None else x)
-        ctx.scale, ctx.dropout = scale, dropout
+        ctx.scale, ctx.dropout, ctx.x_dtype = scale, dropout, x.dtype
         gated = hidden * scale if gate is None else hidden * (gate * scale).to(hidden.dtype)
         return gated @ initial_b
 
@@ -64,7 +64,7 @@ class FrozenTriples(torch.autograd.Function):
         grad_x = ((grad_y @ initial_b.T) * scaled_gate) @ initial_a
         if x is not None:
             grad_x *= ctx.dropout(x.flatten(0, -2)).view_as(x)
-        return grad_x, None, None, None, None, None
+        return grad_x.to(ctx.x_dtype), None, None, None, None, None
 
 
 class PissaLinear(AdaptedLinear):
@@ -78,8 +78,8 @@ class PissaLinear(AdaptedLinear):
     initial_B: nn.Parameter | None  # noqa: N815
     initial_E: Tensor | None  # noqa: N815
 
-    def __init__(self, base: nn.Linear, scale: float) -> None:
-        super().__init__(base, scale)
+    def __init__(self, base: nn.Linear, scale: float, dtype: torch.dtype | None = None) -> None:
+        super().__init__(base, scale, dtype)
         self.initial_of: list[int | None] = []
         self.held: list[int] = []
         """The numbers of the initial triples whose rows are here, in their order."""

@@ -70,8 +70,8 @@ class WeightDecomposedLinear(AdaptedLinear):
     of the factors as they are, and as `grad_y` the gradient by W x + dW x, which is the output's times m / n.
     """
 
-    def __init__(self, base: nn.Linear, scale: float) -> None:
-        super().__init__(base, scale)
+    def __init__(self, base: nn.Linear, scale: float, dtype: torch.dtype | None = None) -> None:
+        super().__init__(base, scale, dtype)
         zeros = torch.zeros(base.out_features, dtype=self.dtype, device=base.weight.device)
         self.magnitude_offset = nn.Parameter(zeros)
         self._base_norms: Tensor | None = None

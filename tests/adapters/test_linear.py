@@ -42,6 +42,33 @@ def plain(x: Tensor, module: AdaptedLinear, factors: dict[str, Tensor]) -> Tenso
 
 
 @pytest.mark.parametrize("with_e", [True, False])
+def test_fp32_triples_beside_a_bf16_base_are_added_in_fp32(with_e: bool) -> None:
+    torch.manual_seed(0)
+    module = AdaptedLinear(nn.Linear(5, 7, dtype=torch.bfloat16).requires_grad_(False), SCALE, torch.float32)
+    factors = {"lora_A": torch.randn(3, 5), "lora_B": torch.randn(3, 7)}
+    module.set_factors({**factors, "lora_E": torch.randn(3)} if with_e else factors)
+    x = torch.randn(2, 4, 5).bfloat16().requires_grad_()
+    other_x = x.detach().clone().requires_grad_()
+    copies = {k: v.detach().clone().requires_grad_() for k, v in module.factors().items()}
+    e = copies.get("lora_E", torch.ones(3))
+    formula = (
+        module.base(other_x) + (other_x.float() @ copies["lora_A"].T * (SCALE * e)) @ copies["lora_B"]
+    ).bfloat16()
+    ours = module(x)
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, formula)
+    direction = torch.randn_like(ours)
+    ours.backward(direction)
+    formula.backward(direction)
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        x.grad, other_x.grad, rtol=2e-2, atol=2e-2
+    )  # two products, each rounded to bf16
+    for name, factor in module.factors().items():
+        assert factor.grad is not None and factor.grad.dtype == torch.float32
+        torch.testing.assert_close(factor.grad, copies[name].grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("with_e", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 5)])
 def test_output_and_gradients_are_those_of_the_formula(with_e: bool, shape: tuple[int, ...]) -> None:
     module = adapted(3, with_e)
