@@ -30,17 +30,15 @@ JOIN = "+"
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the sections of a recipe by name, by path, or composed as A+B+C, with `section.key=value` overrides.
 
-    A composition without output.dir goes to runs/A_B_C.
+    What has no output.dir goes to runs/NAME, a composition to runs/A_B_C.
 
     Raises:
         RecipeError: a file is not there, is no mapping in YAML, or is its own base; an override is malformed.
     """
     names = [name] if Path(name).is_file() else name.split(JOIN)
     values = _composed(names, None, frozenset(), ())
-    if len(names) > 1:
-        directory = "runs/" + "_".join(Path(part).stem for part in names)
-        values = merged({"output": {"dir": directory}}, values)
-    return _overridden(values, overrides)
+    directory = "runs/" + "_".join(Path(part).stem for part in names)
+    return _overridden(merged({"output": {"dir": directory}}, values), overrides)
 
 
 def shipped(folder: str = "") -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -29,6 +29,7 @@ from dynrank_ds.adapters.linear import Variant
 from dynrank_ds.composing import read_recipe
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import AnyMethodConfig, method_class
+from dynrank_ds.methods.base import HIDDEN_SIZE_OF_DEFAULT_RATES
 from dynrank_ds.ranking.schedule import resolve_steps
 from dynrank_ds.recipe_mistakes import sentence
 from dynrank_ds.section import Section, inconsistent
@@ -148,10 +149,13 @@ class DataSection(Section):
 class AdapterSection(Section):
     rank: int = Field(default=4, ge=1)
     """Triples of each adapted module when training begins."""
-    alpha: float = Field(default=8.0, gt=0)
-    """Numerator of the scale s in y = W x + s B^T diag(g) A x."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Numerator of the scale s in y = W x + s B^T diag(g) A x; by default what gives the method's own scale, 2 or 8 or
+    4/3: dynrank_ds/methods/README.md."""
     scaling: Literal["rank", "root_rank"] = "rank"
     """The scale s of every module, fixed for the whole run: alpha / rank, or alpha / sqrt(rank) as in rsLoRA."""
+    dtype: Literal["model", "fp32"] = "model"
+    """Of triples in forward and backward: the model's, or fp32 beside a bf16 base; master weights are always fp32."""
     weight_decomposed: bool = False
     """Train a magnitude for each output row beside its direction, as in DoRA (Liu et al., 2024); not `dynamic_dora`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -177,9 +181,9 @@ class AdapterSection(Section):
         return min(in_features, out_features, self.max_rank or max(512, self.rank))
 
     @property
-    def scale(self) -> float:
-        """s in y = W x + s B^T diag(g) A x."""
-        return self.alpha / (self.rank if self.scaling == "rank" else self.rank**0.5)
+    def alpha_at_scale_one(self) -> float:
+        """What alpha is divided by."""
+        return self.rank if self.scaling == "rank" else self.rank**0.5
 
 
 class TrainSection(Section):
@@ -187,12 +191,12 @@ class TrainSection(Section):
     """Optimizer steps; give either steps or epochs."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data, a fraction too."""
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(default=8, ge=1)
     """Samples of an optimizer step, over all processes."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Samples of a forward on one process; accumulation follows from it and the number of processes."""
-    learning_rate: float = Field(gt=0)
-    """Highest learning rate of the schedule."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Highest learning rate of the schedule; by default the method's and model's (dynrank_ds/methods/README.md)."""
     lora_b_rate: float = Field(default=1.0, gt=0)
     """What lora_B's learning rate is multiplied by: 1, or about 16 for LoRA+ (Hayou et al., 2024)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -219,6 +223,12 @@ class TrainSection(Section):
     """Steps between losses of data.held_out, after each of which the best checkpoint is kept; the last step has one, by
     default the only one."""
 
+    @property
+    def peak_rate(self) -> float:
+        """`learning_rate` of a recipe whose defaults were filled in (`Recipe.with_defaults`)."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
 
 class DeepSpeedSection(Section):
     config: LocalPath = "zero3"
@@ -229,7 +239,7 @@ class DeepSpeedSection(Section):
 
 class OutputSection(Section):
     dir: LocalPath
-    """The run directory: logs, checkpoints, adapter."""
+    """The run directory: logs, checkpoints, adapter; by default runs/ and the recipe's name."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers that the first process writes to: dynrank_ds/report/README.md."""
 
@@ -251,7 +261,7 @@ class Recipe(Section):
     data: DataSection
     adapter: AdapterSection = AdapterSection()
     method: AnyMethodConfig
-    train: TrainSection
+    train: TrainSection = TrainSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     output: OutputSection
     eval: EvalSection = EvalSection()
@@ -284,6 +294,10 @@ class Recipe(Section):
             raise inconsistent(
                 f"{given}, whose modules are attention heads: variants are of whole linear layers"
             )
+        if self.adapter.dtype == "fp32" and variant != "plain":
+            raise inconsistent(
+                f"{_KEYS_OF_VARIANTS[variant]} with adapter.dtype fp32, which was not tried: leave out one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -308,6 +322,11 @@ class Recipe(Section):
             if getattr(self.data, key):
                 raise inconsistent(f"data.{key} is given beside several sources: give it to one of them")
         return self
+
+    @property
+    def triples_in_bf16(self) -> bool:
+        """Whether triples are bf16 in forward and backward, and DeepSpeed keeps fp32 master weights beside them."""
+        return self.model.dtype == "bf16" and self.adapter.dtype == "model"
 
     def accumulation(self, world_size: int) -> int:
         """Return the number of micro-batches per process and step.
@@ -341,6 +360,39 @@ class Recipe(Section):
                 f"model.dtype is fp32: model.attention {self.model.attention} needs bf16, or take auto"
             )
         return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
+
+    @property
+    def scale(self) -> float:
+        """s in y = W x + s B^T diag(g) A x."""
+        if self.adapter.alpha is None:
+            return method_class(self.method).default_scale
+        return self.adapter.alpha / self.adapter.alpha_at_scale_one
+
+    def default_rate(self, hidden_size: int) -> float:
+        """Return the method's learning rate for a model of this hidden size.
+
+        It is in inverse proportion to the hidden size above that of the model on which the methods' rates were
+        measured, and the same below.
+        """
+        rate = method_class(self.method).default_rate * min(1.0, HIDDEN_SIZE_OF_DEFAULT_RATES / hidden_size)
+        return float(f"{rate:.3g}")
+
+    def with_defaults(self, hidden_size: int, before: Mapping[str, Any] | None = None) -> Recipe:
+        """Return this recipe with the values that depend on method and model: adapter.alpha and train.learning_rate.
+
+        before: the recipe of the run that is resumed, which keeps what it began with.
+        """
+        alpha, rate = self.adapter.alpha, self.train.learning_rate
+        if alpha is None:
+            alpha = before["adapter"]["alpha"] if before else self.scale * self.adapter.alpha_at_scale_one
+        if rate is None:
+            rate = before["train"]["learning_rate"] if before else self.default_rate(hidden_size)
+        return self.model_copy(
+            update={
+                "adapter": self.adapter.model_copy(update={"alpha": alpha}),
+                "train": self.train.model_copy(update={"learning_rate": rate}),
+            }
+        )
 
     def dump(self) -> str:
         """Return the recipe as YAML, every default spelled out."""

@@ -9,6 +9,7 @@ import yaml
 
 from dynrank_ds.composing import shipped
 from dynrank_ds.errors import RecipeError
+from dynrank_ds.methods import METHODS
 from dynrank_ds.recipe import AdapterSection, Recipe, check_recipe, load_recipe
 from dynrank_ds.zero.config import load_config
 
@@ -20,6 +21,19 @@ VALUES: dict[str, Any] = {
     "train": {"steps": 20, "global_batch_size": 12, "learning_rate": 1e-3},
     "output": {"dir": "run"},
 }
+
+EXPECTED_DEFAULTS = {
+    "lora": (2, 3e-3),
+    "weightlora": (2, 3e-3),
+    "weightlora_plus": (2, 3e-3),
+    "ard_lora": (2, 3e-3),
+    "pe_dyra": (8, 5e-3),
+    "adalora": (8, 5e-3),
+    "elalora": (8, 5e-3),
+    "increlora": (8, 5e-3),
+    "dynamic_dora": (4 / 3, 5e-3),
+}
+"""Scale, and learning rate at hidden size 576, as dynrank_ds/methods/README.md has them."""
 
 
 def changed(key: str, value: Any) -> dict[str, Any]:
@@ -101,7 +115,6 @@ def test_every_shipped_recipe_loads_and_so_does_what_it_dumps(name: str, tmp_pat
         ("method", "lora", "'method' is 'lora': input should be a valid dictionary"),
         ("method.t_i", "soon", "'method.t_i' is 'soon': input should be a valid integer"),
         ("method.mix", 1.5, "'method.mix' is 1.5: input should be less than or equal to 1"),
-        ("output", {}, "'output.dir' is missing"),
         (
             "model",
             {"path": "m", "dtype": "fp32", "attention": "flash_attention_2"},
@@ -119,12 +132,40 @@ def test_a_mistake_is_reported_by_file_key_value_and_what_would_be_right(
     assert "\n" not in str(error.value)
 
 
+def test_a_recipe_without_a_run_directory_writes_to_one_of_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", {**VALUES, "output": {}})
+    assert load_recipe(path).output.dir == "runs/mine"
+    assert load_recipe(path, ["output.dir=there"]).output.dir == "there"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scale_and_learning_rate_follow_from_the_method_and_the_models_width(name: str) -> None:
+    recipe = check_recipe({**VALUES, "method": {"name": name}, "train": {"steps": 60}}, "r")
+    rank_stabilised = recipe.model_copy(
+        update={"adapter": recipe.adapter.model_copy(update={"scaling": "root_rank"})}
+    )
+    scale, rate = EXPECTED_DEFAULTS[name]
+    for one in (recipe, recipe.with_defaults(576), rank_stabilised, rank_stabilised.with_defaults(576)):
+        assert one.scale == pytest.approx(scale)
+    found = [recipe.with_defaults(width).train.peak_rate for width in (64, 576, 1152, 4096)]
+    assert found == pytest.approx([rate, rate, rate / 2, rate * 576 / 4096], rel=1e-2)
+
+
+def test_given_values_stay_and_a_resumed_run_keeps_its_own() -> None:
+    given = check_recipe({**VALUES, "adapter": {"alpha": 3.0, "rank": 4}}, "r")
+    assert given.with_defaults(64) == given
+    bare = check_recipe({**VALUES, "train": {"steps": 20}}, "r")
+    before = bare.with_defaults(576).model_dump(mode="json")
+    before["adapter"]["alpha"], before["train"]["learning_rate"] = 7.0, 0.5
+    resumed = bare.with_defaults(576, before)
+    assert (resumed.adapter.alpha, resumed.train.learning_rate) == (7.0, 0.5)
+
+
 def test_all_missing_keys_are_named_at_once() -> None:
     with pytest.raises(RecipeError) as error:
         check_recipe({}, "r.yaml")
     assert str(error.value) == (
-        "r.yaml: 'model.path', 'data.source', 'method.name', 'train.global_batch_size', 'train.learning_rate', "
-        "'output.dir', 'train.steps' or 'train.epochs' are missing"
+        "r.yaml: 'model.path', 'data.source', 'method.name', 'output.dir', 'train.steps' or 'train.epochs' are missing"
     )
     values = changed("train", {"lerning_rate": 1e-3, "seed": -1})
     values["output"] = {}
@@ -132,7 +173,7 @@ def test_all_missing_keys_are_named_at_once() -> None:
         check_recipe(values, "r.yaml")
     assert str(error.value) == (
         "r.yaml: 'train.seed' is -1: input should be greater than or equal to 0 (and 1 more); "
-        "'train.global_batch_size', 'train.learning_rate', 'output.dir', 'train.steps' or 'train.epochs' are missing"
+        "'output.dir', 'train.steps' or 'train.epochs' are missing"
     )
 
 

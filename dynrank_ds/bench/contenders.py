@@ -88,7 +88,7 @@ class Peft(ABC):
 
         adapter, method = self.recipe.adapter, self.recipe.method
         targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
-        alpha: Any = adapter.alpha  # PEFT declares an int, and computes with any number
+        alpha: Any = self.recipe.scale * adapter.rank  # PEFT declares an int, and computes with any number
         if not isinstance(method, AdaLoRAConfig):
             lora = LoraConfig(r=adapter.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
             model = get_peft_model(base, lora)
@@ -116,7 +116,7 @@ class Peft(ABC):
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(
             trained,
-            lr=section.learning_rate,
+            lr=section.peak_rate,
             betas=section.betas,
             eps=section.eps,
             weight_decay=section.weight_decay,

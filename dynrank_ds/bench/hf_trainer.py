@@ -38,7 +38,7 @@ def train(
         per_device_train_batch_size=section.micro_batch_size,
         gradient_accumulation_steps=len(micro_batches),
         max_steps=10**6,
-        learning_rate=section.learning_rate,
+        learning_rate=section.peak_rate,
         lr_scheduler_type="constant",
         weight_decay=section.weight_decay,
         adam_beta1=section.betas[0],

@@ -58,7 +58,7 @@ def measure_load(recipe: Recipe, quick: bool) -> Iterator[Figure]:
 
 def load_cost(recipe: Recipe, device: torch.device | None = None) -> LoadCost:
     """Load the base and put the adapter into it, as a run does; every process must call it."""
-    bf16 = recipe.model.dtype == "bf16"
+    bf16 = recipe.triples_in_bf16
     config = complete_config(load_config(recipe.deepspeed.config, bf16), 1, 1, 1.0, bf16)
     _import_everything(recipe.model.path, recipe.model.quantisation is not None)
     shares: list[int] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dynrank_ds.data import store
 from dynrank_ds.recipe import Recipe
-from dynrank_ds.training.model import fetch_model
+from dynrank_ds.training.model import adapt, fetch_model, model_without_weights
 from dynrank_ds.training.samples import described, prepare_data, split_held_out
 
 
@@ -14,6 +14,9 @@ def prepare(recipe: Recipe) -> str:
     Raises:
         DataError, ModelError, RecipeError: what is missing or malformed.
     """
+    adapt(
+        model_without_weights(recipe.model.path), recipe
+    )  # what cannot be trained is refused before it is fetched
     model = fetch_model(recipe.model.path)
     dataset, _ = prepare_data(recipe)
     split_held_out(dataset, recipe)  # refused here, not on the machine without internet

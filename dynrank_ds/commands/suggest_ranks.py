@@ -71,7 +71,7 @@ def suggestion_text(recipe: Recipe, ranks: Mapping[str, int]) -> str:
     common = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
     others = {name: rank for name, rank in ranks.items() if rank != common}
     patterns = sorted(others, key=lambda name: (-len(name), name))
-    scale = recipe.adapter.scale
+    scale = recipe.scale
     peft = {
         "r": common,
         "lora_alpha": _plain(scale * common),

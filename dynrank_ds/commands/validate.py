@@ -37,6 +37,8 @@ def validate(recipe: Recipe, n_processes: int = 1) -> str:
             f"adapter     {linears} linears, total rank {sum(module.initial_rank for module in modules.values())}, "
             f"{trainable:,} trainable parameters ({trainable / base:.3%})",
             f"method      {recipe.method.name}: {run.method.planned_adjustments()} adjustments in {run.steps} steps",
+            f"training    {run.steps} steps of {recipe.train.global_batch_size} samples, learning rate "
+            f"{recipe.train.peak_rate:g}, alpha / rank {recipe.scale:.4g}",
             f"processes   {n_processes}, each {recipe.accumulation(n_processes)} micro-batches of "
             f"{recipe.train.micro_batch_size} a step",
         ]

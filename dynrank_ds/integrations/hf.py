@@ -67,7 +67,7 @@ class DynamicRankCallback(TrainerCallback):
             "data": {"source": "the trainer's"},
             "adapter": dict(adapter or {}),
             "method": dict(method),
-            "train": {"steps": 1, "global_batch_size": 1, "learning_rate": 1.0, "seed": seed},
+            "train": {"steps": 1, "global_batch_size": 1, "seed": seed},
             "output": {"dir": "the trainer's"},
         }
         self.recipe = check_recipe(values, "DynamicRankCallback")

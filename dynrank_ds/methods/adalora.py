@@ -32,11 +32,11 @@ class AdaLoRAConfig(SensitivityConfig):
     target_rank: int | None = Field(default=None, ge=1)
     """Mean rank per module at the end, at most adapter.rank (which then prunes nothing); by default two thirds of
     adapter.rank, the paper's ratio."""
-    t_i: Steps
+    t_i: Steps = 0.1
     """Initial steps without masks."""
-    interval: Steps
+    interval: Steps = 0.05
     """Masks are at every global_step that is a multiple of it (of the step itself, not of the steps since t_i)."""
-    t_f: Steps
+    t_f: Steps = 0.3
     """Steps from the final mask to the end, that of the mask included."""
 
     def adjustments(self, total_steps: int) -> Schedule:

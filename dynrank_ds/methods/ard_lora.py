@@ -32,12 +32,12 @@ class ARDLoRAConfig(MethodConfig):
     """Recipe section `method: {name: ard_lora, ...}`; adapter.rank is r0, of one head. Defaults are ours."""
 
     name: Literal["ard_lora"] = "ard_lora"
-    t_i: Steps
+    t_i: Steps = 0.1
     """Initial steps in which alpha stands still, so that B leaves 0. The first commit, at step t_i, adds the spare
     slots."""
-    interval: Steps
+    interval: Steps = 0.05
     """Steps between commits of whole ranks."""
-    t_f: Steps
+    t_f: Steps = 0.3
     """Final steps with whole ranks: alpha is frozen, gates are 1."""
     alpha_lr: float = Field(default=1e-2, gt=0)
     """Peak learning rate of alpha, under the recipe's schedule: the paper's eta_alpha. alpha is what is learned of a

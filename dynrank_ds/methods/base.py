@@ -30,6 +30,9 @@ def mean_initial_rank(modules: Mapping[str, AdaptedModule]) -> float:
     return sum(module.initial_rank for module in modules.values()) / len(modules)
 
 
+HIDDEN_SIZE_OF_DEFAULT_RATES = 576
+"""Of SmolLM2-135M, on which `Method.default_rate` was measured."""
+
 Steps = Annotated[int | float, Field(ge=0, description="whole steps, or a fraction of training below 1")]
 
 
@@ -104,6 +107,10 @@ class Method:
     """Whether each attention head is an adapted module of its own, instead of its whole linear."""
     least_rank: ClassVar[int] = 0
     """Triples that every module must begin with."""
+    default_scale: ClassVar[float] = 2.0
+    """The scale s of a recipe without adapter.alpha."""
+    default_rate: ClassVar[float] = 3e-3
+    """The learning rate of a recipe without train.learning_rate, at HIDDEN_SIZE_OF_DEFAULT_RATES and that scale."""
     observes_after_step = False
     """Whether `observe` sees the weights after the optimizer step and clipped gradients, as in some authors' code,
     instead of both as they were before."""

@@ -35,14 +35,14 @@ class IncreLoRAConfig(OrthogonalConfig):
     """Recipe section `method: {name: increlora, ...}`; adapter.rank is the initial rank, 1 in the paper."""
 
     name: Literal["increlora"] = "increlora"
-    target_rank: int = Field(ge=2)
-    """Mean rank per module when growth ends."""
-    t_i: Steps
+    target_rank: int | None = Field(default=None, ge=2)
+    """Mean rank per module when growth ends; by default twice adapter.rank."""
+    t_i: Steps = 0.1
     """Initial steps without growth."""
-    interval: Steps
+    interval: Steps = 0.05
     """Ranks grow at every step that is a multiple of it (of the step itself, not of the steps since t_i)."""
-    top_h: int = Field(ge=1)
-    """Modules that grow at a time."""
+    top_h: int | None = Field(default=None, ge=1)
+    """Modules that grow at a time; by default as many as reach the target with half of the adjustments that fit."""
     add_rank: int | None = Field(default=None, ge=1)
     """Triples that each of them gets; by default half the target rank, as in the authors' code."""
 
@@ -51,7 +51,7 @@ class IncreLoRAConfig(OrthogonalConfig):
         return phase.adjusting(range(phase.first_multiple(), phase.end, phase.interval))
 
     def final_mean_rank(self, initial_rank: int) -> int:
-        return self.target_rank
+        return self.target_rank or 2 * initial_rank
 
 
 class IncreLoRA(OrthogonalMethod):
@@ -69,10 +69,13 @@ class IncreLoRA(OrthogonalMethod):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.config, self.total_steps = config, total_steps
-        self.add_rank = config.add_rank or config.target_rank // 2
-        self.target_total = config.target_rank * len(modules)
+        target_rank = config.final_mean_rank(round(mean_initial_rank(modules)))
+        self.add_rank = config.add_rank or target_rank // 2
+        self.target_total = target_rank * len(modules)
         self.total_rank = self.initial_total = sum(module.initial_rank for module in modules.values())
-        self._refuse(mean_initial_rank(modules), sum(b.max_rank for b in modules.values()))
+        growths = -((self.initial_total - self.target_total) // self.add_rank)
+        self.top_h = config.top_h or -(-growths // max(1, len(self.schedule) // 2))
+        self._refuse(target_rank, mean_initial_rank(modules), sum(b.max_rank for b in modules.values()))
 
         sizes = [s.in_features * s.out_features for s in self.shapes]
         self._sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
@@ -81,27 +84,27 @@ class IncreLoRA(OrthogonalMethod):
         )
         self.replicated_state |= {"sensitivity": self.smoothed, "uncertainty": self.uncertainty}
 
-    def _refuse(self, initial: float, largest_total: int) -> None:
+    def _refuse(self, target_rank: int, initial: float, largest_total: int) -> None:
         """Raise RecipeError for what would do nothing, fall short of the target, or need too much memory."""
-        config, base = self.config, sum(s.in_features * s.out_features for s in self.shapes)
+        base = sum(s.in_features * s.out_features for s in self.shapes)
         if base > LARGEST_BASE:
             raise RecipeError(
                 f"increlora forms the dense gradient of every adapted linear at each step: {base:,} parameters, "
                 f"{4 * base:,} bytes a step; it takes at most {LARGEST_BASE:,} parameters: adapt fewer linears "
                 "(adapter.targets) or choose another method"
             )
-        if config.target_rank <= initial:
+        if target_rank <= initial:
             raise RecipeError(
-                f"method.target_rank {config.target_rank} is not above adapter.rank {initial:g}: nothing would grow"
+                f"method.target_rank {target_rank} is not above adapter.rank {initial:g}: nothing would grow"
             )
         if largest_total < self.target_total:
             raise RecipeError(
-                f"method.target_rank {config.target_rank} x {len(self.shapes)} modules is {self.target_total} triples, "
+                f"method.target_rank {target_rank} x {len(self.shapes)} modules is {self.target_total} triples, "
                 f"but the modules' largest ranks add up to {largest_total}: lower it or raise adapter.max_rank"
             )
         if len(self.schedule) < self.planned_adjustments():
             raise RecipeError(
-                f"method.top_h {config.top_h} modules by {self.add_rank} triples reach the target of "
+                f"method.top_h {self.top_h} modules by {self.add_rank} triples reach the target of "
                 f"{self.target_total} triples after {self.planned_adjustments()} adjustments, but method.t_i "
                 f"{self.schedule.t_i} and method.interval {self.schedule.interval} leave {len(self.schedule)} before "
                 f"the last of {self.total_steps} steps"
@@ -143,7 +146,7 @@ class IncreLoRA(OrthogonalMethod):
 
     def planned_adjustments(self) -> int:
         """Return the number of adjustments if no module reaches its largest rank; otherwise there are more."""
-        each = min(self.config.top_h, len(self.shapes)) * self.add_rank
+        each = min(self.top_h, len(self.shapes)) * self.add_rank
         return -((self.initial_total - self.target_total) // each)
 
     def scores(self, view: StepView) -> Sequence[Tensor]:
@@ -156,7 +159,7 @@ class IncreLoRA(OrthogonalMethod):
         new = [0] * len(scores)
         for module in sorted(range(len(scores)), key=lambda b: (-float(scores[b][0]), b)):
             count = min(self.add_rank, left, state.max_ranks[module] - state.ranks[module])
-            if count > 0 and chosen < self.config.top_h:
+            if count > 0 and chosen < self.top_h:
                 new[module], left, chosen = count, left - count, chosen + 1
         return RankPlan(tuple(tuple(range(rank)) for rank in state.ranks), tuple(new))
 

@@ -46,6 +46,8 @@ class OrthogonalMethod(Method):
     """Triples in SVD form whose A and B are held near orthonormal rows, as in AdaLoRA's code."""
 
     init = staticmethod(svd_factors)
+    default_scale = 8.0  # e begins at 0, and with it everything: at LoRA's scale this form starts slowly
+    default_rate = 5e-3
     factors = ("lora_A", "lora_E", "lora_B")
 
     def __init__(
@@ -103,11 +105,11 @@ class SensitivityMethod(OrthogonalMethod):
 class ReallocationConfig(SensitivityConfig):
     """Fields of the methods that prune triples in some modules and add as many to others, at intervals."""
 
-    t_i: Steps
+    t_i: Steps = 0.2
     """Initial steps without adjustment."""
-    interval: Steps
+    interval: Steps = 0.05
     """Steps between adjustments; the first is at t_i + interval."""
-    t_f: Steps
+    t_f: Steps = 0.3
     """Final steps without adjustment (a count, not a stop step: it fits PE-DyRA's LLaMA runs exactly)."""
 
     def adjustments(self, total_steps: int) -> Schedule:

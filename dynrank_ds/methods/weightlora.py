@@ -28,13 +28,15 @@ _NO_GRADIENT = 1e-10
 """At or below this norm of the gradient of w nothing is projected (the authors' guard): at step 1 B = 0, w has no
 gradient and all weights tie."""
 
+_SHARE_THAT_STAYS = 100 / 224
+
 
 class WeightsConfig(MethodConfig):
     """Fields of both methods."""
 
-    k: int = Field(ge=1)
-    """Number of modules that keep their adapter."""
-    disconnect_at: Steps
+    k: int | None = Field(default=None, ge=1)
+    """Number of modules that keep their adapter; by default 45 % of them, as in the paper 100 of LLaMA-3-8B's 224."""
+    disconnect_at: Steps = 0.3
     """The paper's T: after this step the other adapters leave and w is fixed; at most one epoch in the paper."""
     weight_lr: float = Field(default=5.0, gt=0)
     """Learning rate of w, the trained weight of each module's adapter, under the recipe's schedule (5 in the authors'
@@ -93,7 +95,8 @@ class WeightLoRA(Method):
         device: torch.device,
     ) -> None:
         super().__init__(config, modules, total_steps, device)
-        self.k, self.weight_lr, self.seed = config.k, config.weight_lr, config.seed
+        self.k = config.k or max(1, round(_SHARE_THAT_STAYS * len(modules)))
+        self.weight_lr, self.seed = config.weight_lr, config.seed
         self.last = self.schedule.end
         self.learned = config.selection == "weights"
         if self.k >= len(modules):

@@ -99,7 +99,7 @@ def memory(
     states = 16 * shard
     held = architecture.held_elements
     base = (_shard(held, processes) if partitioned else held) * item
-    adapters = (shard if partitioned else trainable) * item
+    adapters = (shard if partitioned else trainable) * (item if recipe.adapter.dtype == "model" else 4)
     host_optimizer = offloads(zero, "optimizer")
     host_parameters = offloads(zero, "param")
     elsewhere = host_parameters and not on_cpu

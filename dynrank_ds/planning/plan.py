@@ -80,7 +80,7 @@ def make_plan(
     if recipe.model.dtype == "auto":
         recipe = recipe.with_dtype("bf16")
     accumulation = recipe.accumulation(cluster.gpus)
-    config = load_config(recipe.deepspeed.config, recipe.model.dtype == "bf16")
+    config = load_config(recipe.deepspeed.config, recipe.triples_in_bf16)
     check_processes(config, recipe.deepspeed.config, cluster.gpus)
     zero = config["zero_optimization"]
     of = architecture or describe(recipe)

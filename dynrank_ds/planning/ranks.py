@@ -38,7 +38,8 @@ def most_parameters(recipe: Recipe, architecture: Architecture, method: Method) 
     if isinstance(config, ARDLoRAConfig):
         return sum(cost * math.ceil(round(config.alpha_max * recipe.adapter.rank, 9)) for cost in costs)
     if isinstance(config, IncreLoRAConfig):
-        return start + (config.target_rank - recipe.adapter.rank) * len(costs) * max(costs)
+        grown = config.final_mean_rank(recipe.adapter.rank) - recipe.adapter.rank
+        return start + grown * len(costs) * max(costs)
     if isinstance(config, PEDyRAConfig) and config.conserve == "parameters":
         return start
     adjustments = method.planned_adjustments()

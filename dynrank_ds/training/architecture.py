@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -13,6 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from dynrank_ds.adapters.targets import TextDecoder
 from dynrank_ds.errors import ModelError
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class of transformers that makes the model: a composite one (images and text) has its own."""
+    return (
+        AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    )
 
 
 def check_config(config: PreTrainedConfig, path: str) -> None:
@@ -33,7 +45,10 @@ def check_config(config: PreTrainedConfig, path: str) -> None:
         what = "an encoder-decoder (sequence-to-sequence) model"
     elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         what = "an encoder, whose tokens see those behind them"
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    elif not any(
+        type(config) in mapping
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    ):
         what = "of a kind for which transformers has no causal language model"
     else:
         return

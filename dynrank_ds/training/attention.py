@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from dynrank_ds.errors import MachineError, ModelError
 from dynrank_ds.recipe import ModelSection, Recipe
+from dynrank_ds.training.architecture import auto_class
+
+logger = logging.getLogger(__name__)
 
 _FLASH = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 """Kernel -> the module that its package installs, the faster kernel first."""
@@ -21,12 +25,22 @@ _LEAST_CAPABILITY = {"flash_attention_3": (9, 0), "flash_attention_2": (8, 0)}
 def check_attention(config: PreTrainedConfig, attention: str) -> None:
     """Refuse a `model.attention` that the model does not have, or whose package is not installed here.
 
+    Where sdpa is not what the model was trained with, a warning says so.
+
     Raises:
         ModelError, MachineError: naming what to give.
     """
     if attention == "sdpa" and not _class_of(config)._supports_sdpa:
         raise ModelError(
             f"model.attention is sdpa, which transformers does not have for {config.model_type} models: give eager"
+        )
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if attention == "sdpa" and cap:
+        logger.warning(
+            "%s caps its attention scores (attn_logit_softcapping %g), which sdpa leaves out: give model.attention "
+            "auto or eager",
+            config.model_type,
+            cap,
         )
     if attention in _FLASH and not _class_of(config)._supports_flash_attn:
         raise ModelError(
@@ -87,4 +101,4 @@ def _lacking_for_flash(dtype: str, config: PreTrainedConfig, device: torch.devic
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return auto_class(config)._model_mapping[type(config)]

@@ -22,6 +22,7 @@ from dynrank_ds.ranking.spectrum import InputSketch
 from dynrank_ds.recipe import Recipe, check_recipe
 from dynrank_ds.training.dtype import agree_on_dtype
 from dynrank_ds.training.loop import Trainer, TrainingData
+from dynrank_ds.training.model import with_defaults
 from dynrank_ds.training.run import build_engine, deepspeed_config
 from dynrank_ds.training.rundir import RunDirectory
 from dynrank_ds.training.samples import prepare_data, split_held_out
@@ -63,7 +64,7 @@ def calibrate(
         DynrankError: what of the recipe, model or data cannot be run.
     """
     trained = score in ("sensitivity", "pe_dyra")
-    recipe = agree_on_dtype(_for_calibration(recipe, trained, batches), None, device)
+    recipe = agree_on_dtype(with_defaults(_for_calibration(recipe, trained, batches)), None, device)
     samples, pad_id = prepare_data(recipe)
     data = TrainingData(
         *split_held_out(samples, recipe), PackedCollator() if recipe.data.packing else PaddedCollator(pad_id)
@@ -115,7 +116,7 @@ class _Calibrator(Trainer):
             squares += sums[layout.factors.index("lora_B")]
             self.engine.step(0.0, discard=True)
         processes.all_reduce_sum(squares)
-        scale = self.recipe.adapter.scale
+        scale = self.recipe.scale
         return [
             (float(square) / batches * 3 * shape.in_features / (scale**2 * rank)) ** 0.5
             for square, shape, rank in zip(squares, layout.shapes, layout.ranks, strict=True)

@@ -25,7 +25,13 @@ from dynrank_ds.methods.base import Method
 from dynrank_ds.ranking.schedule import resolve_steps
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.attention import check_attention
-from dynrank_ds.training.model import DTYPES, adapt, check_model_folder, model_without_weights
+from dynrank_ds.training.model import (
+    DTYPES,
+    adapt,
+    check_model_folder,
+    model_without_weights,
+    with_defaults,
+)
 from dynrank_ds.training.quantisation import check_quantisable, quantisation_config
 from dynrank_ds.training.rundir import check_output
 from dynrank_ds.training.samples import make_batches, prepare_data, split_held_out
@@ -63,7 +69,7 @@ def check_run(recipe: Recipe, n_processes: int) -> CheckedRun:
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     dtype, reason = dtypes.resolve_dtype(recipe.model.dtype, "cpu" if on_cpu else "cuda")
     recipe = recipe.with_dtype(dtype)
-    config = load_config(recipe.deepspeed.config, dtype == "bf16")
+    config = load_config(recipe.deepspeed.config, recipe.triples_in_bf16)
     check_processes(config, recipe.deepspeed.config, n_processes)
     recipe.accumulation(n_processes)
     _check_eval(recipe)
@@ -73,6 +79,7 @@ def check_run(recipe: Recipe, n_processes: int) -> CheckedRun:
     check_quantisable(recipe.model, model)
     check_weight_files(recipe.model.path)
     check_attention(model.config, recipe.model.attention)
+    recipe = with_defaults(recipe)
     samples, held_out = split_held_out(prepare_data(recipe)[0], recipe)
     _check_samples(samples, held_out, model, recipe)
     make_batches(samples, recipe)

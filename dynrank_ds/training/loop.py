@@ -153,7 +153,7 @@ class Trainer:
             return result
         self._discarded_in_a_row = 0
         rate = learning_rate(self.recipe.train, step, self.total_steps)
-        rate_factor = rate / self.recipe.train.learning_rate
+        rate_factor = rate / self.recipe.train.peak_rate
         layout = self.engine.layout
         view = StepView(
             step, self.engine.weights(), gradients, layout, tokens, rate_factor, processes.all_reduce_sum

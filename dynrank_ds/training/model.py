@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,7 +29,7 @@ from dynrank_ds.adapters.targets import describe_targets, find_linears, lost_in_
 from dynrank_ds.errors import ModelError
 from dynrank_ds.methods import method_class
 from dynrank_ds.recipe import ModelSection, Recipe
-from dynrank_ds.training.architecture import check_config, check_layers, text_decoder
+from dynrank_ds.training.architecture import auto_class, check_config, check_layers, text_decoder
 from dynrank_ds.training.attention import check_attention, choose_attention
 from dynrank_ds.training.quantisation import keep_layout, quantisation_config
 from dynrank_ds.training.starting import StartingAdapter, begin_magnitudes, ranks_of_linears
@@ -43,6 +43,8 @@ _UNFIT = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassErro
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _SECOND_COPIES = ["consolidated*", "original/*"]
 """Of the weights, for other programs, in some hub repositories."""
+_FAR = 4
+"""Times that a scale may be above or below the method's default before a warning."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -61,12 +63,15 @@ def check_model_folder(path: str) -> None:
 def fetch_model(path: str) -> Path:
     """Return the model's folder; a hub id is downloaded into the hub's cache first: weights, configuration, tokenizer.
 
+    The configuration comes first, so that what it shows is refused before gigabytes arrive.
+
     Raises:
         ModelError: there is no model there, or the hub cannot be reached.
     """
     check_model_folder(path)
     if Path(path).is_dir():
         return Path(path)
+    load_config(path)
     try:
         folder = Path(snapshot_download(path, allow_patterns=_MODEL_FILES, ignore_patterns=_SECOND_COPIES))
     except (OSError, ValueError) as error:
@@ -74,6 +79,60 @@ def fetch_model(path: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"model.path {path} has no safetensors weights: name a model that has them")
     return folder
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """Return the model's configuration; of a hub id that file alone is downloaded.
+
+    Raises:
+        ModelError: there is none, or it is of a model that cannot be trained.
+    """
+    check_model_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise ModelError(f"model.path {path} is no causal language model: {_short(error)}") from error
+        raise ModelError(
+            f"model.path {path}: its config.json cannot be fetched from the hub: {_short(error)}"
+        ) from error
+    except _UNFIT as error:
+        raise ModelError(f"model.path {path} is no causal language model: {_short(error)}") from error
+    check_config(config, path)
+    return config
+
+
+@cache
+def hidden_size(path: str) -> int:
+    """Return the width of the model's text decoder, by which its size is measured for default learning rates.
+
+    Raises:
+        ModelError: as `load_config`.
+    """
+    width: int = load_config(path).get_text_config().hidden_size
+    return width
+
+
+def with_defaults(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe with adapter.alpha and train.learning_rate, by method and model where it gives none.
+
+    before: the recipe of the run that is resumed, which keeps what it began with.
+
+    Raises:
+        ModelError: as `load_config`.
+    """
+    usual = method_class(recipe.method).default_scale
+    if not usual / _FAR <= recipe.scale <= usual * _FAR:
+        logger.warning(
+            "adapter.alpha %g at rank %d is a scale of %.3g, far from the %.3g at which %s was tried: leave out "
+            "adapter.alpha, or expect another learning rate to be right",
+            recipe.scale * recipe.adapter.alpha_at_scale_one,
+            recipe.adapter.rank,
+            recipe.scale,
+            usual,
+            recipe.method.name,
+        )
+    return recipe.with_defaults(hidden_size(recipe.model.path), before)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -107,10 +166,8 @@ def load_model(
         ModelError: there is no causal language model there, or not all of its weights.
         MachineError: a package that quantises is missing.
     """
-    check_model_folder(section.path)
+    config = load_config(section.path)
     try:
-        config = AutoConfig.from_pretrained(section.path, trust_remote_code=False)
-        check_config(config, section.path)
         check_attention(config, section.attention)
         device = device or torch.device("cpu")
         section = section.model_copy(update={"attention": choose_attention(section, config, device)[0]})
@@ -149,7 +206,7 @@ def _streamed(
 def _whole(section: ModelSection, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     dtype = DTYPES[section.dtype]
     quantisation = quantisation_config(section, dtype)
-    found: Any = AutoModelForCausalLM.from_pretrained(
+    found = auto_class(config).from_pretrained(
         section.path,
         config=config,
         trust_remote_code=False,
@@ -173,12 +230,10 @@ def model_without_weights(path: str) -> PreTrainedModel:
     Raises:
         ModelError: there is no causal language model there.
     """
-    check_model_folder(path)
+    config = load_config(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_config(config, path)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
     except _UNFIT as error:
         raise ModelError(f"model.path {path} is no causal language model: {_short(error)}") from error
     check_layers(model, path)
@@ -229,12 +284,13 @@ def adapt(
         model,
         linears,
         section.rank,
-        section.scale,
+        recipe.scale,
         method.init,
         recipe.train.seed,
         splits,
         ranks,
         section.variant,
+        torch.float32 if section.dtype == "fp32" else None,
     )
     magnitudes: Mapping[str, Tensor] = {}
     starting = section.init_from is not None and initial_ranks is None

@@ -26,7 +26,8 @@ from dynrank_ds.training.capabilities import describe_capabilities
 from dynrank_ds.training.dtype import agree_on_dtype
 from dynrank_ds.training.loop import StepResult, Trainer, TrainingData
 from dynrank_ds.training.loss import SummedLoss, check_loss
-from dynrank_ds.training.model import DTYPES, adapt, load_model
+from dynrank_ds.training.model import DTYPES, adapt, hidden_size, load_model, with_defaults
+from dynrank_ds.training.movement import MovementCheck
 from dynrank_ds.training.resume import find_checkpoint, fingerprints, lock_directory
 from dynrank_ds.training.rundir import RunDirectory, check_output
 from dynrank_ds.training.samples import prepare_data, split_held_out
@@ -115,6 +116,7 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
     if processes.rank() == 0:
         check_packages(recipe)
     before = directory.metadata() if resume else None
+    recipe = with_defaults(recipe, before and before["recipe"])
     recipe = agree_on_dtype(recipe, before and before["recipe"], device)
     config = deepspeed_config(recipe)
     samples, pad_id = prepare_data(recipe)
@@ -153,7 +155,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     Raises:
         RecipeError: there is none, or the global batch does not fit the group.
     """
-    bf16 = recipe.model.dtype == "bf16"
+    bf16 = recipe.triples_in_bf16
     config = load_config(recipe.deepspeed.config, bf16)
     check_processes(config, recipe.deepspeed.config, processes.world_size())
     return complete_config(
@@ -189,7 +191,7 @@ def build_engine(
         config,
         partial(
             RowAgedAdamW,
-            lr=recipe.train.learning_rate,
+            lr=recipe.train.peak_rate,
             betas=recipe.train.betas,
             eps=recipe.train.eps,
             weight_decay=recipe.train.weight_decay,
@@ -205,7 +207,8 @@ def build_engine(
 
 def _loop(trainer: Trainer, saving: Saving) -> bool:
     """Train with a progress bar and checkpoints; return False where a signal stopped it before the last step."""
-    first, progress = processes.rank() == 0, trainer.progress
+    first, progress, recipe = processes.rank() == 0, trainer.progress, trainer.recipe
+    movement = MovementCheck(recipe, trainer.engine, hidden_size(recipe.model.path), trainer.total_steps)
     with tqdm(total=trainer.total_steps, initial=progress.step, unit="step", disable=not first) as bar:
 
         def after_step(result: StepResult) -> None:
@@ -216,6 +219,7 @@ def _loop(trainer: Trainer, saving: Saving) -> bool:
                 f"loss {result.loss:.4f}, {speed:.0f} tok/s, rank {rank}{change}", refresh=False
             )
             bar.update(progress.step - bar.n)
+            movement.after_step(progress.step)
             saving.after_step(result)
 
         trainer.train(after_step)

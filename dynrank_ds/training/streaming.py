@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from dynrank_ds.base_weights import BaseWeights, has_weight_files, loaded_names
 from dynrank_ds.errors import ModelError
 from dynrank_ds.quantised_layers import replace_linears
+from dynrank_ds.training.architecture import auto_class
 from dynrank_ds.training.quantisation import constant_bytes
 from dynrank_ds.zero.partitioner import Partitioner
 
@@ -63,7 +64,7 @@ def load_streamed(
     if not has_weight_files(folder):
         raise NotStreamableError("its weights are not in safetensors files")
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     model.tie_weights()  # one object under both names: ZeRO must see one parameter, and it is read once

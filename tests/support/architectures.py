@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from dynrank_ds.training.architecture import auto_class
 from tests.support.tiny import write_tokenizer
 
 _COMMON: dict[str, Any] = {
@@ -28,7 +29,8 @@ _NEOX = {key: value for key, value in _COMMON.items() if key not in ("num_key_va
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.4}
 
-_OWN_SIZES = ("gpt_neox", "falcon")
+_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+_OWN_SIZES = ("gpt_neox", "falcon", "llava", "gemma3", "qwen2_5_vl")
 """Model types whose configuration refuses some of the common sizes."""
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,6 +82,45 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_chunk_size": 16,
         },
     ),
+    "LLaVA": (
+        "llava",
+        {
+            "text_config": {"model_type": "llama", **_COMMON},
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                **_TOWER,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "image_token_index": 99,
+        },
+    ),
+    "Gemma-3 (images)": (
+        "gemma3",
+        {
+            "text_config": {**_COMMON, "sliding_window": 8, "query_pre_attn_scalar": 8},
+            "vision_config": {**_TOWER, "image_size": 28, "patch_size": 14},
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 97,
+            "eoi_token_index": 98,
+            "image_token_index": 99,
+        },
+    ),
+    "Qwen2.5-VL": (
+        "qwen2_5_vl",
+        {
+            "text_config": {**_COMMON, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "depth": 1,
+                "num_heads": 4,
+                "out_hidden_size": 32,
+            },
+            "image_token_id": 99,
+            "video_token_id": 98,
+        },
+    ),
     "OPT": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "BLOOM": ("bloom", {"n_layer": 2, "n_head": 4}),
     "Falcon": ("falcon", {**_NEOX, "alibi": False, "new_decoder_architecture": False}),
@@ -97,6 +138,6 @@ def write_architecture(folder: Path, model_type: str, changes: dict[str, Any]) -
     """A random model of that type with a tokenizer."""
     config = architecture_config(model_type, changes)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    auto_class(config).from_config(config).save_pretrained(folder)
     write_tokenizer(folder)
     return folder

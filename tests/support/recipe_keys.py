@@ -81,7 +81,9 @@ def _shipped(name: str) -> str:
     recipe = load_recipe(name)
     train = recipe.train
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
-    return f"| `{name}` | {recipe.method.name} | {length} | {train.global_batch_size} | {train.learning_rate:g} |\n"
+    return (
+        f"| `{name}` | {recipe.method.name} | {length} | {train.global_batch_size} | {train.peak_rate:g} |\n"
+    )
 
 
 def _table(title: str, section: Any, skipped: str = "") -> str:

@@ -17,8 +17,11 @@ from dynrank_ds.cli import main
 from dynrank_ds.data.collating import PackedCollator, PaddedCollator
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import ModelError
-from dynrank_ds.training.architecture import find_decoder_layers
+from dynrank_ds.training import loss
+from dynrank_ds.training.architecture import auto_class, find_decoder_layers
+from dynrank_ds.training.attention import check_attention
 from dynrank_ds.training.loss import SummedLoss, check_loss
+from dynrank_ds.training.model import DTYPES
 from tests.support.architectures import ARCHITECTURES, architecture_config, write_architecture
 from tests.support.recipes import write_recipe
 from tests.support.tiny import write_data, write_tokenizer
@@ -75,8 +78,9 @@ def test_validate_refuses_a_kind_of_model_in_one_sentence_that_names_it(
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_decoder_layers_are_found(name: str) -> None:
+    config = architecture_config(*ARCHITECTURES[name])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture_config(*ARCHITECTURES[name]))
+        model = auto_class(config).from_config(config)
     found = find_decoder_layers(model)
     assert found is not None and len(found[1]) == 2 and found[0] in ("layers", "h")
 
@@ -105,6 +109,56 @@ def check(model: PreTrainedModel, packing: bool) -> None:
 def test_models_that_are_trained_right_pass_the_comparison(name: str, packing: bool) -> None:
     torch.manual_seed(0)
     check(AutoModelForCausalLM.from_config(architecture_config(*ARCHITECTURES[name])).eval(), packing)
+
+
+SEEDS = range(3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rounding_stays_far_below_the_tolerance_of_the_comparison(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every architecture of the table: the figures that dynrank_ds/adapters/README.md states."""
+    found: dict[str, float] = {}
+
+    def note(ours: float, own: float) -> float:
+        found[name] = max(found.get(name, 0.0), abs(ours - own) / max(abs(own), 1))
+        return found[name]
+
+    monkeypatch.setattr(loss, "relative_difference", note)
+    for name, (model_type, changes) in ARCHITECTURES.items():
+        config = architecture_config(model_type, changes)
+        attention = "eager" if name in ("BLOOM", "Gemma-2") else "sdpa"
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            model = auto_class(config).from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
+            model.eval().config.use_cache = False
+            loss.check_loss(loss.SummedLoss(model), samples(), PaddedCollator(2), dtype, torch.device("cpu"))
+    largest = max(found, key=lambda name: found[name])
+    print(f"{dtype}: {found[largest]:.1e} ({largest}) of {loss.TOLERANCES[dtype]:.0e}")
+    assert len(found) == len(ARCHITECTURES)
+    assert found[largest] <= loss.TOLERANCES[dtype] / 4
+
+
+@torch.no_grad()
+def test_sdpa_leaves_out_the_cap_of_gemma_2_which_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """With scores as large as the cap, as this random model's are, the loss is another one."""
+    config = architecture_config(*ARCHITECTURES["Gemma-2"])
+    config.attn_logit_softcapping, config.initializer_range = 5.0, 0.5
+    found = {}
+    for attention in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        tokens = torch.arange(3, 63)[None]
+        found[attention] = float(model(input_ids=tokens, labels=tokens).loss)
+        check_attention(config, attention)
+    print(found)
+    assert abs(found["sdpa"] - found["eager"]) > 1e-3
+    assert caplog.messages == [
+        "gemma2 caps its attention scores (attn_logit_softcapping 5), which sdpa leaves out: give model.attention "
+        "auto or eager"
+    ]
 
 
 def test_packed_samples_that_see_each_other_are_refused_before_training() -> None:

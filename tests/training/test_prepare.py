@@ -295,7 +295,7 @@ def test_a_model_that_the_hub_does_not_give_is_reported_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"model.path nobody/nothing cannot be fetched from the hub: "):
+    with pytest.raises(ModelError, match=r"nobody/nothing: its config.json cannot be fetched from the hub: "):
         fetch_model("nobody/nothing")
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from dynrank_ds.cli import main
 from dynrank_ds.data.tokenising import TokenisedDataset
@@ -24,7 +25,7 @@ from tests.support.launch import run_worker
 from tests.support.recipes import lines
 from tests.support.tiny import write_data
 
-ALWAYS = ("Gemma-2", "Cohere2", "GPT-NeoX", "Mixtral")
+ALWAYS = ("Gemma-2", "Cohere2", "GPT-NeoX", "Mixtral", "LLaVA")
 SAMPLES = 12
 # PEFT 0.21 takes gate_proj, up_proj and down_proj of this model for its experts, wherever they are.
 TARGETS = {"DeepSeek-V3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]}
@@ -82,8 +83,14 @@ def mean_loss(model: nn.Module, dataset: TokenisedDataset) -> Tensor:
     return total / int(dataset.target_counts.sum())
 
 
-def base(folder: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+def load(folder: Path) -> Any:
+    """The model by transformers alone."""
+    model_class = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
+    return model_class.from_pretrained(folder, dtype=torch.float32)
+
+
+def base(folder: Path) -> Any:
+    return load(folder / "model")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +117,7 @@ def test_an_architecture_trains_on_its_own_loss_and_its_adapter_is_peft_s(
     assert second["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
     merge_adapter(here / "run/adapter", None, here / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(here / "merged", dtype=torch.float32)
+    merged = load(here / "merged")
     with torch.no_grad():
         trained = PeftModel.from_pretrained(base(here), here / "run/adapter")
         tokens = torch.arange(3, 43).view(2, 20)
