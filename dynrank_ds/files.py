@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrank_ds.errors import RunError
+from dynrank_ds.shared_disk import patiently
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors of writing that making room mends."""
@@ -39,8 +40,28 @@ def write_synced(path: Path, text: str) -> None:
     sync(path)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file that nobody else writes; what a failed try has written of it is cut off."""
+    start: int | None = None
+
+    def append() -> None:
+        nonlocal start
+        with path.open("ab") as file:
+            if start is None:
+                start = file.tell()
+            else:
+                file.truncate(start)
+            file.write(line.encode() + b"\n")
+
+    patiently(append, path)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Give a file, new or old, this content at once; where the disk is full, it keeps the content that it has."""
+    patiently(lambda: _replace_text(path, text), path)
+
+
+def _replace_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         write_synced(unfinished, text)

@@ -11,13 +11,16 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from dynrank_ds.errors import DynrankError
+from dynrank_ds.shared_disk import patiently
 
 _NAME_OF_DTYPE = {
     torch.float64: "F64",
@@ -151,34 +154,51 @@ class TensorFileReader:
 
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
+        self._is_stale = False
         try:
-            self._file = self._path.open("rb")
+            self._file, text, size = patiently(self._open, path)
         except OSError as error:
             raise TensorFileError(f"{path} cannot be read ({error.strerror})") from error
         try:
-            header, start = _read_header(self._file)
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
-            self.entries = {
-                name: TensorEntry(name, _DTYPE_OF_NAME[value["dtype"]], tuple(value["shape"]))
-                for name, value in ordered
-            }
-            self._offsets = {name: start + value["data_offsets"][0] for name, value in ordered}
-            for name, value in ordered:
-                begin, end = value["data_offsets"]
-                if begin + self.entries[name].nbytes != end:
-                    raise ValueError(f"{name} has {end - begin} bytes instead of {self.entries[name].nbytes}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._read_entries(text)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self._file.close()
             raise TensorFileError(f"{path} is not a readable safetensors file ({error!r})") from error
-        self._check_length()
-
-    def _check_length(self) -> None:
         needed = max((self._offsets[e.name] + e.nbytes for e in self.entries.values()), default=0)
-        size = self._path.stat().st_size
         if size < needed:
             self._file.close()
             raise TensorFileError(f"{self._path} is cut short: {size} bytes of {needed}")
+
+    def _open(self) -> tuple[BufferedReader, bytes, int]:
+        """Return the file, its header and its length."""
+        file = self._path.open("rb")
+        try:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if length > _LARGEST_HEADER:
+                raise TensorFileError(
+                    f"{self._path} is not a readable safetensors file (a header of {length} bytes)"
+                )
+            return file, file.read(length), self._path.stat().st_size
+        except (OSError, TensorFileError):
+            file.close()
+            raise
+
+    def _read_entries(self, text: bytes) -> None:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        start = _LENGTH_BYTES + len(text)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
+        self.entries = {
+            name: TensorEntry(name, _DTYPE_OF_NAME[value["dtype"]], tuple(value["shape"]))
+            for name, value in ordered
+        }
+        self._offsets = {name: start + value["data_offsets"][0] for name, value in ordered}
+        for name, value in ordered:
+            begin, end = value["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (begin, end, *value["shape"])):
+                raise ValueError(f"{name} has a place or a shape that is no number from 0 on")
+            if begin + self.entries[name].nbytes != end:
+                raise ValueError(f"{name} has {end - begin} bytes instead of {self.entries[name].nbytes}")
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor `name` in memory of its own, on the CPU."""
@@ -196,21 +216,33 @@ class TensorFileReader:
         dtype = self.entries[name].dtype
         if out.dtype != dtype:
             raise ValueError(f"{self._path}: {name} is {dtype}, not {out.dtype}")
-        self._file.seek(self._offsets[name] + start * dtype.itemsize)
-        read = self._file.readinto(_bytes_of(out))
+        place, content = self._offsets[name] + start * dtype.itemsize, _bytes_of(out)
+        read = patiently(lambda: self._read_at(place, content), self._path)
         if read != out.numel() * dtype.itemsize:
             raise TensorFileError(f"{self._path} was cut short while {name} was read")
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of the tensor `name`, in pieces that are valid until the next one."""
-        left = self.entries[name].nbytes
-        buffer = memoryview(bytearray(min(left, _PIECE_BYTES)))
-        self._file.seek(self._offsets[name])
-        while left:
-            piece = buffer[: min(left, len(buffer))]
-            self._file.readinto(piece)
+        place = self._offsets[name]
+        end = place + self.entries[name].nbytes
+        buffer = memoryview(bytearray(min(end - place, _PIECE_BYTES)))
+        while place < end:
+            piece = buffer[: min(end - place, len(buffer))]
+            patiently(partial(self._read_at, place, piece), self._path)
             yield piece
-            left -= len(piece)
+            place += len(piece)
+
+    def _read_at(self, place: int, out: memoryview) -> int:
+        """Fill `out` with the bytes from `place` on; return how many there are."""
+        if self._is_stale:
+            self._file.close()
+            self._file, self._is_stale = self._path.open("rb"), False
+        try:
+            self._file.seek(place)
+            return self._file.readinto(out)
+        except OSError:
+            self._is_stale = True  # a shared disk that is there again may not know this handle any more
+            raise
 
     def close(self) -> None:
         self._file.close()
@@ -245,14 +277,6 @@ def _layout(entries: Iterable[TensorEntry], metadata: dict[str, str]) -> tuple[b
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     return head, {name: len(head) + offset for name, offset in relative.items()}
-
-
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-    if length > _LARGEST_HEADER:
-        raise ValueError(f"a header of {length} bytes")
-    header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-    return header, _LENGTH_BYTES + length
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

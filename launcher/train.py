@@ -44,8 +44,9 @@ def main(stop_request: StopRequest) -> int:
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(levelname)s %(message)s")
     for noisy in ("httpx", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # The node that waits for the others says so itself.
-    logging.getLogger("dynrank_ds.zero.rendezvous").setLevel(logging.WARNING)
+    # The node that waits for the others, or for its disk, says so itself.
+    for local in ("dynrank_ds.zero.rendezvous", "dynrank_ds.shared_disk"):
+        logging.getLogger(local).setLevel(logging.WARNING)
     try:
         resume, overrides = _split_resume(arguments.overrides)
         return _train(load_recipe(arguments.recipe, overrides), resume, stop_request)

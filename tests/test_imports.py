@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up. What is in one row may import only what is in the rows above it here.
 _LAYERS = (
-    ("documents", "dtypes", "errors", "hub", "prompts", "section"),
+    ("documents", "dtypes", "errors", "hub", "prompts", "section", "shared_disk"),
     ("composing", "files", "ranking", "tensorfile"),
     ("adapters", "base_weights", "quantised_layers"),
     ("data", "methods", "zero"),

@@ -19,6 +19,7 @@ from typing import Any
 
 from dynrank_ds.errors import RunError
 from dynrank_ds.files import write_synced
+from dynrank_ds.shared_disk import patiently
 from dynrank_ds.tensorfile import file_sha256
 
 FORMAT = 2
@@ -140,7 +141,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         RunError: it is missing, damaged or of another format.
     """
-    state: dict[str, Any] = json.loads(_check(checkpoint, STATE).read_bytes())
+    path = _check(checkpoint, STATE)
+    try:
+        state = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is no JSON ({error}), although it has its sum") from error
+    if not isinstance(state, dict):
+        raise RunError(f"{path} holds {type(state).__name__}, not an object")
     if state.get("format") != FORMAT:
         raise RunError(
             f"{checkpoint / STATE} has format {state.get('format')!r}: this version reads format {FORMAT}"
@@ -150,7 +157,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def _folders(run: Path) -> list[Path]:
     folder = run / "checkpoints"
-    return list(folder.iterdir()) if folder.is_dir() else []
+    return patiently(lambda: list(folder.iterdir()) if folder.is_dir() else [], folder)
 
 
 def _match(path: Path, kind: str) -> re.Match[str] | None:
@@ -159,9 +166,12 @@ def _match(path: Path, kind: str) -> re.Match[str] | None:
 
 def _check(checkpoint: Path, name: str) -> Path:
     path = checkpoint / name
+    for file in (path, checkpoint / SUMS):
+        if file.exists() and not file.is_file():  # a pipe or a device, which could be read for ever
+            raise RunError(f"the checkpoint {checkpoint} is damaged: {file.name} is no file")
     try:
-        sums = _SUMS.fullmatch((checkpoint / SUMS).read_bytes())
-        digest = file_sha256(path).encode()
+        sums = _SUMS.fullmatch(patiently((checkpoint / SUMS).read_bytes, checkpoint))
+        digest = patiently(lambda: file_sha256(path), path).encode()
     except OSError as error:
         raise RunError(f"the checkpoint {checkpoint} is damaged: {error}") from error
     if sums is None:

@@ -31,6 +31,7 @@ from dynrank_ds.checkpoint.keys import (
 from dynrank_ds.errors import RunError
 from dynrank_ds.files import sync, write_synced
 from dynrank_ds.methods.base import Method
+from dynrank_ds.shared_disk import Patience
 from dynrank_ds.tensorfile import TensorEntry, TensorFileWriter
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.engine import ZeroEngine
@@ -54,9 +55,36 @@ def save(
         RunError: on every process, if the first one could not write it; earlier checkpoints are undamaged.
     """
     final = files.checkpoint_path(run, kind, progress.step)
+    writer = _Writer(final, engine, method) if processes.rank() == 0 else None
+    patience = Patience(f"the checkpoint {final} could not be written")
+    while True:
+        if writer:
+            writer.begin()
+        _give_states(writer, engine, method)
+        if writer:
+            writer.attempt(writer.publish, {**asdict(progress), **metadata})
+            writer.attempt(lambda: files.remove(files.complete_checkpoints(run, kind)[kept:]))
+        error = writer.error if writer else None
+        outcome = _WRITTEN if error is None else _AGAIN if patience.is_for(error) else _FAILED
+        # This all-reduce also makes every process wait until the checkpoint has its name.
+        shared = processes.all_reduce_sum(torch.tensor(outcome, device=engine.layout.device))
+        if shared == _WRITTEN:
+            break
+        if shared == _FAILED:
+            raise RunError(
+                f"the checkpoint {final} could not be written ({error}); earlier ones are undamaged: "
+                "free disk space or repair the disk, then resume with resume=auto"
+            ) from error
+
+
+_WRITTEN, _AGAIN, _FAILED = 0, 1, 2
+"""What became of a checkpoint; processes other than the first count 0."""
+
+
+def _give_states(writer: _Writer | None, engine: ZeroEngine, method: Method) -> None:
+    """Gather every state, and give it to the first process's writer; every process must call it."""
     statistics = {name: engine.layout.split(value) for name, value in method.row_statistics.items()}
     states = engine.states() | statistics
-    writer = _Writer(final, engine, method) if processes.rank() == 0 else None
     for name, state in states.items():
         for module, factor, rows in engine.whole_rows(state):
             if writer:
@@ -71,16 +99,6 @@ def save(
             writer.attempt(writer.tensor, key, value)
         for name, value in method.replicated_state.items():
             writer.attempt(writer.tensor, replicated_key(name), value)
-        writer.attempt(writer.publish, {**asdict(progress), **metadata})
-        writer.attempt(files.remove, files.complete_checkpoints(run, kind)[kept:])
-    failed = torch.tensor(float(writer is not None and writer.error is not None), device=engine.layout.device)
-    # This all-reduce also makes every process wait until the checkpoint has its name.
-    if processes.all_reduce_sum(failed) > 0:
-        error = writer.error if writer else None
-        raise RunError(
-            f"the checkpoint {final} could not be written ({error}); earlier ones are undamaged: "
-            "free disk space or repair the disk, then resume with resume=auto"
-        ) from error
 
 
 def _constants(engine: ZeroEngine) -> dict[str, Tensor]:
@@ -101,6 +119,10 @@ class _Writer:
         self.engine, self.method = engine, method
         self.error: OSError | None = None
         """Why the checkpoint cannot be written: nothing more is, but the collectives of `save` go on."""
+
+    def begin(self) -> None:
+        """Begin, or begin again."""
+        self.error = None
         self.attempt(self._open)
 
     def attempt(self, action: Callable[..., None], *arguments: Any) -> None:
@@ -159,10 +181,10 @@ class _Writer:
             target = factor_shape(factor, layout.ranks[module], shape)
         self.file.write(factor_key(state, shape.name, factor), rows.reshape(target))
 
-    def publish(self, metadata: dict[str, Any]) -> None:
+    def publish(self, metadata: Mapping[str, Any]) -> None:
         """Write everything to disk, then rename; if the step has a checkpoint already, keep that one."""
         self.file.close()
-        state = metadata | {"format": FORMAT, "blocks": self._modules()}
+        state = {**metadata, "format": FORMAT, "blocks": self._modules()}
         write_synced(self.folder / STATE, json.dumps(state))
         files.write_sums(self.folder)
         sync(self.folder)

@@ -19,6 +19,7 @@ from dynrank_ds.export import export_checkpoint
 from dynrank_ds.methods import build_method
 from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
+from dynrank_ds.shared_disk import patiently
 from dynrank_ds.training.adamw import RowAgedAdamW
 from dynrank_ds.training.agreement import check_same_everywhere, process_versions
 from dynrank_ds.training.architecture import decoder_layers
@@ -236,10 +237,10 @@ def _finish(trainer: Trainer, last: Path) -> None:
     """Export the adapter of the last checkpoint and of the best, in the first process."""
     if processes.rank() == 0:
         directory = trainer.directory.path
-        export_checkpoint(last, directory / "adapter")
+        _export(last, directory / "adapter")
         for best in complete_checkpoints(directory, BEST)[:1]:
             state = read_state(best)
-            export_checkpoint(best, directory / "adapter-best")
+            _export(best, directory / "adapter-best")
             logger.info(
                 "the lowest held-out loss, %.4f, was that of step %d: %s",
                 state["held_out_loss"],
@@ -247,6 +248,10 @@ def _finish(trainer: Trainer, last: Path) -> None:
                 directory / "adapter-best",
             )
         _log_summary(trainer)
+
+
+def _export(checkpoint: Path, output: Path) -> None:
+    patiently(lambda: export_checkpoint(checkpoint, output), output)
 
 
 def _log_summary(trainer: Trainer) -> None:

@@ -17,8 +17,9 @@ from typing import IO, Any
 import yaml
 
 from dynrank_ds.errors import RunError
-from dynrank_ds.files import read_json, replace_text
+from dynrank_ds.files import append_line, read_json, replace_text
 from dynrank_ds.recipe import Recipe
+from dynrank_ds.shared_disk import patiently
 from dynrank_ds.training.state import STATE
 
 RECIPE, ENVIRONMENT = "recipe.resolved.yaml", "environment.json"
@@ -102,6 +103,9 @@ class RunDirectory:
 
     def metadata(self) -> dict[str, Any] | None:
         """Return the recipe and fingerprints of the run in this directory, as far as they were written."""
+        return patiently(self._metadata, self.path)
+
+    def _metadata(self) -> dict[str, Any] | None:
         if not (self.path / RECIPE).is_file():
             return None
         environment = self.path / ENVIRONMENT
@@ -138,19 +142,17 @@ class RunDirectory:
     def _lines(self, name: str) -> list[dict[str, Any]]:
         """Return the lines up to the first that is not JSON, as the last line of a killed run may be."""
         found = []
-        for line in (self.path / name).read_text(errors="replace").splitlines():
+        path = self.path / name
+        for line in patiently(lambda: path.read_text(errors="replace"), path).splitlines():
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError:
-                logger.warning(
-                    "%s: line %d is cut short, from there on it is left out", self.path / name, len(found) + 1
-                )
+                logger.warning("%s: line %d is cut short, from there on it is left out", path, len(found) + 1)
                 break
         return found
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        append_line(self.path / name, json.dumps(values))
 
 
 def check_output(path: Path, resume: bool) -> None:
