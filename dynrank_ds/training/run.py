@@ -30,12 +30,12 @@ from dynrank_ds.training.loss import SummedLoss, check_loss
 from dynrank_ds.training.model import DTYPES, adapt, hidden_size, load_model, with_defaults
 from dynrank_ds.training.movement import MovementCheck
 from dynrank_ds.training.resume import find_checkpoint, fingerprints, lock_directory
-from dynrank_ds.training.rundir import RunDirectory, check_output
+from dynrank_ds.training.rundir import check_output
 from dynrank_ds.training.samples import prepare_data, split_held_out
 from dynrank_ds.training.saving import Saving
 from dynrank_ds.training.signals import StopRequest, exit_code_when_stopped
 from dynrank_ds.training.starting import warn_of_another_base
-from dynrank_ds.training.state import FINISHED, HOW_TO_RESUME, RUNNING, STOPPED, RunState
+from dynrank_ds.training.state import FINISHED, HOW_TO_RESUME, RUNNING, STARTING, STOPPED, RunState
 from dynrank_ds.training.trackers import Trackers, check_packages
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.config import check_processes, complete_config, load_config
@@ -64,10 +64,12 @@ def train(
         DynrankError: what of the recipe, model, data or directory cannot be run; nothing is written then.
     """
     stop_request, state = stop_request or StopRequest(), state or RunState(Path(recipe.output.dir))
-    early_stop = EarlyStop(lambda: stop_request.received, _log_early_stop, exit_code_when_stopped())
+    early_stop = EarlyStop(
+        lambda: stop_request.received, partial(_note_early_stop, state), exit_code_when_stopped()
+    )
     early_stop.start()
     try:
-        trainer = set_up(recipe, resume, device)
+        trainer = set_up(recipe, resume, device, state)
         try:
             early_stop.begin_training()
             trainer.stop_request = stop_request
@@ -78,8 +80,9 @@ def train(
         early_stop.cancel()
 
 
-def _log_early_stop() -> None:
+def _note_early_stop(state: RunState) -> None:
     if processes.rank() == 0:
+        state.write_early_stop()
         logger.warning(
             "stopped by a signal before training began: nothing is lost; begin or resume with the same command and "
             "resume=auto"
@@ -89,7 +92,6 @@ def _log_early_stop() -> None:
 def _train(trainer: Trainer, state: RunState) -> bool:
     """Train, finish, and keep the run's state up to date."""
     first = processes.rank() == 0
-    state.begin(trainer.progress, trainer.total_steps)
     if first:
         state.write(RUNNING, "it is running; after a kill, " + HOW_TO_RESUME)
         trainer.trackers = Trackers.open(trainer.directory, trainer.recipe, trainer.progress.step + 1)
@@ -105,14 +107,17 @@ def _train(trainer: Trainer, state: RunState) -> bool:
     return done
 
 
-def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
+def set_up(recipe: Recipe, resume: bool, device: torch.device, state: RunState | None = None) -> Trainer:
     """Build everything of a run, at step 0 or as its newest checkpoint has it.
+
+    state: of the run, which begins here.
 
     Raises:
         DynrankError: as `train`.
     """
+    state = state or RunState(Path(recipe.output.dir))
+    directory = state.directory
     check_same_everywhere(process_versions(recipe), device)
-    directory = RunDirectory(Path(recipe.output.dir))
     check_output(directory.path, resume)
     if processes.rank() == 0:
         check_packages(recipe)
@@ -130,9 +135,12 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device) -> Trainer:
         lock_directory(directory, resume, identity, device)
         checkpoint = find_checkpoint(directory, recipe, identity, device) if resume else None
         total_steps = recipe.total_steps(len(data.samples))
+        progress = checkpoint.progress if checkpoint else Progress()
+        state.begin(progress, total_steps)
+        if processes.rank() == 0:
+            state.write(STARTING, "the model is loaded; after a kill, " + HOW_TO_RESUME)
         engine, method = build_engine(recipe, config, checkpoint, total_steps, device)
         check_loss(engine.evaluate, data.samples, data.collator, recipe.model.dtype, device)
-        progress = checkpoint.progress if checkpoint else Progress()
         if processes.rank() == 0:
             if recipe.adapter.init_from and not checkpoint:
                 warn_of_another_base(Path(recipe.adapter.init_from), identity["base model"])

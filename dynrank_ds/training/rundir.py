@@ -20,10 +20,9 @@ from dynrank_ds.errors import RunError
 from dynrank_ds.files import append_line, read_json, replace_text
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.shared_disk import patiently
-from dynrank_ds.training.state import STATE
 
 RECIPE, ENVIRONMENT = "recipe.resolved.yaml", "environment.json"
-METRICS, RANKS = "metrics.jsonl", "ranks.jsonl"
+METRICS, RANKS, STATE = "metrics.jsonl", "ranks.jsonl", "state.json"
 SLURM = "slurm"
 """Folder of launcher/slurm/submit.py in a run directory, of which the run itself writes nothing."""
 _LOCK = ".run.lock"
@@ -51,6 +50,11 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._lock is not None
 
     def lock(self) -> bool:
         """Make the directory and keeps other runs out until `unlock` or the end of this process, killed or not.
@@ -173,8 +177,9 @@ def check_output(path: Path, resume: bool) -> None:
         raise RunError(
             f"output.dir {path} already holds a run: add resume=auto to go on with it, or give a new folder"
         )
-    # A run killed at its very start leaves the lock and the recipe's temporary name; a job is submitted before it runs.
-    expected = (_LOCK, SLURM)
+    # A run that ends at its very start leaves the lock, its state and the recipe's temporary name; a job is submitted
+    # before it runs.
+    expected = (_LOCK, STATE, SLURM)
     if not is_run and any(name not in expected and not name.endswith(".tmp") for name in os.listdir(path)):
         raise RunError(f"output.dir {path} is not empty and holds no run: give a new folder")
 

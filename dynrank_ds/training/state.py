@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 
-from dynrank_ds.checkpoint.files import Progress
+from dynrank_ds.checkpoint.files import BEST, STEP, Progress, complete_checkpoints
 from dynrank_ds.files import replace_text
+from dynrank_ds.training.rundir import STATE, RunDirectory
 
-STATE = "state.json"
-RUNNING, STOPPED, FINISHED, FAILED = "running", "stopped", "finished", "failed"
+STARTING, RUNNING, STOPPED, FINISHED, FAILED = "starting", "running", "stopped", "finished", "failed"
 HOW_TO_RESUME = "resume with the same command and resume=auto"
 
 logger = logging.getLogger(__name__)
 
 
 class RunState:
-    """The state of a run whose training has begun; before that, nothing is written.
+    """The state of a run, from when its recipe, data and checkpoint were accepted; before that, nothing is written.
 
-    A run that was killed leaves `running` behind.
+    A run that was killed leaves `starting` or `running` behind.
     """
 
     def __init__(self, run: Path) -> None:
+        self.directory = RunDirectory(run)
         self.path = run / STATE
         self._progress: Progress | None = None
-        self._total_steps = 0
+        self._total_steps: int | None = None
+        self._writing = threading.RLock()
+        """An early stop is written by another thread than the rest."""
+        self._is_last = False
 
     def begin(self, progress: Progress, total_steps: int) -> None:
-        """Note that training begins; `progress` is read again at its end. Every process must call it."""
+        """Note where the run stands; `progress` is read again at its end. Every process must call it."""
         self._progress, self._total_steps = progress, total_steps
 
     def write(self, state: str, how_to_continue: str, error: str | None = None) -> None:
-        """Replace the file; one process must call it."""
+        """Replace the file; one process must call it. After an early stop nothing is written any more."""
+        with self._writing:
+            if not self._is_last:
+                self._write(state, how_to_continue, error)
+
+    def _write(self, state: str, how_to_continue: str, error: str | None) -> None:
         assert self._progress is not None
         values = {
             "state": state,
@@ -46,10 +56,32 @@ class RunState:
         replace_text(self.path, json.dumps(values, indent=2) + "\n")
 
     def write_failure(self, error: str) -> None:
-        """Write `failed` where a step was made; a disk on which that is impossible is no second failure."""
+        """Write `failed`, of a run that was accepted; a disk on which that is impossible is no second failure."""
         if self._progress is None or not self.path.parent.is_dir():  # which goes where no step was made
             return
         try:
             self.write(FAILED, f"see to the error, then {HOW_TO_RESUME}", error)
         except OSError as failure:
-            logger.warning("%s could not be written: %s", self.path, failure.strerror)
+            self._warn(failure)
+
+    def write_early_stop(self) -> None:
+        """Write `stopped`, of a run whose training has not begun, unless another run is in its directory."""
+        with self._writing:
+            try:
+                if self._progress is None:
+                    if not (self.directory.is_locked or self.directory.lock()):
+                        return
+                    self._progress = Progress(_newest_step(self.directory.path))
+                self.write(STOPPED, HOW_TO_RESUME)
+            except OSError as failure:
+                self._warn(failure)
+            self._is_last = True
+
+    def _warn(self, failure: OSError) -> None:
+        logger.warning("%s could not be written: %s", self.path, failure.strerror)
+
+
+def _newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint, 0 where there is none."""
+    saved = [path for kind in (STEP, BEST) for path in complete_checkpoints(run, kind)]
+    return max((int(path.name.split("-")[1]) for path in saved), default=0)

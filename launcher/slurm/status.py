@@ -42,7 +42,11 @@ def status(run: Path) -> dict[str, str]:
     jobs = _jobs(run)
     said = {"job": "; ".join(jobs) or "none in the queue"}
     said["state"] = state.get("state", "training has not begun")
-    if said["state"] == "running" and not any("RUNNING" in job for job in jobs) and (run / "slurm").is_dir():
+    if (
+        said["state"] in ("starting", "running")
+        and not any("RUNNING" in job for job in jobs)
+        and (run / "slurm").is_dir()
+    ):
         said["state"] = "no job is running: killed, or waiting to be started again"
     step, total = steps[-1]["step"] if steps else 0, state.get("total_steps")
     said["step"] = f"{step} of {total}" if total else str(step)

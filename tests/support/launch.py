@@ -10,6 +10,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -139,6 +140,13 @@ def wait_until(condition: Callable[[], object], processes: Sequence[Started]) ->
     while not condition():
         assert all(process.returncode is None for process in processes), [p.output for p in processes]
         time.sleep(0.02)
+
+
+def notes_signals(pid: int) -> bool:
+    """Whether a process has a handler for SIGUSR1; False where it has ended."""
+    status = Path(f"/proc/{pid}/status")
+    caught = re.search(r"^SigCgt:\s*(\w+)", status.read_text() if status.exists() else "", re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def reported_errors(processes: Sequence[Started]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -12,19 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from dynrank_ds.training.rundir import RunDirectory
 from dynrank_ds.training.signals import SIGNALS, StopRequest, exit_code_when_stopped, note_signals
-from tests.support.launch import Started, start_processes, train_command, wait, wait_until
+from dynrank_ds.training.state import RunState
+from tests.support.launch import notes_signals, start_processes, train, train_command, wait, wait_until
 from tests.support.recipes import write_recipe
-
-
-def notes_signals(process: Started) -> bool:
-    """Whether the process has a handler for SIGUSR1."""
-    [caught] = [
-        line.split()[1]
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        if line.startswith("SigCgt:")
-    ]
-    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -32,7 +25,7 @@ def test_a_signal_to_one_process_before_training_ends_both_soon(victim: int, tmp
     processes = start_processes(2, train_command(write_recipe(tmp_path)), tmp_path / "logs")
     # The other one has not even come to the rendezvous.
     os.kill(processes[1 - victim].pid, signal.SIGSTOP)
-    wait_until(lambda: notes_signals(processes[victim]), processes)
+    wait_until(lambda: notes_signals(processes[victim].pid), processes)
     os.kill(processes[victim].pid, signal.SIGUSR1)
     os.kill(processes[1 - victim].pid, signal.SIGCONT)
     wait(processes, timeout=60)
@@ -41,7 +34,27 @@ def test_a_signal_to_one_process_before_training_ends_both_soon(victim: int, tmp
     assert [output.count("stopped by a signal before training began") for output in outputs] == [1, 0]
     # On a fast machine the run's files are there before the stop is seen: `resume=auto` begins with them.
     written = {path.name for path in (tmp_path / "run").rglob("*")}
-    assert written <= {".run.lock", "recipe.resolved.yaml", "environment.json", "checkpoints"}
+    assert written <= {".run.lock", "recipe.resolved.yaml", "environment.json", "checkpoints", "state.json"}
+    state = json.loads((tmp_path / "run/state.json").read_text())
+    assert (state["state"], state["step"]) == ("stopped", 0)
+    assert state["how_to_continue"] == "resume with the same command and resume=auto"
+    train(2, tmp_path / "recipe.yaml", "resume=auto")
+    assert json.loads((tmp_path / "run/state.json").read_text())["state"] == "finished"
+
+
+def test_an_early_stop_leaves_the_state_of_another_run_in_the_directory_alone(tmp_path: Path) -> None:
+    other, stopped = RunDirectory(tmp_path), RunState(tmp_path)
+    assert other.lock()
+    (tmp_path / "state.json").write_text("the other run's")
+    stopped.write_early_stop()
+    assert (tmp_path / "state.json").read_text() == "the other run's"
+    other.unlock()
+    stopped = RunState(tmp_path)
+    (tmp_path / "checkpoints/step-12").mkdir(parents=True)
+    stopped.write_early_stop()
+    stopped.write("running", "the main thread had not noticed")
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert (state["state"], state["step"]) == ("stopped", 12)
 
 
 def test_no_process_ends_with_75_before_all_know_and_none_where_one_has_died(tmp_path: Path) -> None:

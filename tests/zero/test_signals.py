@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from dynrank_ds.checkpoint.files import check, complete_checkpoints
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, notes_signals
 from tests.support.recipes import lines, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -31,9 +31,23 @@ RESTARTING_TORCHRUN = (*TORCHRUN, "--max_restarts", "3")
 DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2")
 
 
+def has_made_two_steps(folder: Path, launcher: psutil.Process) -> bool:
+    metrics = folder / "run" / "metrics.jsonl"
+    return metrics.is_file() and len(lines(metrics)) >= 2
+
+
+def has_begun_to_import(folder: Path, launcher: psutil.Process) -> bool:
+    found = training_processes(launcher)
+    return len(found) == 2 and all(notes_signals(p.pid) for p in found)
+
+
 @contextmanager
-def running(folder: Path, launcher: tuple[str, ...]) -> Iterator[psutil.Process]:
-    """The launcher of a run that has made two steps; nothing of it is left afterwards."""
+def running(
+    folder: Path,
+    launcher: tuple[str, ...],
+    ready: Callable[[Path, psutil.Process], bool] = has_made_two_steps,
+) -> Iterator[psutil.Process]:
+    """The launcher of a run, once it is ready; nothing of it is left afterwards."""
     recipe = write_recipe(folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -50,10 +64,9 @@ def running(folder: Path, launcher: tuple[str, ...]) -> Iterator[psutil.Process]
         process = psutil.Popen(
             [sys.executable, *launcher, *port, *script], env=environment, stdout=log, stderr=subprocess.STDOUT
         )
-    metrics = folder / "run" / "metrics.jsonl"
     family: list[psutil.Process] = []
     try:
-        while not (metrics.is_file() and len(lines(metrics)) >= 2):
+        while not ready(folder, process):
             assert process.poll() is None, (folder / "log").read_text()[-3000:]
             time.sleep(0.1)
         family = process.children(recursive=True)
@@ -68,9 +81,13 @@ WORKERS = "-u [^ ]*launcher/train.py"
 """What README gives to pkill: it is to find the training processes and no launcher."""
 
 
-def workers(launcher: psutil.Process) -> list[psutil.Process]:
+def training_processes(launcher: psutil.Process) -> list[psutil.Process]:
     family = [launcher, *launcher.children(recursive=True)]
-    found = [p for p in family if re.search(WORKERS, " ".join(p.cmdline()))]
+    return [p for p in family if re.search(WORKERS, " ".join(p.cmdline()))]
+
+
+def workers(launcher: psutil.Process) -> list[psutil.Process]:
+    found = training_processes(launcher)
     assert len(found) == 2 and WORKERS in (ROOT / "dynrank_ds/training/README.md").read_text()
     return found
 
@@ -121,6 +138,22 @@ def test_the_run_is_saved_and_ends(
         receiver(process).send_signal(number)
         assert process.wait(60) == code, (tmp_path / "log").read_text()[-3000:]
         assert saved(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "code"),
+    [(TORCHRUN, 1), (RESTARTING_TORCHRUN, 0), (DEEPSPEED, 75)],
+    ids=["torchrun", "torchrun that restarts", "deepspeed"],
+)
+def test_state_json_tells_a_stop_before_training_whatever_the_launchers_exit_code_is(
+    launcher: tuple[str, ...], code: int, tmp_path: Path
+) -> None:
+    with running(tmp_path, launcher, has_begun_to_import) as process:
+        workers(process)[1].send_signal(signal.SIGTERM)
+        assert process.wait(120) == code, (tmp_path / "log").read_text()[-3000:]
+    state = json.loads((tmp_path / "run/state.json").read_text())
+    assert (state["state"], state["step"], state["error"]) == ("stopped", 0, None)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
