@@ -6,6 +6,8 @@ from dynrank_ds.ranking.layout import ModuleShape
 
 MASTER = "master"
 """The state that holds the fp32 weights; the others are the moments and the statistics of each element."""
+PARTIAL, CONSTANT, REPLICATED = "statistics", "constant", "replicated"
+"""What precedes the other tensors' names."""
 
 
 def factor_key(state: str, module: str, factor: str) -> str:
@@ -25,14 +27,14 @@ def factor_shape(factor: str, rank: int, shape: ModuleShape) -> tuple[int, ...]:
 
 def partial_key(statistic: str, process: int | str) -> str:
     """Return the name of one process's part of a statistic that is a sum over processes."""
-    return f"statistics/{statistic}/{process}"
+    return f"{PARTIAL}/{statistic}/{process}"
 
 
 def constant_key(name: str, module: str) -> str:
     """Return the name of what follows from the base alone and is kept for export, such as ||W_i||."""
-    return f"constant/{module}.{name}"
+    return f"{CONSTANT}/{module}.{name}"
 
 
 def replicated_key(name: str) -> str:
     """Return the name of a tensor that all processes hold alike, such as a gate."""
-    return f"replicated/{name}"
+    return f"{REPLICATED}/{name}"

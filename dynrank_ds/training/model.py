@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from transformers import (
 
 from dynrank_ds.adapters.heads import head_splits
 from dynrank_ds.adapters.inject import inject
-from dynrank_ds.adapters.linear import AdaptedModule
+from dynrank_ds.adapters.linear import VECTORS, AdaptedModule
 from dynrank_ds.adapters.targets import describe_targets, find_linears, lost_in_peft
-from dynrank_ds.errors import ModelError
+from dynrank_ds.errors import ModelError, RunError
 from dynrank_ds.methods import method_class
 from dynrank_ds.recipe import ModelSection, Recipe
 from dynrank_ds.training.architecture import auto_class, check_config, check_layers, text_decoder
@@ -267,7 +267,7 @@ def adapt(
     Raises:
         RecipeError, RunError: ranks or adapter.init_from do not fit the model or the method.
     """
-    section = recipe.adapter
+    section, resumes = recipe.adapter, initial_ranks is not None
     method = method_class(recipe.method)
     splits = head_splits(model.config.get_text_config()) if method.per_head else {}
     linears = find_linears(model, section.targets, text_decoder(model), section.layers, section.rank)
@@ -302,12 +302,37 @@ def adapt(
     for name, module in modules.items():
         module.initial_rank = (initial_ranks or {}).get(name, module.initial_rank)
         module.max_rank = section.largest_rank(module.in_features, module.out_features)
+    given = set()
     for name, factors in restored:
+        _refuse_unlike(name, factors, modules, method.factors)
         modules[name].set_factors(factors)
         modules[name].set_vectors(factors)
+        given.add(name)
     if starting:
         begin_magnitudes(modules, magnitudes)
+    if resumes and given != set(modules):
+        raise RunError(f"the checkpoint lacks {min(set(modules) - given)}, an adapted module of this run")
     return modules
+
+
+def _refuse_unlike(
+    name: str,
+    factors: Mapping[str, Tensor],
+    modules: Mapping[str, AdaptedModule],
+    of_method: Sequence[str],
+) -> None:
+    """Refuse restored factors that the module of this name cannot have.
+
+    Raises:
+        RunError: with what is saved.
+    """
+    module = modules.get(name)
+    if module is None:
+        raise RunError(f"factors were saved for {name}, which is no adapted module of this run")
+    sides = {"lora_A": module.in_features, "lora_B": module.out_features}
+    saved = {factor: factors[factor].shape[1] for factor in factors if factor in sides}
+    if saved and (set(factors).difference(VECTORS) != set(of_method) or saved != sides):
+        raise RunError(f"the factors saved for {name} have rows of {saved}; those of this run have {sides}")
 
 
 def _short(error: Exception) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dynrank_ds.checkpoint import files
+from dynrank_ds.checkpoint.content import check_content
 from dynrank_ds.checkpoint.files import BEST, STEP
 from dynrank_ds.checkpoint.reading import Checkpoint
 from dynrank_ds.data.store import tokenizer_hash
@@ -112,6 +113,8 @@ def find_checkpoint(
     if metadata is None:
         return None
     found = [Checkpoint(path) for path in undamaged.values() if path]
+    for one in found:
+        check_content(one.path, one.metadata)
     checkpoint = max(found, key=lambda checkpoint: checkpoint.progress.step, default=None)
     if checkpoint is None:
         _refuse_without_checkpoint(folder)
