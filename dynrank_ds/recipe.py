@@ -242,6 +242,8 @@ class OutputSection(Section):
     """The run directory: logs, checkpoints, adapter; by default runs/ and the recipe's name."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers that the first process writes to: dynrank_ds/report/README.md."""
+    log_batches: bool = False
+    """Log at each step a hash of what each process trained on, `batch_sha256`: equal in runs of equal batches."""
 
 
 class EvalSection(Section):

@@ -29,6 +29,7 @@ from dynrank_ds.errors import RunError
 from dynrank_ds.methods.base import Method, MicroBatch, StepView
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.recipe import Recipe
+from dynrank_ds.training.batch_digest import BatchDigest
 from dynrank_ds.training.held_out import held_out_loss
 from dynrank_ds.training.rundir import RunDirectory
 from dynrank_ds.training.samples import make_batches
@@ -63,6 +64,8 @@ class StepResult:
     """Tokens of the global batch, padding aside, by the step's whole time."""
     held_out_loss: float | None = None
     """After the update, at the steps that ask for it."""
+    batch_digests: list[str] | None = None
+    """Of each process's micro-batches, where the recipe asks for them."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Trainer:
             self.dropout = TokenDropout(recipe.adapter.dropout, recipe.train.seed)
             for shape, module in zip(engine.shapes, engine.modules, strict=True):
                 module.dropout = self.dropout.of_linear(module.part.linear if module.part else shape.name)
+        self.batch_digest = BatchDigest() if recipe.output.log_batches else None
         self.trackers = Trackers()
         self.last_adjustment = ""
         """What the last adjustment since this process began changed, for the progress line."""
@@ -132,6 +136,8 @@ class Trainer:
                     self.recipe.train.micro_batch_size,
                     self.device,
                 )
+            if self.batch_digest:
+                result.batch_digests = self.batch_digest.of_each_process(self.device)
             self._log(result, seconds)
             after_step(result)
             if result.stop:
@@ -202,7 +208,10 @@ class Trainer:
                 self.dropout.begin_micro_batch(
                     micro_batch.step, chosen.tolist(), micro_batch.sample_sizes, self.device
                 )
-            summed = self.engine(**{name: value.to(self.device) for name, value in batch.inputs().items()})
+            inputs = batch.inputs()
+            if self.batch_digest:
+                self.batch_digest.add(inputs)
+            summed = self.engine(**{name: value.to(self.device) for name, value in inputs.items()})
             # The engine takes the mean over processes: this makes it the mean over all target tokens.
             self.engine.backward(summed * (processes.world_size() / targets))
             loss += summed.detach().double() / targets
@@ -307,6 +316,8 @@ class Trainer:
         if isinstance(self.batches, MixedBatches):
             counts = self.batches.counts(self.progress.batch - 1)
             evaluated |= {"samples_of": dict(zip(self.recipe.data.source, counts, strict=True))}
+        if result.batch_digests is not None:
+            evaluated |= {"batch_sha256": result.batch_digests}
         values: dict[str, Any] = dict(
             step=self.progress.step,
             batch=self.progress.batch,

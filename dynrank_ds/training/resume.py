@@ -39,7 +39,7 @@ MAY_CHANGE = {
         "held_out_interval",
     },
     "deepspeed": {"config", "timeout"},
-    "output": {"dir", "report_to"},
+    "output": {"dir", "report_to", "log_batches"},
     "eval": {"tasks", "data_dir"},
 }
 """Keys of the recipe that say where things lie or how they are computed, not what: model and data are compared by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,7 +11,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+from dynrank_ds.data.collating import PaddedCollator
+from dynrank_ds.recipe import load_recipe
+from dynrank_ds.training.samples import make_batches, prepare_data
 from tests.support.launch import (
     reported_errors,
     run_worker,
@@ -201,3 +206,44 @@ def test_a_signal_to_one_process_saves_and_ends_all_and_the_run_can_go_on(uninte
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     state = json.loads((run / "state.json").read_text())
     assert (state["state"], state["step"]) == ("finished", STEPS)
+
+
+def test_each_process_has_the_batches_of_the_uninterrupted_run(uninterrupted: Path) -> None:
+    run, whole, recipe = (
+        uninterrupted / "batches",
+        uninterrupted / "batches-whole",
+        uninterrupted / "recipe.yaml",
+    )
+    shutil.copytree(uninterrupted / "run", run)
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS}")
+    for folder in (run, whole):
+        train(2, recipe, EVERY_TEN, f"output.dir={folder}", "output.log_batches=true", "resume=auto")
+    before, after = lines(run / "metrics.jsonl")[:10], lines(run / "metrics.jsonl")[10:]
+    assert not any("batch_sha256" in line for line in before)
+    digests = [line["batch_sha256"] for line in after]
+    logged = [line["batch_sha256"] for line in lines(whole / "metrics.jsonl")]
+    assert digests == logged[10:] and losses(run) == losses(whole)
+    assert len({digest for both in logged for digest in both}) == 2 * STEPS  # no two alike
+    assert logged[12] == [_digest_of_batch(uninterrupted, 12, process) for process in range(2)]
+
+
+def _digest_of_batch(folder: Path, batch: int, process: int) -> str:
+    """Of the micro-batches, each a sample, that a process of two should have: every second one of a global batch."""
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    samples, pad_id = prepare_data(recipe)
+    digest = hashlib.sha256()
+    chosen = make_batches(samples, recipe).indices(batch)
+    micro_batches = PaddedCollator(pad_id).micro_batches(chosen, samples.lengths, process, 2, 1)
+    assert (
+        sorted(int(i) for m in micro_batches for i in m) != sorted(map(int, chosen))
+        and len(micro_batches) == 3
+    )
+    for (index,) in micro_batches:
+        start, length = int(samples.starts[index]), int(samples.lengths[index])
+        ids = torch.tensor(samples.tokens[start : start + length].astype("int64"))[None]
+        is_target = torch.tensor(samples.targets[start : start + length].astype(bool))
+        positions = is_target.nonzero().flatten() - 1
+        for name, value in (("input_ids", ids), ("positions", positions), ("targets", ids[0][is_target])):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode() + value.numpy().tobytes())
+    return digest.hexdigest()[:15]
