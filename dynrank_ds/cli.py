@@ -81,9 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", required=True, type=Path, help="folder to make")
     export.add_argument(
         "--format",
-        choices=("peft", "padded"),
+        choices=("peft", "padded", "pissa"),
         default="peft",
-        help="peft: rank_pattern and alpha_pattern; padded: one rank for all, right on every engine",
+        help="peft: rank_pattern and alpha_pattern; padded: one rank for all, right on every engine; "
+        "pissa: of a run with adapter.init pissa, a residual base and the trained triples",
     )
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the factors")
     export.add_argument(

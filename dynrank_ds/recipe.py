@@ -168,12 +168,16 @@ class AdapterSection(Section):
     """Upper limit of a module's rank; by default min(in, out, 512)."""
     ranks: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     """Ranks of single modules when training begins, by full name or a dotted end of it; others have adapter.rank."""
+    init: Literal["default", "pissa"] = "default"
+    """pissa: triples begin as the top-r SVD of the weight, which is subtracted again; default: as the method has it."""
     init_from: LocalPath | None = None
     """Folder of a PEFT LoRA adapter to start from, with its ranks; adapter.rank then sets the scale alone."""
 
     @property
     def variant(self) -> Variant:
         """What adapted linears are."""
+        if self.init == "pissa":
+            return "pissa"
         return "weight_decomposed" if self.weight_decomposed else "plain"
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
@@ -253,7 +257,10 @@ class EvalSection(Section):
     """Folder of the tasks' data files, --data-dir of dynrank-eval."""
 
 
-_KEYS_OF_VARIANTS: dict[Variant, str] = {"weight_decomposed": "adapter.weight_decomposed is true"}
+_KEYS_OF_VARIANTS: dict[Variant, str] = {
+    "weight_decomposed": "adapter.weight_decomposed is true",
+    "pissa": "adapter.init is pissa",
+}
 
 
 class Recipe(Section):
@@ -295,6 +302,17 @@ class Recipe(Section):
         if method.per_head and variant != "plain":
             raise inconsistent(
                 f"{given}, whose modules are attention heads: variants are of whole linear layers"
+            )
+        if reason := method.refused_variants.get(variant):
+            raise inconsistent(f"{given}: {reason}")
+        if self.adapter.init == "pissa" and self.adapter.weight_decomposed:
+            raise inconsistent(
+                "adapter.init is pissa with adapter.weight_decomposed true: a layer has one variant, give one of both"
+            )
+        if self.adapter.init == "pissa" and self.adapter.init_from is not None:
+            raise inconsistent(
+                "adapter.init is pissa with adapter.init_from, whose adapter has initial triples of its own: give one "
+                "of both"
             )
         if self.adapter.dtype == "fp32" and variant != "plain":
             raise inconsistent(

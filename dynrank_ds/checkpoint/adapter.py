@@ -10,6 +10,7 @@ import torch
 from dynrank_ds.adapters.linear import Part
 from dynrank_ds.adapters.weight_decomposed import BASE_NORMS, MAGNITUDE_OFFSET
 from dynrank_ds.checkpoint.files import check_tensors, read_state
+from dynrank_ds.checkpoint.initial import IN_STATE, INITIAL_OF, InitialTriples
 from dynrank_ds.checkpoint.keys import MASTER, constant_key, factor_key
 from dynrank_ds.errors import RunError
 from dynrank_ds.tensorfile import TensorFileReader
@@ -40,6 +41,8 @@ class _Module:
     """Per triple, the gate that the method keeps outside the triples."""
     part: Part | None = None
     """Which rows or columns of which linear it is, where it is not a linear's whole."""
+    initial: tuple[int, ...] = ()
+    """Numbers of the initial triples that are subtracted."""
 
 
 class TrainedAdapter:
@@ -52,9 +55,10 @@ class TrainedAdapter:
         base_model_hash: what `model_hash` gave for it; None where the checkpoint does not say.
         recipe: with every default; {} where the checkpoint does not say.
         held_out_loss: of a checkpoint that was kept for it.
+        subtracted: how many initial triples each linear subtracts from its triples (PiSSA); {} where none has any.
 
     Raises:
-        RunError: if the checkpoint is missing or damaged.
+        RunError: if the checkpoint is missing or damaged, or a PiSSA run lacks its initial triples.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -71,8 +75,14 @@ class TrainedAdapter:
             module = _module(name, value)
             self._modules.setdefault(module.part.linear if module.part else name, []).append(module)
         self.linears = {name: _linear(modules) for name, modules in self._modules.items()}
+        self.subtracted = {
+            name: len(modules[0].initial) for name, modules in self._modules.items() if modules[0].initial
+        }
         self._path = check_tensors(checkpoint)
         self._file = TensorFileReader(self._path)
+        self._initial: InitialTriples | None = None
+        if IN_STATE in state:
+            self._initial = InitialTriples(checkpoint.parents[1], state[IN_STATE])
 
     def triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A (r, in) and diag(e g) B (r, out) of the linear `name`, whose rank must be above 0, in fp32.
@@ -118,6 +128,14 @@ class TrainedAdapter:
             self._tensor(factor_key(MASTER, module.name, "lora_B"), (module.rank, module.out_features)),
         )
 
+    def subtracted_triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A0 (n, in) and diag(e0) B0 (n, out) of a linear of `subtracted`, in fp32."""
+        module = self._modules[name][0]
+        assert self._initial is not None
+        rows = {f: value.float() for f, value in self._initial.rows(name, module.initial).items()}
+        gate = rows.get("lora_E")
+        return rows["lora_A"], rows["lora_B"] if gate is None else rows["lora_B"] * gate[:, None]
+
     def _triples(self, module: _Module) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = self._factors(module)
         gate = factor_key(MASTER, module.name, "lora_E")
@@ -153,12 +171,20 @@ class TrainedAdapter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        if self._initial:
+            self._initial.close()
 
 
 def _module(name: str, value: dict[str, Any]) -> _Module:
     fields = {field: value[field] for field in ("rank", "scale", "in_features", "out_features")}
     part = value.get("part")
-    return _Module(name, **fields, gate=value.get("gate"), part=Part(**part) if part else None)
+    return _Module(
+        name,
+        **fields,
+        gate=value.get("gate"),
+        part=Part(**part) if part else None,
+        initial=tuple(number for number in value.get(INITIAL_OF, ()) if number is not None),
+    )
 
 
 def _linear(modules: list[_Module]) -> LinearShape:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dynrank_ds.adapters.linear import FACTORS, VECTORS
 from dynrank_ds.checkpoint.files import TENSORS, Progress, read_state
+from dynrank_ds.checkpoint.initial import IN_STATE, INITIAL_OF, InitialTriples
 from dynrank_ds.checkpoint.keys import MASTER, factor_key, partial_key, replicated_key
 from dynrank_ds.methods.base import Method
 from dynrank_ds.ranking.layout import Fragment
@@ -49,6 +50,17 @@ class Checkpoint:
         """Return the ranks that modules had when the run began; checkpoints of before this was saved say none."""
         modules = self.metadata["blocks"].items()
         return {name: values["initial_rank"] for name, values in modules if "initial_rank" in values}
+
+    def initial_triples(self) -> Iterator[tuple[str, list[int | None], dict[str, Tensor]]]:
+        """Yield (module, initial_of, factors) of a PiSSA run's modules, as `PissaLinear.set_initial` takes them.
+
+        Raises:
+            RunError: the run directory has not the initial triples that the checkpoint names.
+        """
+        with InitialTriples(self.path.parents[1], self.metadata[IN_STATE]) as stored:
+            for module, about in self.metadata["blocks"].items():
+                numbers = [number for number in about[INITIAL_OF] if number is not None]
+                yield module, about[INITIAL_OF], stored.rows(module, numbers)
 
     def restore(self, engine: ZeroEngine, method: Method) -> None:
         """Load optimizer state and statistics into an engine built at these ranks, and a method that was started."""

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynrank_ds.adapters.pissa import PissaLinear
 from dynrank_ds.checkpoint import files
 from dynrank_ds.checkpoint.files import FORMAT, STATE, TENSORS, Progress
+from dynrank_ds.checkpoint.initial import INITIAL_OF
 from dynrank_ds.checkpoint.keys import (
     MASTER,
     constant_key,
@@ -210,6 +212,7 @@ class _Writer:
                 "births": births.tolist(),
                 "gate": None if gate is None else gate.expand(rank).tolist(),
                 "part": None if module.part is None else asdict(module.part),
+                **({INITIAL_OF: module.initial_of} if isinstance(module, PissaLinear) else {}),
             }
             for shape, rank, module, births, gate in modules
         }

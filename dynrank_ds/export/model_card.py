@@ -32,12 +32,15 @@ def evaluation_scores(folder: Path) -> dict[str, float]:
         raise RunError(f"{path} is no result of dynrank-eval ({error!r})") from error
 
 
-def model_card(adapter: TrainedAdapter, format: str, scores: Mapping[str, float]) -> str:
+def model_card(
+    adapter: TrainedAdapter, linears: Mapping[str, LinearShape], format: str, scores: Mapping[str, float]
+) -> str:
     """Return the card: base and its hash, method, ranks, how to load it, scores and the whole recipe.
 
     Args:
         adapter: what was trained.
-        format: peft or padded.
+        linears: the layers at the ranks that are written.
+        format: peft, padded or pissa.
         scores: by task, shares of 1; may be empty.
     """
     head = {
@@ -49,9 +52,9 @@ def model_card(adapter: TrainedAdapter, format: str, scores: Mapping[str, float]
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {_kind(adapter)} adapter with a rank of its own in each layer",
-        _facts(adapter, format),
-        "## Ranks\n\n" + _ranks(adapter.linears),
-        "## Use\n\n" + _use(adapter, format),
+        _facts(adapter, linears, format),
+        "## Ranks\n\n" + _ranks(linears),
+        "## Use\n\n" + _use(adapter, linears, format),
     ]
     if scores or adapter.held_out_loss is not None:
         parts.append("## Scores\n\n" + _scores(adapter.held_out_loss, scores))
@@ -64,18 +67,29 @@ def _kind(adapter: TrainedAdapter) -> str:
     return "Weight-decomposed LoRA (DoRA)" if adapter.weight_decomposed else "LoRA"
 
 
-def _facts(adapter: TrainedAdapter, format: str) -> str:
-    linears = adapter.linears.values()
-    parameters = sum(s.rank * (s.in_features + s.out_features) for s in linears)
-    parameters += sum(s.out_features for s in linears) if adapter.weight_decomposed else 0
+_FORMATS = {
+    "peft": "each layer at its own rank",
+    "padded": "padded to one rank, alpha = r",
+    "pissa": "PiSSA: `residual_model`, the base without the initial triples, and `adapter`",
+}
+
+
+def _facts(adapter: TrainedAdapter, linears: Mapping[str, LinearShape], format: str) -> str:
+    parameters = sum(s.rank * (s.in_features + s.out_features) for s in linears.values())
+    parameters += sum(s.out_features for s in linears.values()) if adapter.weight_decomposed else 0
     rows = {
         "base model": f"`{adapter.base_model}`",
         "hash of the base": f"`{adapter.base_model_hash}`" if adapter.base_model_hash else "not recorded",
         "method": f"`{adapter.method}`, {adapter.step} steps",
-        "total rank": f"{sum(s.rank for s in linears)} in {len(linears)} linear layers",
+        "total rank": f"{sum(s.rank for s in linears.values())} in {len(linears)} linear layers",
         "parameters": f"{parameters:,}",
-        "format": "each layer at its own rank" if format == "peft" else "padded to one rank, alpha = r",
+        "format": _FORMATS[format],
     }
+    if adapter.subtracted and format != "pissa":
+        rows["initial values"] = (
+            f"PiSSA: what changed against the base, of {sum(s.rank for s in adapter.linears.values())} trained triples "
+            f"and {sum(adapter.subtracted.values())} initial ones"
+        )
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
@@ -90,20 +104,22 @@ def _ranks(linears: Mapping[str, LinearShape]) -> str:
     return "\n".join(lines)
 
 
-def _use(adapter: TrainedAdapter, format: str) -> str:
-    largest = max(shape.rank for shape in adapter.linears.values())
+def _use(adapter: TrainedAdapter, linears: Mapping[str, LinearShape], format: str) -> str:
+    largest = max(shape.rank for shape in linears.values())
     if adapter.weight_decomposed:
         engines = (
             "vLLM, SGLang and llama.cpp serve no magnitudes: merge the adapter with `dynrank merge` for them."
         )
-    elif format == "peft":
+    elif format != "padded":
         engines = (
             f"vLLM needs `max_lora_rank` of at least {largest}. Engines that ignore `rank_pattern` and `alpha_pattern` "
             "would apply wrong scales: export with `--format padded` for them."
         )
     else:
         engines = f"Every layer has rank {largest} and the scale 1: vLLM needs `max_lora_rank` of at least {largest}."
-    base = json.dumps(adapter.base_model)
+    residual = format == "pissa"
+    base = json.dumps("THIS_FOLDER/residual_model" if residual else adapter.base_model)
+    folder = "THIS_FOLDER/adapter" if residual else "THIS_FOLDER"
     return f"""{engines}
 
 ```python
@@ -111,7 +127,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base})
-model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+model = PeftModel.from_pretrained(base, "{folder}")
 ```"""
 
 

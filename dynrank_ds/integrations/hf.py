@@ -78,6 +78,8 @@ class DynamicRankCallback(TrainerCallback):
                 f"adapter.weight_decomposed is not available in a Trainer, whose optimizer here holds triples alone: "
                 f"{_ELSEWHERE}"
             )
+        if self.recipe.adapter.init == "pissa":
+            raise RecipeError(f"adapter.init pissa is not available in a Trainer: {_ELSEWHERE}")
         check_config(model.config, self.recipe.model.path)
         check_layers(model, self.recipe.model.path)
         modules = adapt(model, self.recipe)

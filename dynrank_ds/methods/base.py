@@ -111,6 +111,8 @@ class Method:
     """The scale s of a recipe without adapter.alpha."""
     default_rate: ClassVar[float] = 3e-3
     """The learning rate of a recipe without train.learning_rate, at HIDDEN_SIZE_OF_DEFAULT_RATES and that scale."""
+    refused_variants: ClassVar[Mapping[str, str]] = {}
+    """Variants of adapted linears (`Variant`) that the method cannot be combined with, each with the reason."""
     observes_after_step = False
     """Whether `observe` sees the weights after the optimizer step and clipped gradients, as in some authors' code,
     instead of both as they were before."""

@@ -86,6 +86,10 @@ class WeightLoRA(Method):
     init = staticmethod(lora_factors)
     factors = ("lora_A", "lora_B")
     least_rank = 1
+    refused_variants: ClassVar[Mapping[str, str]] = {
+        "pissa": "the weight w of a module scales its triples, and with them the principal part of the base's weight: "
+        "give adapter.init default"
+    }
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dynrank_ds.adapters.linear import AdaptedModule
+from dynrank_ds.adapters.pissa import PissaLinear
 from dynrank_ds.errors import ModelError
 from dynrank_ds.quantised_layers import linears_to_quantise
 from dynrank_ds.recipe import Recipe
@@ -86,6 +87,7 @@ class Architecture:
     modules: dict[str, AdaptedModule]
     """Adapted modules without weights."""
     base_parameters: int
+    """All that are frozen, PiSSA's initial triples too."""
     packed: Packed
     trainable_parameters: int
     decomposed_width: int
@@ -115,9 +117,12 @@ def describe(recipe: Recipe) -> Architecture:
         ModelError: there is no configuration of a causal language model, or it lacks the sides of a decoder layer.
     """
     model = _model(recipe.model.path)
-    base = sum(p.numel() for p in model.parameters())
     quantised = _quantised(model, recipe)
     modules = adapt(model, recipe)
+    for module in modules.values():
+        if isinstance(module, PissaLinear):
+            module.set_initial(module.factors(), range(module.initial_rank))
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     config = model.config.get_text_config()
     needed = ("hidden_size", "intermediate_size", "num_attention_heads")
     if lacking := [name for name in needed if not isinstance(getattr(config, name, None), int)]:
@@ -133,7 +138,7 @@ def describe(recipe: Recipe) -> Architecture:
     return Architecture(
         units=units,
         modules=modules,
-        base_parameters=base,
+        base_parameters=frozen,
         packed=_packed([weight.numel() for weight in quantised], item, recipe.model.double_quantisation),
         trainable_parameters=sum(
             p.numel() for m in modules.values() for p in (*m.factors().values(), *m.vectors().values())

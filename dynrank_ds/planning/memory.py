@@ -114,12 +114,16 @@ def memory(
         buffers=live.buffers + (filled if on_cpu else 4 * bucket),
     )
     largest = max(n for unit in architecture.units for n in unit.parameters)
+    while_loading = _shard(largest, processes) * item if partitioned else base
+    if recipe.adapter.init == "pissa":  # weights are decomposed one by one, whole
+        weights = (m.in_features * m.out_features for m in architecture.modules.values())
+        while_loading = max(while_loading, item * max(weights))
     return Memory(
         parts=parts,
         moment=live.name,
         host_of_optimizer=states if host_optimizer else 0,
         host_of_parameters=base + adapters if host_parameters else 0,
-        host_while_loading=_shard(largest, processes) * item if partitioned else base,
+        host_while_loading=while_loading,
         gathered_elements=gathered,
     )
 

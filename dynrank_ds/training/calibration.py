@@ -93,7 +93,13 @@ def _for_calibration(recipe: Recipe, trained: bool, batches: int) -> Recipe:
         values["method"] = {"name": "pe_dyra", "t_i": 0, "interval": batches, "t_f": 1}
     values["train"] |= {"steps": batches + 2, "epochs": None, "warmup": 0, "schedule": "constant"}
     values["train"]["held_out_interval"] = None
-    values["adapter"] |= {"init_from": None, "ranks": {}, "dropout": 0.0, "weight_decomposed": False}
+    values["adapter"] |= {
+        "init": "default",
+        "init_from": None,
+        "ranks": {},
+        "dropout": 0.0,
+        "weight_decomposed": False,
+    }
     if trained:
         values["adapter"]["rank"] = max(2, recipe.adapter.rank)
     return check_recipe(values, "suggest-ranks")

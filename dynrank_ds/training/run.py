@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from dynrank_ds.checkpoint.files import BEST, Progress, complete_checkpoints, read_state
+from dynrank_ds.checkpoint.initial import IN_STATE, publish
 from dynrank_ds.checkpoint.reading import Checkpoint
 from dynrank_ds.data.collating import PackedCollator, PaddedCollator
 from dynrank_ds.export import export_checkpoint
-from dynrank_ds.methods import build_method
+from dynrank_ds.methods import build_method, method_class
 from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
 from dynrank_ds.shared_disk import patiently
@@ -29,6 +30,7 @@ from dynrank_ds.training.loop import StepResult, Trainer, TrainingData
 from dynrank_ds.training.loss import SummedLoss, check_loss
 from dynrank_ds.training.model import DTYPES, adapt, hidden_size, load_model, with_defaults
 from dynrank_ds.training.movement import MovementCheck
+from dynrank_ds.training.pissa import restore_initial_triples, start_from_principal_triples
 from dynrank_ds.training.resume import find_checkpoint, fingerprints, lock_directory
 from dynrank_ds.training.rundir import check_output
 from dynrank_ds.training.samples import prepare_data, split_held_out
@@ -141,6 +143,7 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device, state: RunState |
             state.write(STARTING, "the model is loaded; after a kill, " + HOW_TO_RESUME)
         engine, method = build_engine(recipe, config, checkpoint, total_steps, device)
         check_loss(engine.evaluate, data.samples, data.collator, recipe.model.dtype, device)
+        initial_hash = checkpoint.metadata.get(IN_STATE) if checkpoint else None
         if processes.rank() == 0:
             if recipe.adapter.init_from and not checkpoint:
                 warn_of_another_base(Path(recipe.adapter.init_from), identity["base model"])
@@ -148,12 +151,16 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device, state: RunState |
             directory.cut_logs(progress.step, progress.batch)
             if checkpoint:
                 logger.info("resumed from %s", checkpoint.path)
+            elif recipe.adapter.variant == "pissa":
+                # Named now that the directory is known for a run's.
+                initial_hash = publish(directory.path)
         on_error.pop_all()  # the directory stays locked while it trains
     metadata = {
         "method": recipe.method.name,
         "base_model": recipe.model.path,
         "recipe": recipe.model_dump(mode="json"),
         "identity": identity,
+        **({} if initial_hash is None else {IN_STATE: initial_hash}),
     }
     return Trainer(recipe, data, engine, method, directory, progress, metadata)
 
@@ -188,10 +195,16 @@ def build_engine(
     model = load_model(recipe.model, recipe.train.activation_checkpointing, partitioner, device)
     loss = SummedLoss(model)
     logger.info("computes in %s", describe_capabilities(recipe, loss, processes.world_size(), device))
+    pissa = recipe.adapter.variant == "pissa"
     if checkpoint:
         modules = adapt(model, recipe, checkpoint.factors(), checkpoint.initial_ranks())
+        if pissa:
+            restore_initial_triples(modules, checkpoint, partitioner)
     else:
         modules = adapt(model, recipe)
+        if pissa:
+            factors = method_class(recipe.method).factors
+            start_from_principal_triples(modules, recipe, factors, partitioner, device)
     method = build_method(recipe.method, modules, total_steps, device)
     engine = ZeroEngine(
         loss,

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import yaml
 
+from dynrank_ds.checkpoint.initial import INITIAL, UNFINISHED
 from dynrank_ds.errors import RunError
 from dynrank_ds.files import append_line, read_json, replace_text
 from dynrank_ds.recipe import Recipe
@@ -27,7 +28,17 @@ SLURM = "slurm"
 """Folder of launcher/slurm/submit.py in a run directory, of which the run itself writes nothing."""
 _LOCK = ".run.lock"
 _TRACKED = {"tensorboard", "wandb", "wandb_id"}
-_BEFORE_THE_FIRST_STEP = {_LOCK, RECIPE, ENVIRONMENT, METRICS, STATE, "checkpoints", *_TRACKED}
+_BEFORE_THE_FIRST_STEP = {
+    _LOCK,
+    RECIPE,
+    ENVIRONMENT,
+    METRICS,
+    STATE,
+    INITIAL,
+    UNFINISHED,
+    "checkpoints",
+    *_TRACKED,
+}
 _PACKAGES = (
     "dynrank-ds",
     "torch",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -18,6 +19,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from dynrank_ds.adapters.linear import AdaptedModule
+from dynrank_ds.adapters.pissa import PissaLinear
 from dynrank_ds.ranking.layout import Fragment, FragmentOf, ModuleShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import processes
@@ -30,6 +32,7 @@ from dynrank_ds.zero.migrate import (
     module_sizes,
     portions,
 )
+from dynrank_ds.zero.partitioner import whole_copies
 from dynrank_ds.zero.shards import MOMENTS, Shards, Zero2Shards, Zero3Shards
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -170,6 +173,7 @@ class ZeroEngine:
         rules = self._rules(old.ranks), self._rules(plan.ranks)
         moved, whole = migrate(states, old, new, plan, new_rows, rules, processes.all_reduce_sum)
         of_vectors = self._moved_vectors(old, new, rules)
+        initial = self._initial_after(plan)
         self._close()
         for index, factors in whole.items():
             module = self.modules[index]
@@ -178,6 +182,8 @@ class ZeroEngine:
             module.set_factors(factors if plan.ranks[index] else {})
             kept = self.births[index][list(plan.keep[index])]
             self.births[index] = torch.cat([kept, kept.new_full((plan.new[index],), self.updates)])
+        for set_initial in initial:
+            set_initial()
         self._build(new)
         carried = dict(zip(names, moved[1:], strict=True))
         self._write(moved[0], carried, of_vectors)
@@ -200,6 +206,9 @@ class ZeroEngine:
         """Set lora_E of these triples of every module to 0; moments stay, and the next step may move them."""
         with torch.no_grad():
             self._shards.zero_gates(masked)
+            for module, triples in zip(self.modules, masked, strict=True):
+                if isinstance(module, PissaLinear):
+                    module.mask_initial(triples)
 
     def whole_rows(self, state: Sequence[Tensor]) -> Iterator[tuple[int, str, Tensor]]:
         """Yield (module, factor, (rows, row_length)) of a state, few modules a gather.
@@ -215,6 +224,19 @@ class ZeroEngine:
                 yield module, factor, rows[0]
 
     # --- building
+
+    def _initial_after(self, plan: RankPlan) -> list[Callable[[], None]]:
+        """Return what takes the initial triples of a plan's pruned triples out of their modules, once called."""
+        changes: list[Callable[[], None]] = []
+        for index in plan.changed(self.layout.ranks):
+            module = self.modules[index]
+            if isinstance(module, PissaLinear):
+                initial_of, rows = module.rows_after(plan.keep[index], plan.new[index])
+                if len(rows) == len(module.held):
+                    module.initial_of = initial_of
+                else:
+                    changes.append(partial(_set_initial, module, _initial_rows(module, rows), initial_of))
+        return changes
 
     def _rules(self, ranks: Sequence[int]) -> list[FragmentOf]:
         return self._shards_of.rules(self.shapes, ranks, self.factors, processes.world_size(), self.vectors)
@@ -252,6 +274,25 @@ class ZeroEngine:
     def _close(self) -> None:
         release_engine(self._engine, self._model)
         del self._engine, self._shards
+
+
+def _initial_rows(module: PissaLinear, rows: list[int]) -> dict[str, Tensor]:
+    """Return these rows of a module's initial triples, whole on every process."""
+    if not rows or module.initial_A is None or module.initial_B is None:
+        return {}
+    found = whole_copies({"lora_A": module.initial_A, "lora_B": module.initial_B})
+    if module.initial_E is not None:
+        found["lora_E"] = module.initial_E
+    return {factor: value[rows] for factor, value in found.items()}
+
+
+def _set_initial(
+    module: PissaLinear, factors: Mapping[str, Tensor], initial_of: Sequence[int | None]
+) -> None:
+    for replaced in (module.initial_A, module.initial_B):
+        if replaced is not None:
+            release_parameter(replaced)
+    module.set_initial(factors, initial_of)
 
 
 def _rank(module: AdaptedModule) -> int:

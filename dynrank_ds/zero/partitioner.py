@@ -105,3 +105,21 @@ class Partitioner:
         free_param(made)
         self.shard_bytes += size * param.dtype.itemsize
         return LocalShard(shard[:held], start)
+
+    def partitioned(self, whole: Tensor) -> nn.Parameter:
+        """Return a frozen parameter whose shard holds this process's part of a tensor that every process has."""
+        param = self.parameter(whole.shape, whole.dtype)
+        shard = self.partition(param)
+        shard.data.copy_(whole.reshape(-1)[shard.start : shard.start + len(shard.data)])
+        return param
+
+
+def is_partitioned(param: Tensor) -> bool:
+    """Return whether this process holds a shard of a parameter alone."""
+    return hasattr(param, "ds_tensor")
+
+
+def whole_copies(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return copies of parameters, partitioned or not, on every process; every process must call it."""
+    with deepspeed.zero.GatheredParameters(list(params.values())):
+        return {name: param.detach().clone() for name, param in params.items()}

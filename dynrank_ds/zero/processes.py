@@ -89,6 +89,12 @@ def from_each_process(tensor: Tensor) -> Iterator[Tensor]:
         yield sent
 
 
+def broadcast(tensor: Tensor, process: int) -> Tensor:
+    """Give every process the tensor of one of them, of this shape everywhere, in place; one collective."""
+    dist.broadcast(tensor, process)
+    return tensor
+
+
 def agree(digest: str, device: torch.device) -> bool:
     """Return whether all processes hold the same hexadecimal digest, of which the first 15 digits are compared."""
     own = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device=device)
