@@ -334,3 +334,18 @@ def test_the_documented_plans_are_those_of_today(
 
 def test_the_documents_print_7b_on_1_and_8_and_70b_on_8_16_and_64_gpus() -> None:
     assert [int(n) for _, text in EXAMPLES for n in re.findall(r"(\d+) GPUs x", text)] == [1, 8, 8, 16, 64, 2]
+
+
+GUIDE = (Path(__file__).resolve().parents[2] / "launcher/README.md").read_text()
+ROWS = re.findall(r"^ *\| (\d+) \| `(dynrank plan .*?)` \| (.*?) \| (.*?) \| (.*?) \|$", GUIDE, re.MULTILINE)
+
+
+def test_the_guide_from_one_gpu_to_64_has_the_numbers_of_the_documented_plans() -> None:
+    assert [int(gpus) for gpus, *_ in ROWS] == [1, 8, 8, 16, 64]
+    printed = dict(EXAMPLES)
+    for gpus, command, memory, step, hours in ROWS:
+        text = printed[command]
+        assert f"{gpus} GPUs x" in text and "verdict     fits" in text
+        assert memory.removesuffix(" GiB") == re.findall(r"sum +([\d.]+)", text)[0]
+        assert step == " to ".join(re.findall(r"step +([\d.]+) s .*, ([\d.]+) s where", text)[0]) + " s"
+        assert hours == " to ".join(re.findall(r"at most ([\d.]+) hours, or ([\d.]+)", text)[0]) + " h"
