@@ -123,7 +123,8 @@ class WeightDecomposedLinear(AdaptedLinear):
         b = self.lora_B.to(wide) * self.scale
         if gate is not None:
             b *= gate.to(wide).expand(len(b))[:, None]
-        with_base = F.linear(self.lora_A, dense_weight(self.base)).to(wide)
+        dense = dense_weight(self.base)
+        with_base = F.linear(self.lora_A.to(dense.dtype), dense).to(wide)
         a = self.lora_A.to(wide)
         squares = (b * (2 * with_base + (a @ a.T) @ b)).sum(0)
         norms = (base_norms.square() + squares).clamp_min_(0).sqrt_()
@@ -133,6 +134,6 @@ class WeightDecomposedLinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         update = self.update(x)
-        y = y if update is None else y + update
-        scaled: Tensor = _ScaledRows.apply(y, self.base.bias, self.magnitude_offset, *self._norms())
-        return scaled
+        summed = y if update is None else y + update
+        scaled: Tensor = _ScaledRows.apply(summed, self.base.bias, self.magnitude_offset, *self._norms())
+        return scaled.to(y.dtype)

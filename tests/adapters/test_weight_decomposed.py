@@ -130,6 +130,25 @@ def test_in_bf16_a_magnitude_moves_by_less_than_the_rounding_of_its_row() -> Non
     torch.testing.assert_close(moved, torch.full((7,), 0.003), rtol=0.2, atol=0)
 
 
+def test_factors_may_be_wider_than_the_base() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(24, 40, dtype=torch.bfloat16).requires_grad_(False)
+    module, exact = (
+        WeightDecomposedLinear(linear, SCALE, torch.float32) for linear in (base, nn.Linear(24, 40))
+    )
+    exact.base.load_state_dict(base.state_dict())
+    factors = {"lora_A": 0.1 * torch.randn(3, 24), "lora_B": 0.1 * torch.randn(3, 40)}
+    x = torch.randn(9, 24).bfloat16()
+    for each in (module, exact):
+        each.set_factors(factors)
+        each.set_vectors({"magnitude_offset": torch.linspace(-0.2, 0.2, 40)})
+    out = module(x)
+    assert out.dtype == torch.bfloat16 and module.magnitude_offset.dtype == torch.float32
+    torch.testing.assert_close(out.float(), exact(x.float()), rtol=0.02, atol=0.02)
+    out.sum().backward()
+    assert all(p.grad is not None for p in [*module.factors().values(), *module.vectors().values()])
+
+
 @pytest.mark.parametrize("new", [{"lora_E": torch.zeros(1)}, {"lora_B": torch.zeros(1, 7)}])
 def test_a_new_triple_without_effect_changes_no_bit_and_a_pruned_one_takes_its_share_alone(
     new: dict[str, Tensor],
