@@ -75,7 +75,7 @@ def soak(folder: Path) -> None:
         "train.learning_rate=1e-4",
         *sys.argv[3:],
     ]
-    with patch.object(run, "Saving", Watching), name_failed_peer():
+    with patch.object(run, "Saving", Watching), name_failed_peer(print):
         run.train(load_recipe(str(folder / "recipe.yaml"), overrides), False, torch.device("cpu"))
 
 
