@@ -30,7 +30,7 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 _MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.4}
 
 _TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-_OWN_SIZES = ("gpt_neox", "falcon", "llava", "gemma3", "qwen2_5_vl")
+_OWN_SIZES = ("gpt_neox", "falcon", "llava")
 """Model types whose configuration refuses some of the common sizes."""
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,32 +93,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                 "patch_size": 14,
             },
             "image_token_index": 99,
-        },
-    ),
-    "Gemma-3 (images)": (
-        "gemma3",
-        {
-            "text_config": {**_COMMON, "sliding_window": 8, "query_pre_attn_scalar": 8},
-            "vision_config": {**_TOWER, "image_size": 28, "patch_size": 14},
-            "mm_tokens_per_image": 4,
-            "boi_token_index": 97,
-            "eoi_token_index": 98,
-            "image_token_index": 99,
-        },
-    ),
-    "Qwen2.5-VL": (
-        "qwen2_5_vl",
-        {
-            "text_config": {**_COMMON, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "depth": 1,
-                "num_heads": 4,
-                "out_hidden_size": 32,
-            },
-            "image_token_id": 99,
-            "video_token_id": 98,
         },
     ),
     "OPT": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
