@@ -69,7 +69,7 @@ def _state(record: RunRecord) -> str:
     state = record.state
     if not state or state["state"] == "finished":
         return ""
-    if state["state"] == "running":
+    if state["state"] in ("starting", "running"):
         last = f"step {record.metrics[-1]['step']:,}" if record.metrics else "no step"
         return (
             f"The run has not ended: it trains, or it was killed and could not say so. Its last line is of {last} of "

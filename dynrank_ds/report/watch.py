@@ -24,4 +24,4 @@ def watch_report(run: Path, compare: Sequence[Path] = (), seconds: int = 10) -> 
 
 
 def _is_running(state: Path) -> bool:
-    return not state.is_file() or read_json(state)["state"] == "running"
+    return not state.is_file() or read_json(state)["state"] in ("starting", "running")

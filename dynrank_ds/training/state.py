@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from dynrank_ds.checkpoint.files import BEST, STEP, Progress, complete_checkpoints
-from dynrank_ds.files import replace_text
+from dynrank_ds.files import read_json, replace_text
 from dynrank_ds.training.rundir import STATE, RunDirectory
 
 STARTING, RUNNING, STOPPED, FINISHED, FAILED = "starting", "running", "stopped", "finished", "failed"
@@ -72,6 +72,7 @@ class RunState:
                     if not (self.directory.is_locked or self.directory.lock()):
                         return
                     self._progress = Progress(_newest_step(self.directory.path))
+                    self._total_steps = _total_steps_so_far(self.path)
                 self.write(STOPPED, HOW_TO_RESUME)
             except OSError as failure:
                 self._warn(failure)
@@ -79,6 +80,12 @@ class RunState:
 
     def _warn(self, failure: OSError) -> None:
         logger.warning("%s could not be written: %s", self.path, failure.strerror)
+
+
+def _total_steps_so_far(state: Path) -> int | None:
+    """Return what the run said of its length when it trained before; None where it has not."""
+    total: int | None = read_json(state).get("total_steps") if state.is_file() else None
+    return total
 
 
 def _newest_step(run: Path) -> int:

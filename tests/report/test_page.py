@@ -110,6 +110,10 @@ STATE = dict(state="failed", step=3, total_steps=30, error="the disk is full.", 
         ({}, "The run failed at step 3 of 30: the disk is full. To go on: see to it."),
         ({"state": "stopped"}, "stopped by a signal at step 3 of 30 and has saved: see to it."),
         (
+            {"state": "starting"},
+            "it trains, or it was killed and could not say so. Its last line is of step 30 of 30.",
+        ),
+        (
             {"state": "running"},
             "it trains, or it was killed and could not say so. Its last line is of step 30 of 30.",
         ),
@@ -225,7 +229,7 @@ def test_compared_runs_are_rows_of_a_table_and_lines_of_a_figure(run, lora_run):
 
 @pytest.mark.usefixtures("without_pictures")
 def test_a_watched_page_renews_itself_until_the_run_ends(run, monkeypatch):
-    (run / "state.json").write_text(json.dumps(STATE | {"state": "running"}))
+    (run / "state.json").write_text(json.dumps(STATE | {"state": "starting"}))
     pauses = []
 
     def pause(seconds):

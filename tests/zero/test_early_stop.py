@@ -51,10 +51,11 @@ def test_an_early_stop_leaves_the_state_of_another_run_in_the_directory_alone(tm
     other.unlock()
     stopped = RunState(tmp_path)
     (tmp_path / "checkpoints/step-12").mkdir(parents=True)
+    (tmp_path / "state.json").write_text(json.dumps({"state": "running", "total_steps": 20}))
     stopped.write_early_stop()
     stopped.write("running", "the main thread had not noticed")
     state = json.loads((tmp_path / "state.json").read_text())
-    assert (state["state"], state["step"]) == ("stopped", 12)
+    assert (state["state"], state["step"], state["total_steps"]) == ("stopped", 12, 20)
 
 
 def test_no_process_ends_with_75_before_all_know_and_none_where_one_has_died(tmp_path: Path) -> None:
