@@ -87,7 +87,7 @@ def merge_adapter(
             for companion in model.companions:
                 shutil.copyfile(model.folder / companion, folder / companion)
             merge.write(folder, workers)
-            return _probe(Merge(adapter, model, modules, nf4), folder) if nf4 else None
+        return _probe(Merge(adapter, model, modules, nf4), output) if nf4 else None
 
 
 def _probe(as_trained: Merge, merged: Path) -> Difference | None:
