@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from dynrank_ds.checkpoint.files import BEST, STEP, Progress, complete_checkpoints
+from dynrank_ds.errors import RunError
 from dynrank_ds.files import read_json, replace_text
 from dynrank_ds.training.rundir import STATE, RunDirectory
 
@@ -84,7 +85,10 @@ class RunState:
 
 def _total_steps_so_far(state: Path) -> int | None:
     """Return what the run said of its length when it trained before; None where it has not."""
-    total: int | None = read_json(state).get("total_steps") if state.is_file() else None
+    try:
+        total: int | None = read_json(state).get("total_steps") if state.is_file() else None
+    except RunError:  # what is no JSON is replaced; an early stop must end its process
+        return None
     return total
 
 
