@@ -105,24 +105,25 @@ STATE = dict(state="failed", step=3, total_steps=30, error="the disk is full.", 
 
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "step", "said"),
     [
-        ({}, "The run failed at step 3 of 30: the disk is full. To go on: see to it."),
-        ({"state": "stopped"}, "stopped by a signal at step 3 of 30 and has saved: see to it."),
+        ({}, 3, "The run failed at step 3 of 30: the disk is full. To go on: see to it."),
+        ({"state": "stopped"}, 3, "stopped by a signal at step 3 of 30 and has saved: see to it."),
         (
             {"state": "starting"},
             "it trains, or it was killed and could not say so. Its last line is of step 30 of 30.",
         ),
         (
             {"state": "running"},
+            30,
             "it trains, or it was killed and could not say so. Its last line is of step 30 of 30.",
         ),
     ],
 )
-def test_a_run_that_did_not_finish_has_a_page_that_says_so(run, changed, said):
+def test_a_run_that_did_not_finish_has_a_page_that_says_so(run, changed, step, said):
     (run / "state.json").write_text(json.dumps(STATE | changed))
     text = write_report(run).read_text()
-    assert said in text and summary(text)["State"].endswith("step 3 of 30")
+    assert said in text and summary(text)["State"].endswith(f"step {step} of 30")
 
 
 @pytest.mark.usefixtures("without_pictures")
