@@ -15,7 +15,7 @@ def summary(record: RunRecord) -> dict[str, str]:
     """Return what the page's first table says, by the words before it."""
     found = {"Method": record.method, "Base model": record.base_model}
     if record.state:
-        running = record.state["state"] == "running"  # written when training began, with the step of then
+        running = record.state["state"] in ("starting", "running")  # written with the step of then
         step = record.metrics[-1]["step"] if running and record.metrics else record.state["step"]
         found["State"] = f"{record.state['state']}, step {step:,} of {record.state['total_steps']:,}"
     if record.metrics:

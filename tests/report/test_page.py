@@ -111,6 +111,7 @@ STATE = dict(state="failed", step=3, total_steps=30, error="the disk is full.", 
         ({"state": "stopped"}, 3, "stopped by a signal at step 3 of 30 and has saved: see to it."),
         (
             {"state": "starting"},
+            30,
             "it trains, or it was killed and could not say so. Its last line is of step 30 of 30.",
         ),
         (
