@@ -93,6 +93,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_prepare_refuses_a_hub_model_before_anything_but_its_configuration_is_asked_for(
     hub: Hub, tmp_path: Path
 ) -> None:
@@ -116,7 +117,7 @@ def test_prepare_refuses_a_hub_model_before_anything_but_its_configuration_is_as
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert ran.returncode == 0, ran.stderr
     errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
