@@ -17,7 +17,7 @@ def summary(record: RunRecord) -> dict[str, str]:
     if record.state:
         running = record.state["state"] in ("starting", "running")  # written with the step of then
         step = record.metrics[-1]["step"] if running and record.metrics else record.state["step"]
-        found["State"] = f"{record.state['state']}, step {step:,} of {record.state['total_steps']:,}"
+        found["State"] = f"{record.state['state']}, step {step:,}{_of_all(record)}"
     if record.metrics:
         first, last = record.metrics[0], record.metrics[-1]
         found |= {
@@ -72,18 +72,24 @@ def _state(record: RunRecord) -> str:
     if state["state"] in ("starting", "running"):
         last = f"step {record.metrics[-1]['step']:,}" if record.metrics else "no step"
         return (
-            f"The run has not ended: it trains, or it was killed and could not say so. Its last line is of {last} of "
-            f"{state['total_steps']:,}."
+            f"The run has not ended: it trains, or it was killed and could not say so. Its last line is of {last}"
+            f"{_of_all(record)}."
         )
-    where = f"at step {state['step']:,} of {state['total_steps']:,}"
+    where = f"at step {state['step']:,}{_of_all(record)}"
     if state["state"] == "stopped":
         return f"The run was stopped by a signal {where} and has saved: {state['how_to_continue']}."
     return f"The run failed {where}: {str(state['error']).rstrip('.')}. To go on: {state['how_to_continue']}."
 
 
+def _of_all(record: RunRecord) -> str:
+    """Return ` of 30`; nothing for a run that was stopped before its number of steps was known."""
+    total = record.state["total_steps"]
+    return f" of {total:,}" if total is not None else ""
+
+
 def _without_adjustment(record: RunRecord) -> str:
     """Return why there is none: ranks are fixed, or the first adjustment is still to come."""
-    if record.method not in METHODS or not record.state:
+    if record.method not in METHODS or not record.state.get("total_steps"):
         return "Ranks were never adjusted: fixed ranks, or no adjustment yet."
     config = METHODS[record.method].config_class.model_validate(record.recipe["method"])
     planned = config.adjustments(record.state["total_steps"]).steps
