@@ -52,7 +52,9 @@ def test_the_scale_is_that_of_peft_with_and_without_rslora(
     scaling: Literal["rank", "root_rank"], root: bool
 ) -> None:
     section = AdapterSection(rank=3, alpha=5.0, scaling=scaling, targets=("q_proj",))
-    ours = inject_named(model(), section.targets, section.rank, section.scale, lora_factors, seed=0)
+    assert section.alpha is not None
+    scale = section.alpha / section.alpha_at_scale_one
+    ours = inject_named(model(), section.targets, section.rank, scale, lora_factors, seed=0)
     config = LoraConfig(r=3, lora_alpha=5, use_rslora=root, target_modules=["q_proj"])  # type: ignore[arg-type]
     theirs = inject_adapter_in_model(config, model())
     for name, module in ours.items():

@@ -146,7 +146,7 @@ def write_adapter(folder, config=None, tensors=None):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"use_dora": True}, "weight-decomposed"),
+        ({"use_dora": True}, "has no magnitudes of .* says use_dora"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
         ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from dynrank_ds.training.architecture import auto_class
 from dynrank_ds.training.logits import LOGITS_AT_ONCE, rows_at_once
 from dynrank_ds.training.loss import SummedLoss
 from tests.support.architectures import ARCHITECTURES, architecture_config
@@ -23,7 +24,8 @@ ROWS = 3
 def random_model(name: str) -> PreTrainedModel:
     """In training mode without dropout, its head frozen as in a run."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(architecture_config(*ARCHITECTURES[name])).eval()
+    config = architecture_config(*ARCHITECTURES[name])
+    model: PreTrainedModel = auto_class(config).from_config(config).eval()
     model.config.use_cache = False
     model.requires_grad_(True).get_output_embeddings().requires_grad_(False)
     return model

@@ -59,7 +59,7 @@ def logits(trainer: Trainer) -> Tensor:
     head = engine._model.model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, inputs, output: found.append(output.clone()))
     positions = torch.arange(24)
-    engine._engine(input_ids=tokens, positions=positions, targets=tokens.flatten())
+    engine._engine(input_ids=tokens, positions=positions, targets=tokens.flatten(), every_position=True)
     handle.remove()
     engine._engine.train()
     return found[0].view(2, 12, -1)
