@@ -130,7 +130,7 @@ def test_an_array_is_read_as_json_reads_it_wherever_its_pieces_end(
         ),
         ("r.json", b'[{"p": 1},\n 7]', "line 2: a int, but each element must be a JSON object"),
         ("r.json", b'{\n "p": 1\n}', "line 1: not valid JSON"),
-        ("r.jsonl.gz", gzip.compress(b'{"p": 1}\n' * 999)[:-20], "cannot be read ("),
+        ("r.jsonl.gz", gzip.compress(b'{"p": 1}\n' * 999, mtime=0)[:-20], "cannot be read ("),
         ("r.jsonl", b"\x28\xb5\x2f\xfd....", "this is compressed by zstd: decompress it"),
         ("r.xlsx", b"PK\x03\x04....", "this is a zip archive or a spreadsheet"),
         (
@@ -138,7 +138,7 @@ def test_an_array_is_read_as_json_reads_it_wherever_its_pieces_end(
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
             "this is a Git LFS pointer, not the file: run `git lfs pull`",
         ),
-        ("r.parquet.gz", gzip.compress(parquet(ROWS)), "Parquet inside a compressed file: decompress it"),
+        ("r.parquet.gz", gzip.compress(parquet(ROWS), mtime=0), "Parquet inside a compressed file: decompress it"),
     ],
 )
 def test_what_cannot_be_read_is_reported_with_its_place_and_what_to_do(
