@@ -31,7 +31,7 @@ def mean_initial_rank(modules: Mapping[str, AdaptedModule]) -> float:
 
 
 HIDDEN_SIZE_OF_DEFAULT_RATES = 576
-"""Of SmolLM2-135M, on which `Method.default_rate` was measured."""
+"""Of SmolLM2-135M, for which `Method.default_rate` is."""
 
 Steps = Annotated[int | float, Field(ge=0, description="whole steps, or a fraction of training below 1")]
 
