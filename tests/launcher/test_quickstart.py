@@ -85,6 +85,8 @@ def stopped(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Where the tests run in a shell's background it is ignored, and bash cannot trap what it finds ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     family: list[psutil.Process] = []
     try:

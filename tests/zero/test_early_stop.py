@@ -28,7 +28,7 @@ def test_a_signal_to_one_process_before_training_ends_both_soon(victim: int, tmp
     wait_until(lambda: notes_signals(processes[victim].pid), processes)
     os.kill(processes[victim].pid, signal.SIGUSR1)
     os.kill(processes[1 - victim].pid, signal.SIGCONT)
-    wait(processes, timeout=60)
+    wait(processes, timeout=180)
     outputs = [process.output for process in processes]
     assert [process.returncode for process in processes] == [75, 75], outputs
     assert [output.count("stopped by a signal before training began") for output in outputs] == [1, 0]
