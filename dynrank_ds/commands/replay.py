@@ -32,8 +32,11 @@ def replay(run: Path) -> tuple[int, list[int]]:
     recipe = load_recipe(str(run / RECIPE))
     steps = recipe.train.steps or recipe.total_steps(len(split_held_out(prepare_data(recipe)[0], recipe)[0]))
     # The first line has the ranks that the run began with: an adapter that it started from need not be there any more.
-    model, initial_ranks = model_without_weights(recipe.model.path), adjustments[0]["before"]
-    modules = adapt(model, recipe, initial_ranks=initial_ranks)
+    adapter = recipe.adapter.model_copy(update={"init_from": None})
+    recipe = recipe.model_copy(update={"adapter": adapter})
+    modules = adapt(model_without_weights(recipe.model.path), recipe)
+    for name, module in modules.items():
+        module.initial_rank = adjustments[0]["before"][name]
     method = build_method(recipe.method, modules, steps, torch.device("meta"))
     limits = tuple(module.max_rank for module in modules.values())
     differing = []

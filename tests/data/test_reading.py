@@ -138,7 +138,11 @@ def test_an_array_is_read_as_json_reads_it_wherever_its_pieces_end(
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
             "this is a Git LFS pointer, not the file: run `git lfs pull`",
         ),
-        ("r.parquet.gz", gzip.compress(parquet(ROWS), mtime=0), "Parquet inside a compressed file: decompress it"),
+        (
+            "r.parquet.gz",
+            gzip.compress(parquet(ROWS), mtime=0),
+            "Parquet inside a compressed file: decompress it",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_reported_with_its_place_and_what_to_do(

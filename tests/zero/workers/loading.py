@@ -60,7 +60,11 @@ def compared(recipe: Recipe) -> dict[str, Any]:
         optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0),
         config=config,
     )
-    own = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=DTYPES[recipe.model.dtype])
+    own = AutoModelForCausalLM.from_pretrained(
+        recipe.model.path,
+        dtype=DTYPES[recipe.model.dtype],
+        attn_implementation=model.config._attn_implementation,
+    )
     tokens = torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
         logits = engine(input_ids=tokens).logits
