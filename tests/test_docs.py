@@ -242,7 +242,7 @@ def test_examples_of_the_help_run_or_parse(workspace: Path, monkeypatch: pytest.
 def test_recipes_of_a_document_load(document: str, workspace: Path, tmp_path: Path) -> None:
     for body in blocks(document, "yaml"):
         values = yaml.safe_load(body)
-        base = {} if "model" in values else {"base": str(workspace / "my.yaml")}
+        base = {} if {"model", "data"} <= set(values) else {"base": str(workspace / "my.yaml")}
         file = tmp_path / "documented.yaml"
         file.write_text(yaml.safe_dump({**base, **values}))
         load_recipe(str(file))

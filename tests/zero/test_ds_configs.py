@@ -69,12 +69,13 @@ def test_a_configuration_has_the_losses_and_plans_of_zero_3(folder: Path, name: 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_has_the_losses_and_adapter_of_one_that_never_stopped(folder: Path, name: str) -> None:
     resumed = folder / f"{name}-resumed"
-    assert losses(resumed) == losses(folder / name) and len(losses(resumed)) == 6
+    # The sum of four gradients depends on their order, which is that of the engine's parameters.
+    tolerance = 0 if processes(name) == 2 else 1e-6
+    assert losses(resumed) == pytest.approx(losses(folder / name), abs=tolerance, rel=0)
+    assert len(losses(resumed)) == 6
     found, expected = (
         load_file(run / "adapter/adapter_model.safetensors") for run in (resumed, folder / name)
     )
-    # The sum of four gradients depends on their order, which is that of the engine's parameters.
-    tolerance = 0 if processes(name) == 2 else 1e-6
     for key, weights in expected.items():
         assert (found[key] - weights).abs().max() <= tolerance, key
 
