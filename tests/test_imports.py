@@ -17,7 +17,7 @@ _LAYERS = (
     ("composing", "files", "ranking", "tensorfile"),
     ("adapters", "base_weights", "quantised_layers"),
     ("data", "methods", "zero"),
-    ("checkpoint", "recipe_mistakes"),
+    ("checkpoint", "recipe_mistakes", "recipe_sections"),
     ("recipe",),
     ("export", "report"),
     ("training",),

@@ -10,7 +10,8 @@ import yaml
 from dynrank_ds.composing import shipped
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHODS
-from dynrank_ds.recipe import AdapterSection, Recipe, check_recipe, load_recipe
+from dynrank_ds.recipe import Recipe, check_recipe, load_recipe
+from dynrank_ds.recipe_sections import AdapterSection
 from dynrank_ds.zero.config import load_config
 
 VALUES: dict[str, Any] = {

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynrank_ds.bench.sides import AfterStep
-from dynrank_ds.recipe import TrainSection
+from dynrank_ds.recipe_sections import TrainSection
 
 
 def train(

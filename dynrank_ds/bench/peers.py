@@ -26,7 +26,8 @@ from dynrank_ds.data.collating import PaddedCollator
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods import METHODS
 from dynrank_ds.methods.weightlora import WeightLoRAConfig, WeightLoRAPlusConfig
-from dynrank_ds.recipe import LLAMA_LINEARS, Recipe, load_recipe
+from dynrank_ds.recipe import Recipe, load_recipe
+from dynrank_ds.recipe_sections import LLAMA_LINEARS
 from dynrank_ds.training.attention import with_attention
 from dynrank_ds.training.samples import prepare_data
 

@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from dynrank_ds.errors import MachineError, ModelError
-from dynrank_ds.recipe import ModelSection, Recipe
+from dynrank_ds.recipe import Recipe
+from dynrank_ds.recipe_sections import ModelSection
 from dynrank_ds.training.architecture import auto_class
 
 logger = logging.getLogger(__name__)

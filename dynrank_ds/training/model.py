@@ -28,7 +28,8 @@ from dynrank_ds.adapters.linear import VECTORS, AdaptedModule
 from dynrank_ds.adapters.targets import describe_targets, find_linears, lost_in_peft
 from dynrank_ds.errors import ModelError, RunError
 from dynrank_ds.methods import method_class
-from dynrank_ds.recipe import ModelSection, Recipe
+from dynrank_ds.recipe import Recipe
+from dynrank_ds.recipe_sections import ModelSection
 from dynrank_ds.training.architecture import auto_class, check_config, check_layers, text_decoder
 from dynrank_ds.training.attention import check_attention, choose_attention
 from dynrank_ds.training.quantisation import keep_layout, quantisation_config

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from dynrank_ds.errors import ModelError
 from dynrank_ds.quantised_layers import check_packages, linears_to_quantise, quantised_linears
-from dynrank_ds.recipe import ModelSection
+from dynrank_ds.recipe_sections import ModelSection
 
 
 def quantisation_config(section: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic_core import to_jsonable_python
 
 from dynrank_ds.checkpoint import files
 from dynrank_ds.checkpoint.content import check_content
@@ -22,7 +23,7 @@ from dynrank_ds.data.store import tokenizer_hash
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import RunError
 from dynrank_ds.export.base_model import model_hash
-from dynrank_ds.recipe import Recipe, value_before_key_existed
+from dynrank_ds.recipe import Recipe
 from dynrank_ds.training.agreement import check_same_everywhere
 from dynrank_ds.training.model import fetch_model, load_tokenizer
 from dynrank_ds.training.rundir import RunDirectory, check_output
@@ -44,6 +45,9 @@ MAY_CHANGE = {
 }
 """Keys of the recipe that say where things lie or how they are computed, not what: model and data are compared by
 content instead."""
+
+FORMER_VALUES: dict[str, Any] = {"adapter.alpha": 8.0}
+"""`section.key` of keys whose default is not how runs behaved that do not name them, with what they did."""
 
 
 def fingerprints(recipe: Recipe, dataset: TokenisedDataset) -> dict[str, str]:
@@ -153,7 +157,7 @@ def refuse_changes(path: Path, before: Mapping[str, Any], recipe: Recipe, curren
     for section, values in new.items():
         known = old.get(section, {})
         for key in sorted({*values, *known} - MAY_CHANGE.get(section, set())):
-            then = known[key] if key in known else value_before_key_existed(recipe, section, key)
+            then = known[key] if key in known else _value_then(recipe, section, key)
             if values.get(key) != then:
                 differing.append(f"{section}.{key} is {values.get(key)!r}, was {then!r}")
     differing += [
@@ -167,6 +171,17 @@ def refuse_changes(path: Path, before: Mapping[str, Any], recipe: Recipe, curren
             f"{path} cannot be resumed, since this run differs from it: {'; '.join(differing)}. "
             f"Set these back, or give a new output.dir{_TO_TRAIN_LONGER if longer else ''}"
         )
+
+
+def _value_then(recipe: Recipe, section: str, key: str) -> Any:
+    """Return the value that a run had for a key which its recipe does not know: by default the key's default."""
+    path = f"{section}.{key}"
+    if path in FORMER_VALUES:
+        return FORMER_VALUES[path]
+    fields = type(getattr(recipe, section)).model_fields
+    if key not in fields or fields[key].is_required():
+        return None
+    return to_jsonable_python(fields[key].get_default(call_default_factory=True))
 
 
 _TO_TRAIN_LONGER = (

@@ -17,7 +17,8 @@ from dynrank_ds.data.sources import open_source, select
 from dynrank_ds.data.text import Format
 from dynrank_ds.data.tokenising import TokenisedDataset
 from dynrank_ds.errors import DataError, RecipeError
-from dynrank_ds.recipe import DataSection, Recipe, SourceSection
+from dynrank_ds.recipe import Recipe
+from dynrank_ds.recipe_sections import DataSection, SourceSection
 from dynrank_ds.training.model import load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dynrank_ds.ranking.schedule import resolve_steps
-from dynrank_ds.recipe import TrainSection
+from dynrank_ds.recipe_sections import TrainSection
 
 
 def learning_rate(train: TrainSection, step: int, total_steps: int) -> float:

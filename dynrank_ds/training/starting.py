@@ -15,7 +15,7 @@ from dynrank_ds.errors import RecipeError, RunError
 from dynrank_ds.export.folder import read_record
 from dynrank_ds.export.low_rank import svd
 from dynrank_ds.export.peft_adapter import PeftAdapter, Update
-from dynrank_ds.recipe import AdapterSection
+from dynrank_ds.recipe_sections import AdapterSection
 from dynrank_ds.zero.gathering import gathered
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import nn
 from dynrank_ds.adapters.initial import lora_factors, module_generator, svd_factors
 from dynrank_ds.adapters.linear import AdaptedLinear
 from dynrank_ds.errors import RecipeError
-from dynrank_ds.recipe import AdapterSection
+from dynrank_ds.recipe_sections import AdapterSection
 from tests.support.named import inject_named
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from dynrank_ds.adapters.initial import module_generator, svd_factors
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.integrations.hf import DynamicRankCallback
-from dynrank_ds.recipe import LLAMA_LINEARS
+from dynrank_ds.recipe_sections import LLAMA_LINEARS
 from tests.support.methods import METHODS
 from tests.support.recipes import EPS
 from tests.support.reference import Reference, Settings, Triple

@@ -10,7 +10,7 @@ import torch
 
 from dynrank_ds.cli import main
 from dynrank_ds.errors import ModelError
-from dynrank_ds.recipe import ModelSection
+from dynrank_ds.recipe_sections import ModelSection
 from dynrank_ds.training import attention
 from dynrank_ds.training.attention import check_attention, choose_attention
 from tests.support.architectures import ARCHITECTURES, architecture_config

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynrank_ds.errors import ModelError
-from dynrank_ds.recipe import ModelSection
+from dynrank_ds.recipe_sections import ModelSection
 from dynrank_ds.training.loss import SummedLoss
 from dynrank_ds.training.model import load_model, load_tokenizer, model_without_weights
 from tests.support.tiny import write_model

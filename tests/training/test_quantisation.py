@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dynrank_ds import quantised_layers
 from dynrank_ds.errors import MachineError, ModelError, RecipeError
 from dynrank_ds.quantised_layers import quantised_linears
-from dynrank_ds.recipe import ModelSection, check_recipe
+from dynrank_ds.recipe import check_recipe
+from dynrank_ds.recipe_sections import ModelSection
 from dynrank_ds.training.model import load_model
 from dynrank_ds.training.quantisation import check_quantisable
 from tests.support.architectures import ARCHITECTURES, architecture_config

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dynrank_ds.errors import RunError
-from dynrank_ds.recipe import VALUES_BEFORE_KEYS_EXISTED, Recipe, check_recipe, load_recipe
-from dynrank_ds.training.resume import MAY_CHANGE, fingerprints, refuse_changes
+from dynrank_ds.recipe import Recipe, check_recipe, load_recipe
+from dynrank_ds.training.resume import FORMER_VALUES, MAY_CHANGE, fingerprints, refuse_changes
 from dynrank_ds.training.samples import prepare_data
 from tests.support.recipes import lines, write_recipe
 
@@ -178,7 +178,7 @@ def test_a_section_that_an_old_checkpoint_does_not_know_counts_as_its_defaults(
     before = json.loads(json.dumps(about))
     del before["recipe"]["adapter"]
     assert "adapter.rank is 4" not in refused(folder, before)  # the default of adapter.rank is 4
-    assert "adapter.alpha is 16.0, was None" in refused(folder, before)
+    assert "adapter.alpha is 16.0, was 8.0" in refused(folder, before)
 
 
 def test_a_key_whose_default_is_not_the_former_behaviour_counts_as_that(
@@ -186,5 +186,5 @@ def test_a_key_whose_default_is_not_the_former_behaviour_counts_as_that(
 ) -> None:
     before = json.loads(json.dumps(about))
     del before["recipe"]["data"]["packing"]
-    monkeypatch.setitem(VALUES_BEFORE_KEYS_EXISTED, "data.packing", True)
+    monkeypatch.setitem(FORMER_VALUES, "data.packing", True)
     assert "data.packing is False, was True" in refused(folder, before)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dynrank_ds.recipe import TrainSection
+from dynrank_ds.recipe_sections import TrainSection
 from dynrank_ds.training.schedule import learning_rate
 
 
