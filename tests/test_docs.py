@@ -53,13 +53,17 @@ def blocks(document: str, language: str) -> list[str]:
     return [body for kind, body in _BLOCK.findall((ROOT / document).read_text()) if kind == language]
 
 
-def commands(document: str) -> Iterator[str]:
-    """Every command of its bash blocks and of its text, without comments."""
+def block_commands(document: str) -> Iterator[str]:
+    """Every command of its bash blocks, without comments."""
     for body in blocks(document, "bash"):
         for line in body.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|;", re.sub(r"(^| )#.*", "", line)):
                 if part.strip():
                     yield part.strip()
+
+
+def named_commands(document: str) -> Iterator[str]:
+    """Every command that its text names, but for those that are cut short by "..."."""
     prose = re.sub(r"\s*\n\s*", " ", _BLOCK.sub("", (ROOT / document).read_text()))
     yield from (command for command in _INLINE.findall(prose) if "..." not in command)
 
@@ -95,10 +99,13 @@ def workspace(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "workspace")
 
 
-def is_named_only(words: list[str], parser: argparse.ArgumentParser) -> bool:
-    """Return whether the text names a command, with options alone, to speak of it; both must exist."""
-    if any(not word.startswith("--") for word in words[1:]):
+def is_named_only(command: str) -> bool:
+    """Return whether a text names one of our commands, with existing options alone, to speak of it."""
+    program, *words = shlex.split(command)
+    parsers = {"dynrank": dynrank_ds.cli._parser, "dynrank-eval": dynrank_eval.cli._parser}
+    if program not in parsers or any(not word.startswith("--") for word in words[1:]):
         return False
+    parser = parsers[program]()
     (subparsers,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     assert words[0] in subparsers.choices, words
     return {word.split("=")[0] for word in words[1:]} <= set(
@@ -108,8 +115,6 @@ def is_named_only(words: list[str], parser: argparse.ArgumentParser) -> bool:
 
 def run_dynrank(words: list[str], workspace: Path) -> None:
     recipe = words[words.index("--recipe") + 1] if "--recipe" in words else ""
-    if is_named_only(words, dynrank_ds.cli._parser()):
-        return
     if words[0] == "plan" or JOIN in recipe:  # tests/planning runs the documented plans
         _check_recipe(recipe, [w for w in words[1:] if "=" in w])
         dynrank_ds.cli._parser().parse_args(words)
@@ -123,8 +128,7 @@ def run_dynrank(words: list[str], workspace: Path) -> None:
 
 
 def run_dynrank_eval(words: list[str], workspace: Path) -> None:
-    if not is_named_only(words, dynrank_eval.cli._parser()):
-        dynrank_eval.cli._parser().parse_args(words)
+    dynrank_eval.cli._parser().parse_args(words)
 
 
 def run_deepspeed(words: list[str], workspace: Path) -> None:
@@ -224,7 +228,8 @@ def test_commands_of_a_document_run_or_parse(
     document: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workspace)
-    for command in commands(document):
+    named = (command for command in named_commands(document) if not is_named_only(command))
+    for command in (*block_commands(document), *named):
         print(command)
         run_as_documented(command, workspace)
 

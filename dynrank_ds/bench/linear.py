@@ -78,7 +78,7 @@ def _adapted(base: nn.Linear, rank: int) -> nn.Module:
 def _pefts(base: nn.Linear, rank: int) -> nn.Module:
     holder = _Holder(base)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"])
-    # PEFT makes the factors of a 16-bit base in fp32 unless told not to; ours are of the base's dtype.
+    # PEFT makes the factors of a 16-bit base in fp32 by default; ours are of the base's dtype.
     inject_adapter_in_model(config, holder)
     return holder.layer.to(base.weight.dtype)
 

@@ -30,13 +30,14 @@ def paired_ratio(
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    synchronise(device)
     began = time.perf_counter()
     call()
-    _wait(device)
+    synchronise(device)
     return time.perf_counter() - began
 
 
-def _wait(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dynrank_ds.bench.figures import Figure
+from dynrank_ds.bench.pairs import synchronise
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.methods.base import Method
 from dynrank_ds.recipe import Recipe
@@ -108,17 +109,13 @@ class _Inside:
 
     def timed(self, call: Callable[..., None]) -> Callable[..., None]:
         def timed(*arguments: Any) -> None:
-            self._wait()
+            synchronise(self._device)
             began = time.perf_counter()
             call(*arguments)
-            self._wait()
+            synchronise(self._device)
             self.seconds += time.perf_counter() - began
 
         return timed
-
-    def _wait(self) -> None:
-        if self._device.type != "cpu":
-            torch.get_device_module(self._device).synchronize()
 
 
 def _figures(timing: Timing, pairs: int, adjustments: int) -> list[Figure]:

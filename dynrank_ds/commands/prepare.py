@@ -14,9 +14,8 @@ def prepare(recipe: Recipe) -> str:
     Raises:
         DataError, ModelError, RecipeError: what is missing or malformed.
     """
-    adapt(
-        model_without_weights(recipe.model.path), recipe
-    )  # what cannot be trained is refused before it is fetched
+    # What cannot be trained is refused before its weights are fetched.
+    adapt(model_without_weights(recipe.model.path), recipe)
     model = fetch_model(recipe.model.path)
     dataset, _ = prepare_data(recipe)
     split_held_out(dataset, recipe)  # refused here, not on the machine without internet
