@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The test suite, on a machine that needs nothing but python3, venv and g++ (launcher/environment.sh installs the rest).
 #   bash tests/run.sh [pytest args]    everything but the tests marked slow or soak: 26 minutes on 2 slow cores
-#   bash tests/run.sh --all [...]      the slow ones too: within 80 minutes
+#   bash tests/run.sh --all [...]      the slow ones too
 #   bash tests/run.sh --soak [...]     the tests marked soak alone: longer; each can be run by its name
 # Two files at a time, since tests that start processes wait for one another more than they compute; `-n 0` for one.
 # It runs in the project's folder whatever the working directory: paths in the arguments start there.
