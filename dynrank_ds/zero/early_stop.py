@@ -37,7 +37,7 @@ class EarlyStop(threading.Thread):
         self._asked, self._before_exit, self._exit_code = asked, before_exit, exit_code
         self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=GRACE))
-        self._ended = threading.Event()
+        self._ended, self._leaving = threading.Event(), threading.Event()
 
     def begin_training(self) -> None:
         """Wait for all processes; end all of them where one was asked to stop before, else none from here on."""
@@ -48,8 +48,11 @@ class EarlyStop(threading.Thread):
         self.cancel()
 
     def cancel(self) -> None:
-        """End the thread."""
+        """End the thread, or wait for it where it is ending the process."""
         self._ended.set()
+        # The process that ends first makes the main threads of the others fail in their collectives.
+        if self._leaving.is_set():
+            self.join()
 
     def run(self) -> None:
         try:
@@ -72,6 +75,7 @@ class EarlyStop(threading.Thread):
         store.add(_READY, 1)
         while store.add(_READY, 0) < size:
             time.sleep(_INTERVAL / 5)
+        self._leaving.set()
         self._before_exit()
         store.add(_LEAVING, 1)
         deadline = time.monotonic() + GRACE

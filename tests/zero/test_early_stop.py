@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -68,6 +70,28 @@ def test_no_process_ends_with_75_before_all_know_and_none_where_one_has_died(tmp
     os.kill(second.pid, signal.SIGKILL)
     first.wait(timeout=60)
     assert first.returncode == 1, first.output
+
+
+_FAILS_WHILE_ALL_END = """
+import time
+import torch.distributed as dist
+from dynrank_ds.zero.early_stop import EarlyStop
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+leaving = []
+early_stop = EarlyStop(lambda: True, lambda: (leaving.append(True), time.sleep(1)), exit_code=75)
+early_stop.start()
+try:
+    while not leaving:
+        time.sleep(0.01)
+    raise RuntimeError("a collective failed, since the others have ended")
+finally:
+    early_stop.cancel()
+"""
+
+
+def test_a_collective_that_fails_because_others_ended_first_changes_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", _FAILS_WHILE_ALL_END], timeout=60, check=False)
+    assert done.returncode == 75
 
 
 @pytest.fixture
