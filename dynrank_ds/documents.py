@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document.
+    """Return the value of a YAML document.
 
     Raises:
         DuplicateKeyError: a mapping holds a key twice, with both lines.
@@ -41,7 +41,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's pairs as a dict, for `object_pairs_hook`.
+    """Return a JSON object's pairs as a dict, for `object_pairs_hook`.
 
     Raises:
         DuplicateKeyError: a key stands twice.
@@ -54,7 +54,7 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON document.
+    """Return the value of a JSON document.
 
     Raises:
         DuplicateKeyError: an object holds a key twice, with the object's line.

@@ -100,7 +100,7 @@ _Sources = Annotated[
     Annotated[LocalPath, Tag("one source")] | Annotated[dict[str, SourceSection], Tag("several sources")],
     Discriminator(lambda value: "several sources" if isinstance(value, dict) else "one source"),
 ]
-"""Told apart before they are checked, so that a mistake is reported once."""
+"""The union's member is chosen before it is validated, so that a mistake is reported once."""
 
 
 class DataSection(Section):

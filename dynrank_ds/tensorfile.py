@@ -201,25 +201,34 @@ class TensorFileReader:
                 raise ValueError(f"{name} has {end - begin} bytes instead of {self.entries[name].nbytes}")
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor `name` in memory of its own, on the CPU."""
-        entry = self.entries[name]
+        """Return the tensor `name` in memory of its own, on the CPU.
+
+        Raises:
+            TensorFileError: if there is none, here as below, or if the file was cut short since it was opened.
+        """
+        entry = self._entry(name)
         return self.read_part(name, 0, math.prod(entry.shape)).view(entry.shape)
 
     def read_part(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements start to stop of `name` in row-major order, (stop - start,); nothing else is read."""
-        tensor = torch.empty(stop - start, dtype=self.entries[name].dtype)
+        tensor = torch.empty(stop - start, dtype=self._entry(name).dtype)
         self.read_into(name, start, tensor)
         return tensor
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out`, (n,) contiguous on the CPU in the tensor's dtype, with its elements [start, start + n)."""
-        dtype = self.entries[name].dtype
+        dtype = self._entry(name).dtype
         if out.dtype != dtype:
             raise ValueError(f"{self._path}: {name} is {dtype}, not {out.dtype}")
         place, content = self._offsets[name] + start * dtype.itemsize, _bytes_of(out)
         read = patiently(lambda: self._read_at(place, content), self._path)
         if read != out.numel() * dtype.itemsize:
             raise TensorFileError(f"{self._path} was cut short while {name} was read")
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
+            raise TensorFileError(f"{self._path} has no tensor {name}")
+        return self.entries[name]
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of the tensor `name`, in pieces that are valid until the next one."""

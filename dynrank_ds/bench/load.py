@@ -42,7 +42,7 @@ class LoadCost:
 
 
 def measure_load(recipe: Recipe, quick: bool) -> Iterator[Figure]:
-    """(what, figure) of the first process's loading of the recipe's base, which `quick` does not shorten."""
+    """Yield (what, figure) of the first process's loading of the recipe's base, which `quick` does not shorten."""
     device = processes.start(recipe.deepspeed.timeout)
     recipe = agree_on_dtype(recipe, None, device)
     cost = load_cost(recipe, device)

@@ -12,6 +12,7 @@ from dynrank_ds.adapters.linear import FACTORS, VECTORS
 from dynrank_ds.checkpoint.files import TENSORS, Progress, read_state
 from dynrank_ds.checkpoint.initial import IN_STATE, INITIAL_OF, InitialTriples
 from dynrank_ds.checkpoint.keys import MASTER, factor_key, partial_key, replicated_key
+from dynrank_ds.errors import RunError
 from dynrank_ds.methods.base import Method
 from dynrank_ds.ranking.layout import Fragment
 from dynrank_ds.tensorfile import TensorFileReader
@@ -63,7 +64,11 @@ class Checkpoint:
                 yield module, about[INITIAL_OF], stored.rows(module, numbers)
 
     def restore(self, engine: ZeroEngine, method: Method) -> None:
-        """Load optimizer state and statistics into an engine built at these ranks, and a method that was started."""
+        """Load optimizer state and statistics into an engine built at these ranks, and a method that was started.
+
+        Raises:
+            RunError, TensorFileError: the checkpoint lacks a statistic of the method, or has it in another shape.
+        """
         layout = engine.layout
         with TensorFileReader(self.path / TENSORS) as file:
 
@@ -78,10 +83,17 @@ class Checkpoint:
                 for of, view in zip(layout.fragments, layout.split(flat), strict=True):
                     view.copy_(part(name, of))
             for name, local in method.partial_statistics.items():
-                local.copy_(_part(file, name))
+                self._fill(local, partial_key(name, processes.rank()), _part(file, name))
             for name, tensor in method.replicated_state.items():
-                tensor.copy_(file.read(replicated_key(name)))
+                self._fill(tensor, replicated_key(name), file.read(replicated_key(name)))
         method.restored()
+
+    def _fill(self, tensor: Tensor, name: str, saved: Tensor) -> None:
+        if saved.shape != tensor.shape:
+            raise RunError(
+                f"{self.path / TENSORS}: {name} has shape {tuple(saved.shape)}; the method needs {tuple(tensor.shape)}"
+            )
+        tensor.copy_(saved)
 
 
 def _part(file: TensorFileReader, statistic: str) -> Tensor:
@@ -93,7 +105,5 @@ def _part(file: TensorFileReader, statistic: str) -> Tensor:
     rank = processes.rank()
     if len(parts) == processes.world_size():
         return file.read(partial_key(statistic, rank))
-    total = torch.zeros(file.entries[parts[0]].shape, dtype=torch.float64)
-    for key in parts if rank == 0 else []:
-        total += file.read(key)
-    return total
+    own = file.read(parts[0] if parts else partial_key(statistic, 0))
+    return sum((file.read(key) for key in parts[1:]), own.double()) if rank == 0 else torch.zeros_like(own)

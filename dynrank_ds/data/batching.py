@@ -62,11 +62,14 @@ class MixedBatches:
         return np.concatenate(parts)
 
     def counts(self, step: int) -> list[int]:
-        """Samples of each source in the 0-based `step`."""
+        """Return the number of samples of each source in the 0-based `step`."""
         return (self._counts(step + 1) - self._counts(step)).tolist()
 
     def _counts(self, steps: int) -> NDArray[np.int64]:
-        """Samples of each source in the first `steps` steps: the shares' whole parts, and the largest remainders."""
+        """Return the number of samples of each source in the first `steps` steps.
+
+        The shares' whole parts, and one more for those with the largest remainders.
+        """
         total = steps * self.global_batch_size
         exact = np.array(self.shares) * total
         counts = np.floor(exact + 1e-6).astype(np.int64)

@@ -148,7 +148,7 @@ class _Turns:
             return False  # it asks for what is missing
 
     def _behind_opened_thought(self, whole: str, prompt: str) -> str:
-        """The text with the last turn behind the thought that its prompt opens and the template leaves out.
+        """Return the text with the last turn behind the thought that its prompt opens and the template leaves out.
 
         In that place stands what the row says of the model's reasoning, or an empty thought where it says nothing.
         """

@@ -45,7 +45,7 @@ class Conversation:
 
 
 def read_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    """The conversation of a row.
+    """Return the conversation of a row.
 
     Raises:
         UnfitRowError: it has none, or one that no template can be given as it is meant.
@@ -85,7 +85,7 @@ def _listed(row: Row) -> list[Any]:
 
 
 def _message(row: Row, number: int, given: Any) -> tuple[dict[str, Any], bool]:
-    """A message as the template gets it, and whether it is learned."""
+    """Return a message as the template gets it, and whether it is learned."""
     message = dict(given) if isinstance(given, dict) else {}
     role = message.pop("from", None) if "role" not in message else message.pop("role")
     content = message.pop("value", None) if "content" not in message else message.pop("content")
@@ -144,7 +144,7 @@ def _content(row: Row, number: int, content: Any) -> Any:
 
 
 def _tool_calls(row: Row, number: int, calls: Any) -> list[dict[str, Any]]:
-    """Calls with their arguments as dictionaries, as templates expect and vLLM's server gives them."""
+    """Return the calls with their arguments as dictionaries, as templates expect and vLLM's server gives them."""
     what = f"message {number}'s tool_calls"
     found: list[dict[str, Any]] = []
     for given in calls if isinstance(calls, list) else [calls]:

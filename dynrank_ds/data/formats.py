@@ -73,7 +73,7 @@ def _answered(prompt: str, answer: str) -> Text:
 
 
 def find_format(name: str) -> Format:
-    """The format of this name, or of this Jinja file.
+    """Return the format of this name, or of this Jinja file.
 
     Raises:
         RecipeError: there is none.

@@ -53,7 +53,7 @@ class OwnPrompt(Format):
 
     @classmethod
     def load(cls, path: str) -> OwnPrompt:
-        """The format in a file.
+        """Return the format in a file.
 
         Raises:
             RecipeError: there is none, it is no Jinja, or it does not mark one answer.

@@ -44,7 +44,7 @@ _REFUSED = {
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """The rows of a file, one by one.
+    """Yield the rows of a file, one by one.
 
     Raises:
         DataError: with file and line or row, for what cannot be read, and for a key or column that stands twice.
@@ -144,7 +144,7 @@ class _Text:
 
 
 def _read_array(path: Path, file: IO[str]) -> Iterator[Row]:
-    """The objects of one array, each held alone."""
+    """Yield the objects of one array, each held alone."""
     text = _Text(file)
     try:
         while "[" not in text.held:
@@ -183,7 +183,7 @@ def _read_array(path: Path, file: IO[str]) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
-    """The rows below a header line. All values are text."""
+    """Yield the rows below a header line. All values are text."""
     csv.field_size_limit(_LONGEST_LINE)
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     lines = csv.reader(
@@ -222,7 +222,7 @@ def _refuse_twice(names: list[str], origin: str) -> None:
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, read a batch at a time; DataError with file and row."""
+    """Yield the rows of a Parquet file, read a batch at a time; DataError with file and row."""
     import pyarrow
     import pyarrow.parquet
 
@@ -240,7 +240,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def without_absent(fields: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's without the nested fields that are null.
+    """Return a row of Arrow's without the nested fields that are null.
 
     Every struct of a column has the fields of all: where a message has no `tool_calls`, Arrow writes a null.
     """

@@ -28,7 +28,7 @@ class Row:
     origin: str
 
     def renamed(self, columns: Mapping[str, str]) -> "Row":
-        """The row with the value of column `columns[name]` as field `name`."""
+        """Return the row with the value of column `columns[name]` as field `name`."""
         moved = {name: self.fields[column] for name, column in columns.items() if column in self.fields}
         kept = {name: value for name, value in self.fields.items() if name not in columns.values()}
         return Row(kept | moved, self.origin)

@@ -39,12 +39,12 @@ class Format(ABC):
         return None
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027 - most formats need nothing
-        """Raises ModelError for a tokenizer that the format cannot be used with."""
+        """Raise ModelError for a tokenizer that the format cannot be used with."""
 
     @abstractmethod
     def text(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Text:
-        """The row's text; UnfitRowError naming the row where it has none."""
+        """Return the row's text; UnfitRowError naming the row where it has none."""
 
     @abstractmethod
     def definition(self) -> str:
-        """What changes when the texts do, beside the tokenizer and its chat template."""
+        """Return what changes when the texts do, beside the tokenizer and its chat template."""

@@ -68,7 +68,7 @@ class Inspection:
         return sum(m.rank * sum(m.shape) for m in self.modules)
 
     def text(self) -> str:
-        """The whole finding as text for a terminal."""
+        """Return the whole finding as text for a terminal."""
         scales = sorted({module.scale for module in self.modules})
         lines = [
             f"modules     {len(self.modules)} linear layers, total rank {sum(m.rank for m in self.modules)}, "
@@ -264,7 +264,7 @@ def _compare_hash(adapter: Path, model: BaseModel, defects: list[str]) -> str:
 
 
 def _rank_table(modules: list[ModuleReport]) -> list[str]:
-    """A row for each layer, a column for each kind of linear layer."""
+    """Return a row for each layer, a column for each kind of linear layer."""
     cells: dict[str, dict[str, int]] = {}
     for module in modules:
         numbers = re.findall(r"\.(\d+)\.", f".{module.name}.")

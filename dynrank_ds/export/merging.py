@@ -123,9 +123,8 @@ class Merge:
             futures = [pool.submit(self.write_file, shard, folder, bar) for shard in shards]
             try:
                 changed = sum(future.result() for future in futures)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error, files not begun are left out
         if changed == 0:
             raise RunError(
                 f"No weight of {self.model.folder} changes at its precision: the adapter changes nothing"

@@ -139,7 +139,7 @@ def _check_number(path: Path, key: str, value: Any) -> None:
 
 
 def _by_pattern(pattern: dict[str, Any] | None, module: str, default: float) -> float:
-    """The value for `module` by PEFT's rule: the first key that matches the name or a dotted suffix of it."""
+    """Return the value for `module` by PEFT's rule: the first key that matches the name or a dotted suffix of it."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

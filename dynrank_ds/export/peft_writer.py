@@ -35,14 +35,14 @@ class AdapterSource(Protocol):
         """The shape of every adapted linear layer by its full name, those of rank 0 too."""
 
     def triples(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, in) and B (r, out) of a linear layer of rank r > 0, in fp32: dW is scale * B^T A."""
+        """Return A (r, in) and B (r, out) of a linear layer of rank r > 0, in fp32: dW is scale * B^T A."""
 
     @property
     def weight_decomposed(self) -> bool:
         """Whether linear layers have magnitudes."""
 
     def magnitudes(self, name: str) -> torch.Tensor | None:
-        """The magnitudes of a linear layer's output rows, (out,) fp32; None where it has none."""
+        """Return the magnitudes of a linear layer's output rows, (out,) fp32; None where it has none."""
 
 
 def refuse_format(source: AdapterSource, format: Format) -> None:

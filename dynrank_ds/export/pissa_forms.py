@@ -29,22 +29,30 @@ ADAPTER, RESIDUAL = "adapter", "residual_model"
 """Folders of PiSSA's own form."""
 
 
-class ChangeSource:
+class _Source:
+    """What the three sources of triples below have in common."""
+
+    weight_decomposed = False
+
+    def __init__(self, adapter: TrainedAdapter) -> None:
+        self._adapter = adapter
+        self.description, self.base_model = adapter.description, adapter.base_model
+        self.linears: Mapping[str, LinearShape] = adapter.linears
+
+    def magnitudes(self, name: str) -> None:
+        """Return None: PiSSA's linears have no magnitudes."""
+
+
+class ChangeSource(_Source):
     """What training changed, as triples against the base as it is.
 
     Written as the SVD of the difference: both of its terms are as large as the principal part of the weight, and
     rounded one by one to 16 bits they would leave little of it.
     """
 
-    weight_decomposed = False
-
-    def magnitudes(self, name: str) -> None:
-        """Return None: PiSSA's linears have no magnitudes."""
-
     def __init__(self, adapter: TrainedAdapter) -> None:
-        self._adapter = adapter
-        self.description, self.base_model = adapter.description, adapter.base_model
-        self.linears: Mapping[str, LinearShape] = {
+        super().__init__(adapter)
+        self.linears = {
             name: replace(shape, rank=self._rank(name, shape)) for name, shape in adapter.linears.items()
         }
 
@@ -66,18 +74,12 @@ class ChangeSource:
         return min(shape.rank + subtracted, shape.in_features, shape.out_features)
 
 
-class _MinusInitial:
+class _MinusInitial(_Source):
     """The initial triples with their sign changed: what makes the residual base of the base."""
 
-    weight_decomposed = False
-
-    def magnitudes(self, name: str) -> None:
-        """Return None: PiSSA's linears have no magnitudes."""
-
     def __init__(self, adapter: TrainedAdapter) -> None:
-        self._adapter = adapter
-        self.description, self.base_model = adapter.description, adapter.base_model
-        self.linears: Mapping[str, LinearShape] = {
+        super().__init__(adapter)
+        self.linears = {
             name: replace(adapter.linears[name], rank=count) for name, count in adapter.subtracted.items()
         }
 
@@ -86,17 +88,12 @@ class _MinusInitial:
         return a, -b
 
 
-class _Trained:
+class _Trained(_Source):
     """The trained triples, for the residual base."""
 
-    weight_decomposed = False
-
-    def magnitudes(self, name: str) -> None:
-        """Return None: PiSSA's linears have no magnitudes."""
-
     def __init__(self, adapter: TrainedAdapter, base: Path) -> None:
-        self._adapter, self.description, self.base_model = adapter, adapter.description, str(base)
-        self.linears: Mapping[str, LinearShape] = adapter.linears
+        super().__init__(adapter)
+        self.base_model = str(base)
 
     def triples(self, name: str) -> tuple[Tensor, Tensor]:
         return self._adapter.triples(name)

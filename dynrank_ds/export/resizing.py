@@ -116,7 +116,7 @@ def _triples_kept(ordered: list[tuple[float, int]], n_modules: int, size: Size) 
 def _longest(
     items: list[tuple[float, int]], allowed: Callable[[float], bool], of: Callable[[tuple[float, int]], float]
 ) -> int:
-    """The length of the longest beginning whose sum is allowed."""
+    """Return the length of the longest beginning whose sum is allowed."""
     total = 0.0
     for length, item in enumerate(items):
         total += of(item)
@@ -172,7 +172,7 @@ class ResizedAdapter:
         return self._source.magnitudes(name) if self.weight_decomposed else None
 
     def triples(self, name: str) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (r, out) of a module in the dtype of the source's factors."""
+        """Return A (r, in) and B (r, out) of a module in the dtype of the source's factors."""
         rank, update = self.linears[name].rank, self._source.update(name)
         a, b = _resized(update, rank, name)
         a, b = a.to(self._source.dtype), b.to(self._source.dtype)
@@ -183,7 +183,7 @@ class ResizedAdapter:
 
 
 def _resized(update: Update, rank: int, name: str) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (rank, out) of the update at another rank."""
+    """Return A (rank, in) and B (rank, out) of the update at another rank."""
     old = len(update.a)
     if rank < old:
         u, singular, vt = svd(update)
@@ -254,7 +254,7 @@ def _uniform_ranks(source: PeftAdapter, spectra: Mapping[str, Spectrum], size: S
 
 
 def _provenance(adapter: Path) -> dict[str, Any]:
-    """What dynrank.json of the source says of its training."""
+    """Return what dynrank.json of the source says of its training."""
     record = read_record(adapter)
     return {k: record[k] for k in ("method", "step", "base_model", "base_model_hash") if k in record}
 

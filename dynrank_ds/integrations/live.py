@@ -83,7 +83,7 @@ class LiveAdapters:
         self.optimizer: AdapterAdamW | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """The factors in the order of the layout."""
+        """Return the factors in the order of the layout."""
         return [self.modules[f.module].factors()[f.factor] for f in self.layout.fragments]
 
     def begin(self, optimizer: AdapterAdamW) -> None:
@@ -93,12 +93,12 @@ class LiveAdapters:
         self._seed()
 
     def weights(self) -> Tensor:
-        """The fp32 master weights."""
+        """Return the fp32 master weights."""
         assert self.optimizer is not None
         return torch.cat([master.flatten() for master in self.optimizer.masters])
 
     def gradients(self) -> Tensor:
-        """The gradients of all factors; 0 where there is none."""
+        """Return the gradients of all factors; 0 where there is none."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters()]
         return torch.cat([grad.flatten().float() for grad in grads])
 
@@ -178,7 +178,7 @@ class LiveSource:
         """There are none: DynamicRankCallback refuses weight-decomposed adapters."""
 
     def triples(self, name: str) -> tuple[Tensor, Tensor]:
-        """A (r, in) and diag(e g) B (r, out) of a linear layer, fp32; of a head zero outside of it."""
+        """Return A (r, in) and diag(e g) B (r, out) of a linear layer, fp32; of a head zero outside of it."""
         pairs = [self._triples(*part) for part in self._parts[name] if self._rank(part[0])]
         return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
 

@@ -62,7 +62,7 @@ class _Turn:
 
 
 def _turns(units: Sequence[Unit], recomputed: bool) -> list[_Turn]:
-    """The modules of the loss, the model, its decoder and the rotary embedding, and the units, as they are called."""
+    """Return the modules of the loss, model, decoder and rotary embedding, and the units, as they are called."""
     norm, without = len(units) - 2, _Turn(None)
     turns = [without, without, without, _Turn(0), without, *(_Turn(u) for u in range(1, len(units)))]
     back = _Turn(None, backward=True)
@@ -106,7 +106,7 @@ class _Coordinator:
         self.gathered = 0
 
     def of(self, turn: _Turn) -> list[Name]:
-        """The parameters that are gathered for a turn."""
+        """Return the parameters that are gathered for a turn."""
         return [] if turn.unit is None else self.names[turn.unit]
 
     def held(self) -> int:

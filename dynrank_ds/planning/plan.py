@@ -141,7 +141,10 @@ def first_change(recipe: Recipe, plan: Plan, samples: int | None = None) -> Chan
 
 
 def _changes(recipe: Recipe, plan: Plan) -> list[tuple[str, Recipe, Cluster]]:
-    """What can be changed, one after another; each contains those before it that change neither base nor machine."""
+    """List what can be changed, one after another.
+
+    Each contains those before it that change neither base nor machine.
+    """
     cluster, train, found = plan.cluster, recipe.train, []
     said: list[str] = []
 

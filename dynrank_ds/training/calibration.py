@@ -86,7 +86,7 @@ def calibrate(
 
 
 def _for_calibration(recipe: Recipe, trained: bool, batches: int) -> Recipe:
-    """The recipe with LoRA, or with PE-DyRA that would adjust after the last batch."""
+    """Return the recipe with LoRA, or with PE-DyRA that would adjust after the last batch."""
     values = recipe.model_dump(mode="json")
     values["method"] = {"name": "lora"}
     if trained:
@@ -158,7 +158,7 @@ class _Calibrator(Trainer):
         return [sketch.explained(tokens)[:components].tolist() for sketch in sketches]
 
     def trained_scores(self, pe_dyra: bool, batches: int) -> list[float]:
-        """Sums of the scores of each module's triples after so many steps of training."""
+        """Return the sums of the scores of each module's triples after so many steps of training."""
         self._pe_dyra, self._last = pe_dyra, batches
         for number in self._numbers(batches):
             self._step(self.batches.indices(number))

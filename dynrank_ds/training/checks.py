@@ -139,7 +139,7 @@ def check_steps(recipe: Recipe, n_samples: int) -> None:
 
 
 def _what_would_do(recipe: Recipe, steps: int) -> str:
-    """The largest values of single times at which the method has adjustments, as the end of a sentence."""
+    """Return the largest values of single times at which the method has adjustments, as the end of a sentence."""
     section = recipe.method
     found = []
     for key in _TIMES:

@@ -90,7 +90,7 @@ class _Bare(nn.Module):
 
 
 class _Given(_Bare):
-    """A decoder that returns what it is told to."""
+    """A decoder that returns hidden states that are given to it, whatever its input."""
 
     def __init__(self, decoder: nn.Module, output: Any) -> None:
         super().__init__(decoder)

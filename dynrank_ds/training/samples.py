@@ -50,7 +50,7 @@ def prepare_data(recipe: Recipe) -> tuple[TokenisedDataset, int]:
 
 
 def _alone(data: DataSection, source: SourceSection) -> DataSection:
-    """The section as it would be with this source alone."""
+    """Return the section as it would be with this source alone."""
     own = {key: getattr(source, key) for key in ("source", "split", "revision", "filter", "limit")}
     other = {key: getattr(source, key) for key in ("format", "columns") if getattr(source, key) is not None}
     return data.model_copy(update=own | other)
@@ -79,7 +79,7 @@ def make_batches(dataset: TokenisedDataset, recipe: Recipe) -> GlobalBatches | M
 def _prepare(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, timeout: float
 ) -> tuple[TokenisedDataset, Path]:
-    """The samples of one source, and their entry in the cache."""
+    """Return the samples of one source, and their entry in the cache."""
     assert isinstance(data.source, str)
     format = find_format(data.format)
     _check_columns(data, format)

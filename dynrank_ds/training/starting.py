@@ -163,7 +163,7 @@ class StartingAdapter:
 
 
 def _of_part(update: Update, part: Part | None) -> Update:
-    """The update of a head: its rows of B or its columns of A, and the triples that are not zero there."""
+    """Return the update of a head: its rows of B or its columns of A, and the triples that are not zero there."""
     if part is None:
         return update
     own = slice(part.start, part.stop)

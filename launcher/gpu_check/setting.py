@@ -139,5 +139,7 @@ class Setting:
 def last_error(log: Path) -> str:
     """Return the sentence or exception that a command ended with, as far as its output shows."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("error: ") or "Error: " in line.split(" ", 2)[0] + " "]
-    return (told or lines or ["no output"])[-1][:300]
+    errors = [
+        line for line in lines if line.startswith("error: ") or "Error: " in line.split(" ", 2)[0] + " "
+    ]
+    return (errors or lines or ["no output"])[-1][:300]

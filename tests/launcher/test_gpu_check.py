@@ -41,7 +41,7 @@ def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_argument_is_told() -> None:
+def test_an_unknown_argument_is_refused() -> None:
     done = run("--gpus", "8")
     assert done.returncode == 2 and "unknown argument --gpus" in done.stderr
 
@@ -86,7 +86,7 @@ def test_losses_that_differ_by_more_than_rounding_fail_with_the_figures(
         config_check("zero2")(setting(tmp_path))
 
 
-def test_a_command_that_fails_is_told_by_its_last_error(tmp_path: Path) -> None:
+def test_a_command_that_fails_is_reported_with_its_last_error(tmp_path: Path) -> None:
     code = "import sys; print('error: no such model', file=sys.stderr); print('bye'); sys.exit(2)"
     with pytest.raises(CheckFailedError, match=r"exit code 2: error: no such model \(see .*one.log\)"):
         setting(tmp_path).command("one", sys.executable, "-c", code)

@@ -142,7 +142,7 @@ def test_rounding_stays_far_below_the_tolerance_of_the_comparison(
 
 
 @torch.no_grad()
-def test_sdpa_leaves_out_the_cap_of_gemma_2_which_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_sdpa_leaves_out_the_cap_of_gemma_2_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """With scores as large as the cap, as this random model's are, the loss is another one."""
     config = architecture_config(*ARCHITECTURES["Gemma-2"])
     config.attn_logit_softcapping, config.initializer_range = 5.0, 0.5

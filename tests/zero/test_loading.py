@@ -107,7 +107,7 @@ def test_a_process_holds_its_share_the_largest_tensor_and_a_tenth_more_at_most(
         expected = model(input_ids=torch.arange(3, 19).view(2, 8)).logits
     assert expected.std() > 0
     for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"logits-{rank}.pt"), expected)
+        assert torch.equal(torch.load(tmp_path / f"logits-{rank}.pt", weights_only=True), expected)
 
 
 @pytest.mark.parametrize("double", [False, pytest.param(True, marks=pytest.mark.slow)])

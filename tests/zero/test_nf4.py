@@ -150,7 +150,7 @@ def test_loss_and_every_gradient_are_bit_for_bit_those_of_a_single_process(folde
     loss, gradients = single_process(folder / name)
     found = {key: torch.full((gradient.numel(),), torch.nan) for key, gradient in gradients.items()}
     for rank in range(PROCESSES):
-        step = torch.load(folder / name / f"step-{rank}.pt")
+        step = torch.load(folder / name / f"step-{rank}.pt", weights_only=True)
         assert torch.equal(step["loss"], loss) and torch.equal(step["evaluated"], loss)
         for key, (start, piece) in step["gradients"].items():
             found[key][start : start + len(piece)] = piece

@@ -46,7 +46,7 @@ def test_pruning_and_growing_right_after_the_start_leave_the_logits_of_the_base(
     folder: Path, run: str
 ) -> None:
     expected = logits_of_base(folder)
-    found = torch.load(folder / run / "logits.pt")
+    found = torch.load(folder / run / "logits.pt", weights_only=True)
     assert set(found) == {"start", "pruned", "masked"}
     for when, logits in found.items():
         assert (logits - expected).abs().max() < 1e-5, when
@@ -54,7 +54,7 @@ def test_pruning_and_growing_right_after_the_start_leave_the_logits_of_the_base(
 
 @pytest.mark.parametrize("run", [f"{NF4}-2", f"{ZERO3},model.dtype=bf16-2"])
 def test_in_bf16_and_on_an_nf4_base_too(folder: Path, run: str) -> None:
-    found = torch.load(folder / run / "logits.pt")
+    found = torch.load(folder / run / "logits.pt", weights_only=True)
     away = (found["pruned"] - found["start"]).abs().max() / found["start"].abs().max()
     assert away < (2e-2 if "bf16" in run else 1e-5)
 
