@@ -47,13 +47,13 @@ def check_same_evaluation(folder: Path, jobs: Sequence[Job], completions: Path |
         scored = before["run"].get("generations_sha256")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path} is not an evaluation's ({error!r}); name another --output.") from error
-    now = {
+    current = {
         job.task.name: [job.protocol.name, len(job.problems), job.samples, job.data_hash()] for job in jobs
     }
-    if tasks != now:
+    if tasks != current:
         raise RunError(
-            f"--output {folder} holds another evaluation ({_listed(tasks)}; now {_listed(now)}); name another folder "
-            "or remove it."
+            f"--output {folder} holds another evaluation ({_listed(tasks)}; now {_listed(current)}); name another "
+            "folder or remove it."
         )
     if scored != (None if completions is None else sha256(completions)):
         raise RunError(

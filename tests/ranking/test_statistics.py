@@ -31,9 +31,9 @@ def test_sensitivity_on_two_processes_equals_the_recursion_on_whole_rows_in_floa
         for rank, statistic in enumerate(ours):
             statistic.update(shard(weights, rank, 2), shard(gradients, rank, 2))
         for i, (w, g) in enumerate(zip(weights, gradients, strict=True)):
-            now = (w.double() * g.double()).abs()
-            smoothed[i] = 0.85 * smoothed[i] + 0.15 * now
-            uncertainty[i] = 0.7 * uncertainty[i] + 0.3 * (now - smoothed[i]).abs()
+            product = (w.double() * g.double()).abs()
+            smoothed[i] = 0.85 * smoothed[i] + 0.15 * product
+            uncertainty[i] = 0.7 * uncertainty[i] + 0.3 * (product - smoothed[i]).abs()
 
     for rank, statistic in enumerate(ours):
         torch.testing.assert_close(

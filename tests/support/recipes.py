@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,16 @@ def write_recipe(folder: Path, dtype: str = "fp32") -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def copy_stopped(run: Path, copy: Path, step: int) -> Path:
+    """Copy a finished run as it would be if it had stopped at `step`."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "adapter")
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    return copy
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -99,8 +99,8 @@ def test_a_discarded_step_changes_no_bit() -> None:
     steps(optimizer, param, [torch.full((5,), torch.nan)])
     assert torch.equal(param, weights)
     for name, value in state.items():
-        now = optimizer.state[param][name]
-        assert torch.equal(now, value) if isinstance(value, Tensor) else now == value
+        found = optimizer.state[param][name]
+        assert torch.equal(found, value) if isinstance(value, Tensor) else found == value
 
 
 def test_a_parameter_without_gradient_stays() -> None:
@@ -121,7 +121,7 @@ def test_rates_by_element_are_learning_rates_by_parameter_group() -> None:
     slow, fast = (part.clone().requires_grad_() for part in ours.detach().split([4, 6]))
     groups = [{"params": [slow]}, {"params": [fast], "lr": 16 * LR}]
     theirs = torch.optim.AdamW(groups, lr=LR, weight_decay=0.1)
-    for gradient, now in zip(gradients, steps(optimizer, ours, gradients), strict=True):
+    for gradient, found in zip(gradients, steps(optimizer, ours, gradients), strict=True):
         slow.grad, fast.grad = gradient.split([4, 6])
         theirs.step()
-        torch.testing.assert_close(now, torch.cat([slow, fast]).detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, torch.cat([slow, fast]).detach(), rtol=0, atol=1e-6)

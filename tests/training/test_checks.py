@@ -149,9 +149,11 @@ def test_a_model_with_code_of_its_own_is_refused_and_nobody_is_asked(
     assert "is a new model, which needs code of its own (auto_map in config.json)" in refused(folder, capsys)
     (folder / "model" / "config.json").write_text(json.dumps(config))
     path = folder / "model" / "tokenizer_config.json"
-    about = json.loads(path.read_text())
-    about.update(tokenizer_class="NewTokenizer", auto_map={"AutoTokenizer": [None, "tokenization_new.New"]})
-    path.write_text(json.dumps(about))
+    metadata = json.loads(path.read_text())
+    metadata.update(
+        tokenizer_class="NewTokenizer", auto_map={"AutoTokenizer": [None, "tokenization_new.New"]}
+    )
+    path.write_text(json.dumps(metadata))
     Path("r.yaml").write_text(yaml.safe_dump(values(folder)))
     assert main(["validate", "--recipe", "r.yaml"]) in (0, 2)
     assert "Traceback" not in capsys.readouterr().err

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def about(folder: Path) -> dict[str, Any]:
+def metadata(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of the run."""
     recipe = load_recipe(str(folder / "recipe.yaml"))
     recorded = {
@@ -35,11 +35,11 @@ def about(folder: Path) -> dict[str, Any]:
     return json.loads(json.dumps(recorded))
 
 
-def refused(folder: Path, about: dict[str, Any], *overrides: str) -> str:
+def refused(folder: Path, metadata: dict[str, Any], *overrides: str) -> str:
     """The refusal of a resume with these overrides; empty where it is allowed."""
     recipe = load_recipe(str(folder / "recipe.yaml"), overrides)
     try:
-        refuse_changes(Path("run/step-5"), about, recipe, fingerprints(recipe, prepare_data(recipe)[0]))
+        refuse_changes(Path("run/step-5"), metadata, recipe, fingerprints(recipe, prepare_data(recipe)[0]))
     except RunError as error:
         return str(error)
     return ""
@@ -49,10 +49,10 @@ def test_a_run_of_constant_rate_and_fixed_ranks_may_be_made_longer(folder: Path)
     fixed = ("method.name=lora", "train.schedule=constant")
     recipe = load_recipe(str(folder / "recipe.yaml"), fixed)
     identity = fingerprints(recipe, prepare_data(recipe)[0])
-    about = {"recipe": recipe.model_dump(mode="json"), "identity": identity}
-    assert refused(folder, about, *fixed, "train.steps=30") == ""
-    assert "train.steps is 10, was 20. Set these back" in refused(folder, about, *fixed, "train.steps=10")
-    assert "train.seed is 1, was 0" in refused(folder, about, *fixed, "train.steps=30", "train.seed=1")
+    metadata = {"recipe": recipe.model_dump(mode="json"), "identity": identity}
+    assert refused(folder, metadata, *fixed, "train.steps=30") == ""
+    assert "train.steps is 10, was 20. Set these back" in refused(folder, metadata, *fixed, "train.steps=10")
+    assert "train.seed is 1, was 0" in refused(folder, metadata, *fixed, "train.steps=30", "train.seed=1")
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_a_run_whose_first_steps_depend_on_its_length_may_not_be_made_longer(
     options = ("train.schedule=constant", *method, option)
     recipe = load_recipe(str(folder / "recipe.yaml"), options)
     identity = fingerprints(recipe, prepare_data(recipe)[0])
-    about = {"recipe": recipe.model_dump(mode="json"), "identity": identity}
+    metadata = {"recipe": recipe.model_dump(mode="json"), "identity": identity}
     assert "a run can be made longer only with train.schedule constant" in refused(
-        folder, about, *options, "train.steps=30"
+        folder, metadata, *options, "train.steps=30"
     )
 
 
-def test_the_same_run_may_go_on(folder: Path, about: dict[str, Any]) -> None:
-    assert refused(folder, about) == ""
+def test_the_same_run_may_go_on(folder: Path, metadata: dict[str, Any]) -> None:
+    assert refused(folder, metadata) == ""
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_the_same_run_may_go_on(folder: Path, about: dict[str, Any]) -> None:
     ],
 )
 def test_where_things_lie_and_how_they_are_computed_may_change(
-    override: str, folder: Path, about: dict[str, Any]
+    override: str, folder: Path, metadata: dict[str, Any]
 ) -> None:
-    assert refused(folder, about, override) == ""
+    assert refused(folder, metadata, override) == ""
 
 
 @pytest.mark.parametrize(
@@ -117,45 +117,47 @@ def test_where_things_lie_and_how_they_are_computed_may_change(
     ],
 )
 def test_what_shapes_the_result_may_not_change_and_is_named(
-    override: str, sentence: str, folder: Path, about: dict[str, Any]
+    override: str, sentence: str, folder: Path, metadata: dict[str, Any]
 ) -> None:
-    message = refused(folder, about, override)
+    message = refused(folder, metadata, override)
     assert message.startswith("run/step-5 cannot be resumed")
     assert sentence in message and "give a new output.dir" in message
 
 
-def test_another_method_is_refused_with_every_key_that_differs(folder: Path, about: dict[str, Any]) -> None:
-    values = about["recipe"] | {"method": {"name": "lora"}}
+def test_another_method_is_refused_with_every_key_that_differs(
+    folder: Path, metadata: dict[str, Any]
+) -> None:
+    values = metadata["recipe"] | {"method": {"name": "lora"}}
     with pytest.raises(RunError, match=r"method\.name is 'lora', was 'pe_dyra'"):
-        refuse_changes(Path("run/step-5"), about, check_recipe(values, "r"), about["identity"])
+        refuse_changes(Path("run/step-5"), metadata, check_recipe(values, "r"), metadata["identity"])
 
 
 def test_model_tokenizer_and_data_may_move_but_not_change(
-    folder: Path, about: dict[str, Any], tmp_path: Path
+    folder: Path, metadata: dict[str, Any], tmp_path: Path
 ) -> None:
     model, data = tmp_path / "copied", tmp_path / "copied.jsonl"
     shutil.copytree(folder / "model", model)
     shutil.copy(folder / "data.jsonl", data)
     moved = (f"model.path={model}", f"data.source={data}")
-    assert refused(folder, about, *moved) == ""
+    assert refused(folder, metadata, *moved) == ""
 
     weights = load_file(model / "model.safetensors")
     changed = {name: value * 1.01 for name, value in weights.items()}
     save_file(changed, model / "model.safetensors", {"format": "pt"})
-    assert "the base model is a different one" in refused(folder, about, *moved)
+    assert "the base model is a different one" in refused(folder, metadata, *moved)
     save_file(weights, model / "model.safetensors", {"format": "pt"})
 
     settings = json.loads((model / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{{ messages }}"
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    assert "the tokenizer is a different one" in refused(folder, about, *moved)
+    assert "the tokenizer is a different one" in refused(folder, metadata, *moved)
 
     rows = lines(data)
     for row in rows:  # the same words, so that lengths stay
         row["response"] = " ".join(reversed(row["response"].split()))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "the tokenised data is a different one" in refused(folder, about, *moved)
+    assert "the tokenised data is a different one" in refused(folder, metadata, *moved)
 
 
 def test_every_key_that_may_change_is_one_of_the_recipe() -> None:
@@ -165,26 +167,26 @@ def test_every_key_that_may_change_is_one_of_the_recipe() -> None:
 
 @pytest.mark.parametrize(("section", "key"), [("model", "attention"), ("data", "packing"), ("method", "mix")])
 def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(
-    section: str, key: str, folder: Path, about: dict[str, Any]
+    section: str, key: str, folder: Path, metadata: dict[str, Any]
 ) -> None:
-    before = json.loads(json.dumps(about))
+    before = json.loads(json.dumps(metadata))
     del before["recipe"][section][key]
     assert refused(folder, before) == ""
 
 
 def test_a_section_that_an_old_checkpoint_does_not_know_counts_as_its_defaults(
-    folder: Path, about: dict[str, Any]
+    folder: Path, metadata: dict[str, Any]
 ) -> None:
-    before = json.loads(json.dumps(about))
+    before = json.loads(json.dumps(metadata))
     del before["recipe"]["adapter"]
     assert "adapter.rank is 4" not in refused(folder, before)  # the default of adapter.rank is 4
     assert "adapter.alpha is 16.0, was 8.0" in refused(folder, before)
 
 
 def test_a_key_whose_default_is_not_the_former_behaviour_counts_as_that(
-    folder: Path, about: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = json.loads(json.dumps(about))
+    before = json.loads(json.dumps(metadata))
     del before["recipe"]["data"]["packing"]
     monkeypatch.setitem(FORMER_VALUES, "data.packing", True)
     assert "data.packing is False, was True" in refused(folder, before)

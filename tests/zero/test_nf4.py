@@ -22,7 +22,7 @@ from dynrank_ds.training.model import DTYPES, adapt
 from dynrank_ds.zero.config import load_config
 from tests.support.launch import outcomes, run_worker, train
 from tests.support.nf4 import batch, drawn_factors
-from tests.support.recipes import lines
+from tests.support.recipes import copy_stopped, lines
 from tests.support.tiny import write_data, write_tokenizer
 
 PROCESSES = 2  # the mean of two equal gradients is exact
@@ -183,9 +183,7 @@ def test_a_run_in_nf4_resumes_and_its_adapter_is_merged_into_the_original_base(t
     recipe.write_text(yaml.safe_dump(values))
     run, stopped = recipe.parent / "run", recipe.parent / "stopped"
     train(2, recipe)
-    shutil.copytree(run, stopped)
-    shutil.rmtree(stopped / "checkpoints" / "step-6")
-    shutil.rmtree(stopped / "adapter")
+    copy_stopped(run, stopped, 3)
     train(2, recipe, f"output.dir={stopped}", "resume=auto")
     whole, resumed = (lines(folder / "metrics.jsonl") for folder in (run, stopped))
     assert [line["loss"] for line in whole] == [line["loss"] for line in resumed] and len(whole) == 6

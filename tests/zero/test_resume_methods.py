@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.support.launch import run_worker
 from tests.support.methods import METHODS
-from tests.support.recipes import STEPS, lines, write_recipe
+from tests.support.recipes import STEPS, copy_stopped, lines, write_recipe
 
 NAMES = ("lora", *METHODS)
 # A checkpoint while ranks and gates still move, and one after the last adjustment.
@@ -43,13 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _stopped(folder: Path, name: str, point: int, what: str) -> str:
     """A copy of the whole run as if it had stopped at `point`."""
-    run = folder / f"{name}-{point}-{what}"
-    shutil.copytree(folder / name, run)
-    shutil.rmtree(run / "adapter")
-    for checkpoint in (run / "checkpoints").iterdir():
-        if int(checkpoint.name.removeprefix("step-")) > point:
-            shutil.rmtree(checkpoint)
-    return run.name
+    return copy_stopped(folder / name, folder / f"{name}-{point}-{what}", point).name
 
 
 def _logged(run: Path, log: str, *keys: str) -> list[list[Any]]:

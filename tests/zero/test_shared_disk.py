@@ -17,7 +17,7 @@ from dynrank_ds.checkpoint.files import check, newest_undamaged
 from dynrank_ds.files import append_line, replace_text
 from dynrank_ds.tensorfile import TensorEntry, TensorFileReader, TensorFileWriter
 from tests.support.launch import Started, start_processes, train_command, wait
-from tests.support.recipes import STEPS
+from tests.support.recipes import STEPS, copy_stopped
 from tests.zero.test_kills import check_the_same_run
 
 EVERY_TWO = "train.checkpoint_interval=2"
@@ -51,10 +51,7 @@ def test_a_run_on_it_is_the_run_on_a_disk_that_works(number: str, uninterrupted:
 def test_a_checkpoint_that_cannot_be_read_for_a_while_is_not_taken_for_a_damaged_one(
     uninterrupted: Path,
 ) -> None:
-    run = uninterrupted / "faulty-resumed"
-    shutil.copytree(uninterrupted / "run", run)
-    shutil.rmtree(run / "adapter")
-    shutil.rmtree(run / "checkpoints" / f"step-{STEPS}")
+    run = copy_stopped(uninterrupted / "run", uninterrupted / "faulty-resumed", 10)
     processes = trained(uninterrupted, run, "ESTALE")
     assert "resumed from" in processes[0].output and "step-10" in processes[0].output
     # Each process reads the checkpoint, and says what it waits for.

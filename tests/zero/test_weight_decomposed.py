@@ -18,7 +18,7 @@ from dynrank_ds.recipe import load_recipe
 from tests.support.decomposed import peft_losses, trained_model
 from tests.support.launch import run_worker
 from tests.support.methods import METHODS
-from tests.support.recipes import STEPS, lines, write_recipe
+from tests.support.recipes import STEPS, copy_stopped, lines, write_recipe
 from tests.support.tiny import write_model
 
 NAMES = ("lora", "adalora", "elalora", "pe_dyra")
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(folder: Path) -> Path:
+def everywhere(folder: Path) -> Path:
     """Under ZeRO-2 in two processes, and resumed from one process's checkpoint in three under ZeRO-3."""
     run_worker(2, "resuming", folder, *(f"{name}-zero2" for name in NAMES), "deepspeed.config=zero2")
     stopped = [stopped_run(folder, name, "moved") for name in NAMES]
@@ -55,13 +55,7 @@ def together(folder: Path) -> Path:
 
 def stopped_run(folder: Path, name: str, what: str) -> str:
     """A copy of a whole run as if it had stopped at POINT."""
-    run = folder / f"{name}-{what}"
-    shutil.copytree(folder / name, run)
-    shutil.rmtree(run / "adapter")
-    for checkpoint in (run / "checkpoints").iterdir():
-        if int(checkpoint.name.removeprefix("step-")) > POINT:
-            shutil.rmtree(checkpoint)
-    return run.name
+    return copy_stopped(folder / name, folder / f"{name}-{what}", POINT).name
 
 
 def history(run: Path) -> tuple[list[float], list[dict[str, Any]]]:
@@ -88,10 +82,10 @@ def test_at_a_fixed_rank_losses_are_those_of_pefts_dora_under_torchs_adamw(folde
 @pytest.mark.parametrize("setup", ["zero2", "moved"])
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_and_plans_do_not_depend_on_processes_stage_and_resuming(
-    together: Path, name: str, setup: str
+    everywhere: Path, name: str, setup: str
 ) -> None:
-    losses, plans = history(together / name)
-    others, other_plans = history(together / f"{name}-{setup}")
+    losses, plans = history(everywhere / name)
+    others, other_plans = history(everywhere / f"{name}-{setup}")
     assert other_plans == plans and len(others) == STEPS
     assert name == "lora" or any(plan["pruned"] or plan["added"] or plan["masked"] for plan in plans)
     difference = max(abs(a - b) for a, b in zip(losses, others, strict=True))
