@@ -57,6 +57,10 @@ class VllmEngine:
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
             self._adapter = LoRARequest("adapter", 1, str(spec.adapter.resolve()))
         on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            # Where a prompt is read in parts, vLLM 0.32 rewinds the generators of seeded requests, which torch's
+            # generators on a CPU refuse.
+            options["enable_chunked_prefill"] = False
         self.llm = LLM(
             model,
             max_model_len=spec.max_length,
