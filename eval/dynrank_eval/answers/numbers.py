@@ -55,7 +55,8 @@ _GOES_ON = re.compile(
     rf"|{_UNIT_WORDS}\s*(?:/\s*[0-9(\\]|\b(?:mod|choose)\b|\b(?:more|less|fewer|greater) than\s+[$]?[0-9])"
 )
 _NOT_EQUAL_TO = re.compile(
-    r"(?:\b(?:more|less|greater|fewer|larger|smaller) than|(?<!<)<|(?<![->])>|\^)\s*[{($]*$"
+    r"(?:\b(?:(?:more|less|greater|fewer|larger|smaller) than|under|over|above|below|beyond)"
+    r"|(?<!<)<|(?<![->])>|\^)\s*[{($]*$"
 )
 _UNREAD = re.compile(r"\\(?:sum|prod|int|lim|max|min|gcd|lcm|arc[a-z]+|[a-z]+h|overline|bar|det)(?![A-Za-z])")
 # Of each family the units in the size of its smallest: "2 hours and 30 minutes" is 150 minutes and 2.5 hours.

@@ -146,6 +146,9 @@ NUMBERS: dict[str, float | Fraction | tuple[float | Fraction, ...]] = {
     "3\N{MULTIPLICATION SIGN} as many": 3,
     "42 Explanation: 40 + 2 = 42": 42,
     "at least 42": 42,
+    "42 or more": 42,
+    "\\ge 42": 42,
+    "up to 42": 42,
 }
 NOT_ONE_NUMBER = [
     "4, 5, 6",
@@ -161,6 +164,9 @@ NOT_ONE_NUMBER = [
 NOT_ONE_NUMBER += [
     "more than 4",
     "less than 4",
+    "under 4",
+    "over 4 dollars",
+    "above $4$",
     "< 4",
     "x > 4",
     "4 < x",
