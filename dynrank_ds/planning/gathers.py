@@ -49,6 +49,8 @@ class Moment:
     """While it computes."""
     parameters: int
     """Of `held` what are parameters, present or on their way, and no buffers that were copied."""
+    on_their_way: int
+    """Of `held` the buffers that are being filled."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,11 @@ class _Coordinator:
     def parameters(self) -> int:
         """Elements of parameters that are present or on their way."""
         return sum(self.size[name] for name in {*self.present, *self.buffers})
+
+    def on_their_way(self) -> int:
+        """Return the elements of buffers that are waited for."""
+        filling = (b for b in self.buffers.values() if not b.copied or len(b.waiting) == 1)
+        return sum({id(b): b.elements for b in filling}.values())
 
     def gather(self, wanted: Sequence[Name]) -> None:
         missing = [name for name in wanted if name not in self.present and name not in self.buffers]
@@ -198,6 +205,15 @@ def follow(
         arriving = state.wait(wanted)
         state.prefetch(step, wanted)
         if turn.unit is not None:
-            moments.append(Moment(turn.unit, turn.backward, arriving, state.held(), state.parameters()))
+            moments.append(
+                Moment(
+                    turn.unit,
+                    turn.backward,
+                    arriving,
+                    state.held(),
+                    state.parameters(),
+                    state.on_their_way(),
+                )
+            )
         state.release(step)
     return moments, state.gathered

@@ -92,6 +92,8 @@ def memory(
     bucket = int(zero.get("reduce_bucket_size", _BUCKET))
     filled = 4 * min(bucket, trainable)
     unpacked = architecture.packed.largest * item
+    if on_cpu:  # gloo receives into a copy of each buffer
+        moments = [replace(m, held=m.held + m.on_their_way) for m in moments]
     turns = _moments(architecture.units, moments, acts, recipe.train.activation_checkpointing, item, unpacked)
     # Gradients that are reduced are copied for it.
     live = max((replace(each, buffers=each.buffers + filled) for each in turns), key=lambda each: each.total)
@@ -151,7 +153,7 @@ def _gathers(
     if int(zero["stage"]) == 3 and (processes > 1 or offloads(zero, "param")):
         return moments, gathered
     # Every parameter is there: under stages 1 and 2 whole, and with one process the shard is the parameter.
-    return [Moment(m.unit, m.backward, 0, 0, 0) for m in moments], 0
+    return [Moment(m.unit, m.backward, 0, 0, 0, 0) for m in moments], 0
 
 
 @dataclass(frozen=True)

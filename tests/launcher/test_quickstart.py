@@ -76,8 +76,8 @@ def stopped(
     steps: int,
     number: signal.Signals = signal.SIGTERM,
 ) -> str:
-    """What the quickstart says that gets a signal once `steps` lines are in its log; all its processes are gone."""
-    metrics, log = output / "run/metrics.jsonl", output.parent / "log"
+    """What the quickstart says that gets a signal while it trains, `steps` done; all its processes are gone."""
+    state, metrics, log = output / "run/state.json", output / "run/metrics.jsonl", output.parent / "log"
     with log.open("w") as file:
         script = psutil.Popen(
             ["bash", "launcher/quickstart.sh", "--short", "--output", str(output)],
@@ -91,7 +91,12 @@ def stopped(
     family: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 400
-        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= steps):
+        while not (
+            state.is_file()
+            and '"running"' in state.read_text()
+            and metrics.is_file()
+            and len(metrics.read_text().splitlines()) >= steps
+        ):
             assert script.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
         family = script.children(recursive=True)
