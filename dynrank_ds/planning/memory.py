@@ -92,8 +92,12 @@ def memory(
     bucket = int(zero.get("reduce_bucket_size", _BUCKET))
     filled = 4 * min(bucket, trainable)
     unpacked = architecture.packed.largest * item
-    if on_cpu:  # gloo receives into a copy of each buffer
-        moments = [replace(m, held=m.held + m.on_their_way) for m in moments]
+    if on_cpu:  # gloo receives into a copy of each buffer, which is gone when the head's logits are largest
+        layers = [architecture.units[m.unit].whole_layer for m in moments]
+        moments = [
+            replace(m, held=m.held + m.on_their_way * of_layer)
+            for m, of_layer in zip(moments, layers, strict=True)
+        ]
     turns = _moments(architecture.units, moments, acts, recipe.train.activation_checkpointing, item, unpacked)
     # Gradients that are reduced are copied for it.
     live = max((replace(each, buffers=each.buffers + filled) for each in turns), key=lambda each: each.total)

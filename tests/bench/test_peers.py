@@ -50,6 +50,7 @@ def values(written: dict[str, Any], what: str) -> dict[str, Any]:
     return dict(found)
 
 
+@pytest.mark.slow
 def test_every_row_is_there_with_the_machine_and_the_versions(written: dict[str, Any]) -> None:
     assert [figure["what"] for figure in written["benchmarks"]["peers"]] == ROWS
     assert {"cpu", "features", "cores", "load_average"} <= written["machine"].keys()
@@ -57,6 +58,7 @@ def test_every_row_is_there_with_the_machine_and_the_versions(written: dict[str,
     assert "--quick" in written["command"]
 
 
+@pytest.mark.slow
 def test_ratios_are_finite_and_inside_their_intervals(written: dict[str, Any]) -> None:
     for what in ROWS:
         row = values(written, what)
@@ -69,6 +71,7 @@ def test_ratios_are_finite_and_inside_their_intervals(written: dict[str, Any]) -
             assert len(row["ratios"]) == row["pairs"] == 6 and row["threads_per_process"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", ["alone", "deepspeed", "trainer"])
 def test_our_lora_and_pefts_do_the_same_work(setup: str, written: dict[str, Any]) -> None:
     ours, theirs = values(written, f"step, {setup}: lora / peft lora")["first_losses"]
@@ -77,10 +80,12 @@ def test_our_lora_and_pefts_do_the_same_work(setup: str, written: dict[str, Any]
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_pefts_adalora_does_not_train_under_zero3(written: dict[str, Any]) -> None:
     assert "Error" in values(written, "peft adalora, deepspeed")["crash"]
 
 
+@pytest.mark.slow
 def test_peak_memory_is_more_than_the_libraries_alone(written: dict[str, Any]) -> None:
     assert all(peak > 200 * 2**20 for peak in values(written, ROWS[-1])["peak_bytes"])
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from dynrank_ds.integrations.hf import DynamicRankCallback
 from tests.support.tiny import write_data, write_model
 
-EXAMPLE = Path(__file__).parents[2] / "examples/hf_trainer.py"
+EXAMPLE = Path(__file__).parents[2] / "launcher/hf_trainer.py"
 
 
 def test_the_example_of_forty_lines_trains_and_exports(tmp_path: Path) -> None:

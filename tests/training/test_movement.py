@@ -12,7 +12,9 @@ from tests.support.methods import METHODS
 from tests.support.recipes import write_recipe
 
 
-@pytest.mark.parametrize(("method", "factor"), [("lora", "lora_B"), ("pe_dyra", "lora_E")])
+@pytest.mark.parametrize(
+    ("method", "factor"), [pytest.param("lora", "lora_B", marks=pytest.mark.slow), ("pe_dyra", "lora_E")]
+)
 def test_a_factor_that_hardly_moves_is_warned_of_once(method: str, factor: str, tmp_path: Path) -> None:
     """At a hundredth of the method's learning rate, and not at that rate; the warm-up takes 3 steps."""
     recipe = write_recipe(tmp_path)

@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def scored(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, list[Any]]:
     """The run directory and what each process noted."""
     run_worker(request.param, "scores", folder)

@@ -121,9 +121,8 @@ def test_magnitudes_stay_when_triples_come_and_go(folder: Path) -> None:
             assert vector.shape == (module["out_features"],) and vector.abs().max() > 0
 
 
-@pytest.mark.parametrize(
-    "name", ["pe_dyra", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[:3])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_on_a_base_in_nf4_runs_are_alike_and_merge_to_what_was_trained(
     folder: Path, name: str, tmp_path: Path
 ) -> None:

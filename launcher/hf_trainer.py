@@ -1,4 +1,4 @@
-"""Train with PE-DyRA in a Hugging Face Trainer: python examples/hf_trainer.py MODEL DATA.jsonl OUTPUT [STEPS]."""
+"""Train with PE-DyRA in a Hugging Face Trainer: python launcher/hf_trainer.py MODEL DATA.jsonl OUTPUT [STEPS]."""
 
 import sys
 
