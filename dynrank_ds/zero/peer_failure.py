@@ -10,6 +10,8 @@ collective, before this is reached.)
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +24,17 @@ GRACE = 5.0
 """Seconds for which answers are waited for."""
 _INTERVAL = 0.5
 """Seconds between two polls of the store: process 0 serves those of all processes."""
-_KEYS = ("failure_reported", "answer", "answers", "first_failure", "collective_failures", "cause", "read")
-FAILURE_REPORTED, _ANSWER, _ANSWERS, _FIRST, _COLLECTIVE_FAILURES, _CAUSE, _READ = (
+_KEYS = (
+    "failure_reported",
+    "answer",
+    "answers",
+    "first_failure",
+    "collective_failures",
+    "cause",
+    "read",
+    "host",
+)
+FAILURE_REPORTED, _ANSWER, _ANSWERS, _FIRST, _COLLECTIVE_FAILURES, _CAUSE, _READ, _HOST = (
     f"dynrank/{key}" for key in _KEYS
 )
 
@@ -102,11 +113,16 @@ class _PeerMonitor(threading.Thread):
 
     def cause(self) -> tuple[str, bool]:
         """Return what ended the run, and whether this process should report it."""
-        store_failed = "process 0 died or hung: it serves the rendezvous store, which does not answer"
-        return self._agreed or (store_failed, self._rank == 1)
+        store_failed = (
+            f"process 0 died or hung, or the network to its node ({os.environ['MASTER_ADDR']}) is cut: the rendezvous "
+            "store there does not answer"
+        )
+        # Without a store nothing can be agreed on: each node that is left says it, since no other's log may be seen.
+        return self._agreed or (store_failed, self._rank == 1 or os.environ["LOCAL_RANK"] == "0")
 
     def run(self) -> None:
         try:
+            self._store.set(f"{_HOST}/{self._rank}", socket.gethostname())
             reported = False
             while not reported and not self._stopped.wait(_INTERVAL):
                 reported = self._store.check([FAILURE_REPORTED])
@@ -159,10 +175,13 @@ class _PeerMonitor(threading.Thread):
             first, failure = store.get(_FIRST).decode().split(" ", 1)
             reporter = min(failed or [o for o in answering if o != int(first)], default=int(first))
             return f"{reporter} process {first} failed first: {failure}"
-        silent = [str(other) for other in range(self._size) if other not in answering]
+        silent = [other for other in range(self._size) if other not in answering]
         if silent:
-            names = f"process{'es' * (len(silent) > 1)} {', '.join(silent)}"
-            return f"{failed[0]} {names} died or hung: no answer within {GRACE:.0f} s"
+            names = f"process{'es' * (len(silent) > 1)} {', '.join(map(str, silent))}"
+            known = [key for other in silent if store.check([key := f"{_HOST}/{other}"])]
+            hosts = " or ".join(sorted({store.get(key).decode() for key in known})) or "there"
+            silence = f"no answer from {hosts} within {GRACE:.0f} s"
+            return f"{failed[0]} {names} died or hung, or the network is cut: {silence}"
         healthy = [str(other) for other in answering if other not in failed]
         but = f" but {', '.join(healthy)}, which may hang" if healthy else ""
         return f"{failed[0]} a collective failed in every process{but}: {failures[failed[0]]}"

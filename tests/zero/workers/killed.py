@@ -1,6 +1,7 @@
 """The training command in which one process kills itself: POINT STEP PROCESS (or all), then the command's arguments.
 
-It happens the first time the point is passed in a step of at least STEP.
+It happens the first time the point is passed in a step of at least STEP. Where DYNRANK_TEST_WAIT names a folder, the
+process waits there instead: it makes the file `reached`, and goes on once there is a file `go`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
@@ -22,13 +24,23 @@ from dynrank_ds.zero import engine, peer_failure
 from tests.support.launch import ROOT, run_script
 
 POINT, STEP, PROCESS = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+WAIT_IN = os.environ.get("DYNRANK_TEST_WAIT")
 
 step = 0
 
 
 def die() -> None:
     if step >= STEP and PROCESS in (os.environ["RANK"], "all"):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if WAIT_IN is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            wait_in(Path(WAIT_IN))
+
+
+def wait_in(folder: Path) -> None:
+    (folder / "reached").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.05)
 
 
 def before(owner: Any, name: str) -> None:
@@ -118,5 +130,6 @@ class Counting(Trainer):
 if __name__ == "__main__":
     POINTS[POINT]()
     run.Trainer = Counting  # type: ignore[misc]
-    peer_failure.GRACE = 1.0
+    if WAIT_IN is None:
+        peer_failure.GRACE = 1.0
     run_script(str(ROOT / "launcher/train.py"), *sys.argv[4:])
