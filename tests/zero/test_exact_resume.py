@@ -5,13 +5,12 @@ Every save of seven processes is resumed by two, and some of two by seven, throu
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.support.launch import outcomes, run_worker
-from tests.support.recipes import STEPS, lines, write_recipe
+from tests.support.recipes import STEPS, copy_stopped, lines, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -31,18 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case, saves in CASES.items():
         saved_by, resumed_by = case.split("-")
         for step in saves:
-            _stopped(folder / saved_by, folder / f"{case}-{step}", step)
+            copy_stopped(folder / saved_by, folder / f"{case}-{step}", step)
         run_worker(int(resumed_by), "exact", folder, saved_by, *(f"{case}-{step}" for step in saves))
     return folder
-
-
-def _stopped(whole: Path, run: Path, step: int) -> None:
-    """A copy of a whole run as if it had stopped there."""
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "adapter")
-    for checkpoint in (run / "checkpoints").iterdir():
-        if checkpoint.name != f"step-{step}":
-            shutil.rmtree(checkpoint)
 
 
 @pytest.mark.parametrize(("case", "step"), [(case, step) for case, saves in CASES.items() for step in saves])

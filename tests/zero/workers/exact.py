@@ -71,8 +71,8 @@ class Comparing(Trainer):
     def _step(self, indices: Any) -> Any:
         if not self.compared:
             self.compared = True
-            then, now = load_file(record(MODE, self.progress.step)), whole_tensors(self)
-            write(Path(FOLDER), f"differing-{self.directory.path.name}", differing(then, now))
+            recorded, found = load_file(record(MODE, self.progress.step)), whole_tensors(self)
+            write(Path(FOLDER), f"differing-{self.directory.path.name}", differing(recorded, found))
         return super()._step(indices)
 
 
