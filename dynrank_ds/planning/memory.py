@@ -92,7 +92,8 @@ def memory(
     bucket = int(zero.get("reduce_bucket_size", _BUCKET))
     filled = 4 * min(bucket, trainable)
     unpacked = architecture.packed.largest * item
-    if on_cpu:  # gloo receives into a copy of each buffer, which is gone when the head's logits are largest
+    # gloo receives into a copy of each buffer, which is gone when weights are unpacked or the head's logits largest.
+    if on_cpu and not unpacked:
         layers = [architecture.units[m.unit].whole_layer for m in moments]
         moments = [
             replace(m, held=m.held + m.on_their_way * of_layer)
