@@ -68,8 +68,11 @@ _NAME = re.compile(
     r"(?:\\text\s*\{[^{}]*\}|\\(?:angle|triangle|overline|max|min|gcd|lcm)(?![A-Za-z])|[A-Za-z]+\([0-9., -]+\)"
     r"|[A-Za-z]_\{?[0-9A-Za-z]\}?|[A-Za-z'|\[\](){} +-])+"
 )
+_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)")
 _LEAD_IN = re.compile(r"^\\text\s*\{[^{}]*(?:\bis|:)\s*\}\s*(?=\S)")
 _RATIO = re.compile(r"[0-9.]+(?:\s*:\s*[0-9.]+)+")
+# "(C) 12" and "C. 12".
+_CHOSEN = re.compile(r"(?:\\text\s*\{\s*)?\(?([A-Z])[).:]\s*\}?\s*\S")
 _CHOICE = re.compile(r"\s*\(?\s*(?:\\text\s*\{)?\s*\(?([A-Z])\)?\s*\}?\s*\)?\s*")
 
 
@@ -103,7 +106,12 @@ def normal_answer(answer: str) -> str:
     text = re.sub(r"\.\.\.\s*$", r"\\ldots", text).rstrip(".,; \n").strip()
     if not _TRIGONOMETRIC.search(text):
         text = _DEGREE.sub(" ", text)
-    text = re.sub(r"\s+(?:and|or)\s+|\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}", ", ", text)
+    text = re.sub(
+        r"\s+(?:and|or)\s+(?!(?:more|less|fewer|greater|above|below)\b)|\\text\s*\{\s*(?:,\s*)?(?:and|or)\s*\}",
+        ", ",
+        text,
+    )
+    text = _COMBINATIONS.sub(r"\\binom{\1}{\2}", text)
     return re.sub(r"\s+", " ", text).strip()
 
 
@@ -114,11 +122,13 @@ def _same(gold: str, answer: str, depth: int) -> bool:
     if _RATIO.fullmatch(gold) and _RATIO.fullmatch(answer):
         return re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer)
     gold, answer = _last_side(gold, answer), _last_side(answer, gold)
-    if (choice := _CHOICE.fullmatch(gold)) and (other := _CHOICE.fullmatch(answer)):
+    if (choice := _CHOICE.fullmatch(gold)) and (other := _CHOICE.fullmatch(answer) or _CHOSEN.match(answer)):
         return choice[1] == other[1]
     if in_a_base(gold) or in_a_base(answer):
         return same_in_base(gold, answer)
     if is_inequality(gold) or is_inequality(answer):
+        if any(_is_number(text) for text in (gold, answer)):
+            return False
         return same_range(gold, answer, lambda a, b: _same(a, b, depth + 1))
     if gold.endswith("%") is not answer.endswith("%"):
         # 50 % is 50 where percent are asked for, and one half.
@@ -180,6 +190,13 @@ def _last_side(text: str, other: str) -> str:
         if all(_NAME.fullmatch(side) or (_constant(side) and _constant(last)) for side in sides)
         else text
     )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return isinstance(_evaluate(text, 0), Fraction)
+    except (UnreadableError, ArithmeticError, ValueError):
+        return False
 
 
 def _constant(text: str) -> bool:

@@ -44,6 +44,7 @@ _PARTS_ALONE = re.compile(
 _A_PART = re.compile(rf"(?<![0-9] )(?<![0-9])\b(?:an?\s+)?({_PART_WORD})\b", re.IGNORECASE)
 _MULTIPLES = {"twice": "2", "double": "2", "thrice": "3", "triple": "3", "half of": "1/2", "half": "1/2"}
 _MULTIPLE = re.compile(r"\b(twice|double|thrice|triple|half(?: of)?)\s+(?=[$]?\s*[0-9])", re.IGNORECASE)
+_PART_OF = re.compile(rf"\b(?:an?\s+)?({_PART_WORD})\s+of\s+(?=[$]?\s*[0-9])", re.IGNORECASE)
 _ROOT = re.compile(r"\b(?:the\s+)?(square|cube)\s+root\s+of\s+(?=[0-9])", re.IGNORECASE)
 _POWER = re.compile(r"(?<=[0-9)])\s+(squared|cubed)\b", re.IGNORECASE)
 _OPERATORS = {"times": "*", "multiplied by": "*", "plus": "+", "divided by": "/", "over": "/"}
@@ -89,4 +90,5 @@ def _operations(text: str) -> str:
     text = _POWER.sub(lambda m: "^2" if m[1].lower() == "squared" else "^3", text)
     text = _OPERATOR.sub(lambda m: f" {_OPERATORS[m[1].lower()]} ", text)
     text = _MULTIPLE.sub(lambda m: f"{_MULTIPLES[m[1].lower()]} * ", text)
+    text = _PART_OF.sub(lambda m: f"1/{_PARTS[m[1].lower()]} * ", text)
     return _FUNCTION.sub(r"\\", text)

@@ -53,10 +53,13 @@ _GOES_ON = re.compile(
     rf"|{_UNIT_WORDS}\s*(?:\+|\\pm|\*|\\cdot|\\times|<|>|\\(?:leq?|geq?|lt|gt|neq?)(?![A-Za-z]))\s*[-+]?\s*[$]?"
     r"(?:[0-9.(\\]|(?![aA]\b)[A-Za-z](?![A-Za-z]))"
     rf"|{_UNIT_WORDS}\s*(?:/\s*[0-9(\\]|\b(?:mod|choose)\b|\b(?:more|less|fewer|greater) than\s+[$]?[0-9])"
+    rf"|{_UNIT_WORDS}\s*,?\s*\b(?:or|and)\s+(?:more|less|fewer|greater|above|below|over|under|up)\b"
+    rf"|{_UNIT_WORDS}\s*,?\s*\bat (?:least|most)\b|\+\s*$"
 )
 _NOT_EQUAL_TO = re.compile(
-    r"(?:\b(?:(?:more|less|greater|fewer|larger|smaller) than|under|over|above|below|beyond)"
-    r"|(?<!<)<|(?<![->])>|\^)\s*[{($]*$"
+    r"(?:\b(?:(?:more|less|greater|fewer|larger|smaller) than|under|over|above|below|beyond|at (?:least|most)|up to)"
+    r"|\b(?:minimum|maximum) of|\\(?:leq?|geq?)(?:slant)?|(?<!<)<|(?<![->])>|\^)\s*[{($]*$",
+    re.IGNORECASE,
 )
 _UNREAD = re.compile(r"\\(?:sum|prod|int|lim|max|min|gcd|lcm|arc[a-z]+|[a-z]+h|overline|bar|det)(?![A-Za-z])")
 # Of each family the units in the size of its smallest: "2 hours and 30 minutes" is 150 minutes and 2.5 hours.
@@ -81,11 +84,26 @@ _COMPOUND = [
     {"kilogram": 1000, "kg": 1000, "gram": 1, "g": 1},
 ]
 _PART = re.compile(r"\s*(?:,|and\b|,\s*and\b)?\s*([0-9]+(?:\.[0-9]+)?)\s*-?\s*([A-Za-z]+?)s?(?![A-Za-z])")
+# The same quantity again in another unit: "2 hours (120 minutes)", "1 week, or 7 days".
+_QUANTITY = r"([0-9]+(?:\.[0-9]+)?)\s*-?\s*([A-Za-z]+?)s?"
+_RESTATED = re.compile(
+    rf"[^0-9]*{_QUANTITY}\s*(?:\(\s*(?:or|i\.e\.,?)?|,?\s+(?:or|i\.e\.,?)\s)\s*{_QUANTITY}[).\s*]*"
+)
 _AND_A_FRACTION = re.compile(
     r"(?<![0-9.,/])([0-9]+)\s*(?:and|&)\s*(?=[0-9]+\s*/\s*[0-9]|\\frac)", re.IGNORECASE
 )
 _HYPHEN_FRACTION = re.compile(r"(?<![0-9.,/*+^()-])([0-9]+)-(?=[0-9]+/[0-9]+(?![0-9]))")
 _RANGE = re.compile(r"[0-9.,]+\s*-\s*[0-9.,]+")
+
+
+_LABEL = re.compile(
+    r"^\s*(?:(?:[0-9]+[.)]|[-*#>]+)\s+|(?:[#*]+\s*)?(?:step|part)\s+[0-9]+\s*[:.)]\s*)+", re.IGNORECASE
+)
+_CLOSING_WORDS = re.compile(
+    r"\s*(?:please\s+)?"
+    r"(?:let me know|feel free|(?:I )?hope (?:this|that) helps|if you (?:have|need|want|would)|would you like)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,8 @@ def read_number(text: str) -> Reading | None:
     Units, currency and percent signs are passed over. Expressions are evaluated: 2 + 3 = 5 is 5, 2^3 is 8,
     1.2e3 is 1200. Lists, ranges, inequalities and what goes on in an unknown way have no value.
     """
+    if restated := _restated(text[:_LONGEST]):
+        return Reading(restated)
     text = _prepared(text[:_LONGEST], remarks=False)
     if text.count("=") > 1 and re.search(r",\s*(?:and\s+)?[A-Za-z]", text):
         return Reading()
@@ -139,8 +159,10 @@ def read_number(text: str) -> Reading | None:
 def last_number(text: str) -> Reading | None:
     """Read the last number of a text without a stated answer: in its last sentence that has one, after "=" if any."""
     for line in reversed(text[-20_000:].split("\n")[-50:]):
-        line = re.sub(r"^\s*(?:[0-9]+[.)]|[-*#>]+)\s+", "", line)
+        line = _LABEL.sub("", line)
         for sentence in reversed(re.split(r"(?<=[.!?])\s+", line)):
+            if _CLOSING_WORDS.match(sentence):
+                continue
             prepared = _right_side(_prepared(sentence[-_LONGEST:].rstrip("! "), remarks=True))
             found, place = None, 0
             while (start := _START.search(prepared, place)) is not None:
@@ -163,7 +185,7 @@ def _prepared(text: str, remarks: bool) -> str:
     text = re.sub(r"\\(?:boxed|fbox|text)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\(?:boxed|fbox|text)\s*\{", " {", text)
     text = re.sub(r"\\[\[\]()]", " ", text)
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", " ", text)
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", " ", text).replace("<=", "\\le ").replace(">=", "\\ge ")
     text = _PARENTHESIS.sub(" ", text)
     if remarks:
         shorter = _WHICH_IS.sub("", _NEGATED.sub(" ", text))
@@ -228,6 +250,19 @@ def _repeats_otherwise(rest: str, value: Fraction) -> bool:
         return bool(expression.value() != value)
     except (UnreadableError, ArithmeticError, ValueError):
         return False
+
+
+def _restated(text: str) -> frozenset[Fraction]:
+    """Return the values of a quantity that is said again in another unit; empty where it is not, or is another."""
+    match = _RESTATED.fullmatch(words_as_digits(plain(text)))
+    if match is None:
+        return frozenset()
+    amounts, units = [Fraction(match[1]), Fraction(match[3])], [match[2].lower(), match[4].lower()]
+    for family in _COMPOUND:
+        if units[0] != units[1] and all(unit in family for unit in units):
+            first, second = (amount * family[unit] for amount, unit in zip(amounts, units, strict=True))
+            return frozenset(amounts if first == second else ())
+    return frozenset()
 
 
 def _compound(text: str) -> frozenset[Fraction]:

@@ -12,7 +12,10 @@ _SEGMENT = re.compile(
     re.DOTALL,
 )
 _JOINT = re.compile(r"\s*(?:,|;)?\s*(?:and|or|,|;)?\s*")
-_SENTENCE_END = re.compile(r"(?<=[^\s.])\.(?:\s|$)|[!?](?:\s|$)")
+# What follows a factorial goes on: "14! ways", "14! / 2".
+_SENTENCE_END = re.compile(r"(?<=[^\s.])\.(?:\s|$)|\?(?:\s|$)|!(?=\s+[A-Z])")
+_FORMULA_END = re.compile(r"!\s*(?:\$|\\[)\]])")
+_OPERAND_AT_END = re.compile(r"(?:[0-9)}]|(?<![A-Za-z])[A-Za-z])$")
 _REMARK = re.compile(
     r"\s*\((?:which|that|since|because|i\.e|e\.g|where|as|or|in|the|see|rounded|approximately)\b[^()]*\)"
     r"|\s*,?\s+\b(?:which|because|since|where|so that|as (?:we|the|it|required|desired|shown)|when|if)\b.*",
@@ -37,8 +40,7 @@ def number_answer(completion: str) -> NumberAnswer | None:
     reply = final_reply(completion)
     text = stated_answer(reply, lambda candidate: read_number(candidate) is not None)
     if text is not None:
-        boxed = f"{{{text}}}" in reply
-        reading = read_number(text) if boxed else _exclaimed(text)
+        reading = read_number(text) if _is_boxed(text, reply) else _exclaimed(text)
         assert reading is not None
         return NumberAnswer(text, reading)
     reading = last_number(up_to_next_problem(reply))
@@ -56,16 +58,42 @@ def _exclaimed(text: str) -> Reading | None:
     return Reading(plain.values | factorial.values)
 
 
-def math_answer(completion: str) -> str | None:
-    """Return the answer that a completion states, or the whole of a reply that is nothing but an answer."""
+def math_answers(completion: str) -> tuple[str, ...]:
+    """Return the answer that a completion states, or the whole of a reply that is nothing but an answer.
+
+    Returns:
+        The ways to read it: nothing where there is no answer, two where a sentence ends in "14!", which is 14
+        with an exclamation mark or 14 factorial. In a box or a formula it is the factorial.
+    """
     reply = final_reply(completion)
     text = stated_answer(reply, lambda candidate: re.search("[A-Za-z0-9]", trimmed(candidate)) is not None)
-    if text is not None:
-        return trimmed(text)
-    bare = up_to_next_problem(reply).strip()
-    if "boxed" in bare or "\n" in bare or len(bare) > _LONGEST_BARE_REPLY or not re.search(r"[0-9\\]", bare):
+    if text is None:
+        text = _bare_answer(up_to_next_problem(reply).strip())
+    if text is None:
+        return ()
+    answer = trimmed(text)
+    calm = answer.rstrip("! ")
+    if calm == answer:
+        return (answer,)
+    if _OPERAND_AT_END.search(calm) is None:
+        return (calm,)
+    return (answer,) if _is_boxed(text, reply) or _FORMULA_END.search(text) else (calm, answer)
+
+
+def _is_boxed(text: str, reply: str) -> bool:
+    return f"{{{text}}}" in reply
+
+
+def _bare_answer(reply: str) -> str | None:
+    if (
+        "boxed" in reply
+        or "\n" in reply
+        or len(reply) > _LONGEST_BARE_REPLY
+        or not re.search(r"[0-9\\]", reply)
+    ):
         return None
-    return trimmed(bare) if len(re.findall("[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "", bare))) <= 2 else None
+    words = re.findall("[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "", reply))
+    return reply if len(words) <= 2 else None
 
 
 def trimmed(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from dynrank_ds.errors import DataError
 from dynrank_eval import verification
 from dynrank_eval.answers import grading
-from dynrank_eval.answers.reading import math_answer
+from dynrank_eval.answers.reading import math_answers
 from dynrank_eval.equivalence import equivalent
 from dynrank_eval.extraction import find_answer, last_boxed
 from dynrank_eval.jsonl import read_rows
@@ -66,16 +66,36 @@ class Math(Task):
     ) -> list[Judgement]:
         read = _READERS[protocol.reader]
         answers = [read(text, protocol) for text in completions]
-        answered = [place for place, answer in enumerate(answers) if answer is not None]
-        pairs = [(problems[place].reference, answers[place] or "") for place in answered]
-        graded = {name: dict(zip(answered, _GRADERS[name](pairs), strict=True)) for name in protocol.graders}
-        judgements = []
-        for place, answer in enumerate(answers):
-            found = {name: grades.get(place, (Verdict.INVALID, "")) for name, grades in graded.items()}
-            grades = {name: verdict is Verdict.CORRECT for name, (verdict, _) in found.items()}
-            verdict, grader = found[protocol.graders[0]]
-            judgements.append(Judgement(verdict, answer, grades, grader))
-        return judgements
+        places = [place for place, readings in enumerate(answers) for _ in readings]
+        pairs = [
+            (problem.reference, reading)
+            for problem, readings in zip(problems, answers, strict=True)
+            for reading in readings
+        ]
+        graded: dict[str, list[list[tuple[Verdict, str]]]] = {}
+        for name in protocol.graders:
+            graded[name] = [[] for _ in problems]
+            for place, grade in zip(places, _GRADERS[name](pairs), strict=True):
+                graded[name][place].append(grade)
+        return [
+            _judgement(
+                readings, {name: grades[place] for name, grades in graded.items()}, protocol.graders[0]
+            )
+            for place, readings in enumerate(answers)
+        ]
+
+
+def _judgement(
+    readings: Sequence[str], graded: Mapping[str, Sequence[tuple[Verdict, str]]], first: str
+) -> Judgement:
+    """Judge by the grader `first`; of several readings of an answer the first that is right counts."""
+    if not readings:
+        return Judgement(Verdict.INVALID, None, dict.fromkeys(graded, False), "")
+    right = [verdict is Verdict.CORRECT for verdict, _ in graded[first]]
+    chosen = right.index(True) if True in right else 0
+    grades = {name: any(verdict is Verdict.CORRECT for verdict, _ in found) for name, found in graded.items()}
+    verdict, grader = graded[first][chosen]
+    return Judgement(verdict, readings[chosen], grades, grader)
 
 
 def _by_rules(completion: str, protocol: Protocol) -> str | None:
@@ -84,11 +104,16 @@ def _by_rules(completion: str, protocol: Protocol) -> str | None:
     return None if answer is None else _bare(answer)
 
 
-_READERS: dict[str, Callable[[str, Protocol], str | None]] = {
-    "stated": lambda completion, protocol: math_answer(completion),
-    "rules": _by_rules,
-    "metamath": lambda completion, protocol: metamath.extract_answer(completion),
-    "minerva": lambda completion, protocol: minerva.extract_answer(completion),
+def _one(answer: str | None) -> tuple[str, ...]:
+    return () if answer is None else (answer,)
+
+
+# Each gives the ways to read an answer, none where there is none.
+_READERS: dict[str, Callable[[str, Protocol], tuple[str, ...]]] = {
+    "stated": lambda completion, protocol: math_answers(completion),
+    "rules": lambda completion, protocol: _one(_by_rules(completion, protocol)),
+    "metamath": lambda completion, protocol: _one(metamath.extract_answer(completion)),
+    "minerva": lambda completion, protocol: _one(minerva.extract_answer(completion)),
 }
 
 

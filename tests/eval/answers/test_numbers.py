@@ -145,10 +145,10 @@ NUMBERS: dict[str, float | Fraction | tuple[float | Fraction, ...]] = {
     "42 (40 + 2)": 42,
     "3\N{MULTIPLICATION SIGN} as many": 3,
     "42 Explanation: 40 + 2 = 42": 42,
-    "at least 42": 42,
-    "42 or more": 42,
-    "\\ge 42": 42,
-    "up to 42": 42,
+    "a quarter of 84": 21,
+    "3 hours (180 minutes)": (3, 180),
+    "two weeks, or 14 days": (2, 14),
+    "42 more than before": 42,
 }
 NOT_ONE_NUMBER = [
     "4, 5, 6",
@@ -175,6 +175,24 @@ NOT_ONE_NUMBER += [
     "4 + x",
     "4x + 5",
 ]
+NOT_ONE_NUMBER += [
+    "at least 4",
+    "at most 4 cats",
+    "up to 4",
+    "no more than 4",
+    "a minimum of 4",
+    "≥ 4",
+    "x >= 4",
+]
+NOT_ONE_NUMBER += [
+    "\\leqslant 4",
+    "4 or more",
+    "4 dollars or less",
+    "4 and up",
+    "4 cats at most",
+    "4+",
+    "one third of 4",
+]
 NOT_ONE_NUMBER += ["x^4", "log 4", "\\ln(4)", "4i", "4 mod 3", "4 choose 2", "4C2", "4 less than 5", "4 (5)"]
 NOT_ONE_NUMBER += ["\\max(4, 5)", "a=4, b=5", "4,5", "25% of 60", "√2", "9" * 5000, "10^(10^10)"]
 
@@ -200,7 +218,16 @@ def test_a_text_without_a_number_has_no_reading(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gold", "text"), [("43", "43 210"), ("3", "3^4"), ("4", "4 + 5 = 9"), ("64", "√64"), ("4", "4½")]
+    ("gold", "text"),
+    [
+        ("43", "43 210"),
+        ("3", "3^4"),
+        ("4", "4 + 5 = 9"),
+        ("64", "√64"),
+        ("4", "4½"),
+        ("84", "a quarter of 84"),
+        ("200", "3 hours (200 minutes)"),
+    ],
 )
 def test_a_misreading_is_no_pass(gold: str, text: str) -> None:
     reading = read_number(text)
@@ -219,6 +246,8 @@ def test_the_last_number_of_a_reply_without_a_stated_answer() -> None:
         ("He earns 4 * 5 = $<<4*5=20>>20 a day.", 20),
         ("4 cats and 5 dogs make 9 animals", 9),
         ("1. add 4\n2. so it is 8", 8),
+        ("Step 1: 4 + 4 = 8\n**Step 2:** that is all", 8),
+        ("It is 8.\nLet me know if you need help with the other 3 problems!", 8),
     ]:
         reading = last_number(text)
         assert reading is not None and reading.values == {value}

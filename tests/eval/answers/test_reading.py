@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from dynrank_eval.answers.reading import math_answer, number_answer
+from dynrank_eval.answers.reading import math_answers, number_answer
 from dynrank_eval.answers.reply import final_reply
 
 WORD_PROBLEMS: dict[str, int | None] = {
@@ -73,7 +73,7 @@ def test_the_stated_number(reply: str, value: int | None) -> None:
     )
 
 
-MATH: dict[str, str | None] = {
+MATH: dict[str, str | tuple[str, str] | None] = {
     "The answer is $\\frac{3}{8}$.": "\\frac{3}{8}",
     "The answer is:\n\\[\n7\n\\]": "7",
     "The answer is **7**": "7",
@@ -90,6 +90,13 @@ MATH: dict[str, str | None] = {
     "\\boxed{\\text{The answer is } 7}": "\\text{The answer is } 7",
     "The answer is 7 - that is all": "7",
     "\\boxed{7\\,}": "7",
+    "\\boxed{7!}": "7!",
+    "The answer is $7!$.": "7!",
+    "The answer is $7$!": "7",
+    "The answer is 7! / 2": "7! / 2",
+    "The answer is 7! I am sure.": "7",
+    "The answer is odd!": "odd",
+    "The answer is 7!": ("7", "7!"),
     "I do not know": None,
     "We add the 7 numbers and go on.": None,
     "<think>\\boxed{7}</think>": None,
@@ -98,8 +105,9 @@ MATH: dict[str, str | None] = {
 
 
 @pytest.mark.parametrize(("reply", "answer"), MATH.items(), ids=lambda value: str(value)[:40])
-def test_the_stated_answer_to_a_math_problem(reply: str, answer: str | None) -> None:
-    assert math_answer(reply) == answer
+def test_the_stated_answer_to_a_math_problem(reply: str, answer: str | tuple[str, str] | None) -> None:
+    """Two where "!" may be a factorial or an exclamation mark."""
+    assert math_answers(reply) == ((answer,) if isinstance(answer, str) else answer or ())
 
 
 def test_a_reply_is_without_thoughts_and_tokens_of_the_chat_format() -> None:
@@ -124,5 +132,5 @@ def test_a_megabyte_is_read_in_seconds() -> None:
     for bit in bits:
         text = bit * (1_000_000 // len(bit))
         number_answer(text)
-        math_answer(text)
+        math_answers(text)
     assert time.process_time() - start < 30
