@@ -135,7 +135,7 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-invariant",
         action="store_true",
-        help="vLLM's kernels whose results do not depend on the batch: slower, and a greedy score stays the same",
+        help="vLLM's kernels for GPUs whose results do not depend on the batch: slower, a greedy score stays the same",
     )
 
 

@@ -84,6 +84,8 @@ def generate(
     models.check_model(settings.model)
     if settings.adapter is not None:
         models.adapter_rank(settings.adapter)
+    if settings.batch_invariant:
+        serving.check_batch_invariance(settings.engine)
     if settings.engine == "vllm":
         serving.check_heads(settings.model)
     tokenizer = models.load_tokenizer(settings.model)

@@ -71,6 +71,7 @@ MISTAKES = [
     (["--adapter", "EMPTY"], "adapter_config.json"),
     (["--max-new-tokens", "1024"], "lower --max-new-tokens"),
     (["--output", "FILE/out"], "is a file"),
+    (["--batch-invariant"], "--engine hf has none"),
 ]
 
 

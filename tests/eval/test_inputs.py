@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
-from dynrank_ds.errors import DataError, ModelError, RecipeError, RunError
+from dynrank_ds.errors import DataError, MachineError, ModelError, RecipeError, RunError
 from dynrank_eval.cli import main
 from dynrank_eval.comparison import compare
-from dynrank_eval.engines.serving import check_heads
+from dynrank_eval.engines.serving import check_batch_invariance, check_heads
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.statistics import sign_flip_test
 from dynrank_eval.tasks import get_tasks
@@ -70,6 +71,17 @@ def test_heads_that_vllm_cannot_serve_are_named_before_anything_starts(tmp_path:
         check_heads(str(tmp_path))
     LlamaConfig(num_attention_heads=8, hidden_size=512).save_pretrained(tmp_path)
     check_heads(str(tmp_path))
+
+
+def test_batch_invariance_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.32 starts there, and its first forward is a TypeError."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="this machine has no GPU"):
+        check_batch_invariance("vllm")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_batch_invariance("vllm")
+    with pytest.raises(MachineError, match="--engine hf has none"):
+        check_batch_invariance("hf")
 
 
 def scored(data: Path, folder: Path, right: list[list[bool]]) -> Path:

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from dynrank_ds.errors import ModelError
+from dynrank_ds.errors import MachineError, ModelError
 from dynrank_eval.engines.model import adapter_config, adapter_rank, adapter_ranks, load_config
 
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
@@ -30,6 +30,17 @@ def check_heads(model: str) -> None:
         raise ModelError(
             f"--model {model} has attention heads of size {size}, which vLLM cannot serve on this device (it must be "
             f"{allowed}); use --engine hf."
+        )
+
+
+def check_batch_invariance(engine: str) -> None:
+    """Raise MachineError where results depend on the batch all the same: only vLLM on a GPU has other kernels."""
+    import torch
+
+    if engine != "vllm" or not torch.cuda.is_available():
+        here = f"--engine {engine} has none" if engine != "vllm" else "this machine has no GPU"
+        raise MachineError(
+            f"--batch-invariant needs kernels that only vLLM has, on a GPU, and {here}; leave the option out."
         )
 
 
