@@ -4,19 +4,6 @@ import pytest
 import torch
 
 SEED = 0
-SHARED_RUNS = ("shards", "uninterrupted")
-"""Fixtures that take long and that several files read."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the tests of a file to one process, and to the same one the files that read the same run."""
-    group_of = {item.path: str(item.path) for item in items}
-    for item in items:
-        for shared in SHARED_RUNS:
-            if shared in item.fixturenames:  # type: ignore[attr-defined]
-                group_of[item.path] = shared
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of[item.path]))
 
 
 @pytest.fixture(autouse=True)

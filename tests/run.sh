@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launcher/environment.sh"
 
 choice="not slow and not soak"
-parallel=(-n 2 --dist loadgroup)
+parallel=(-n 2 --dist loadfile)
 case ${1-} in
 --all) choice="not soak"; shift ;;
 --soak) choice=soak; parallel=(); export DYNRANK_SOAK_MINUTES="${DYNRANK_SOAK_MINUTES:-60}"; shift ;;
