@@ -103,7 +103,10 @@ def _add_task_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--protocol", help="default: the task's (dynrank-math-v1 for answers, dynrank-code-v1 for code)"
     )
-    command.add_argument("--limit", type=_positive, help="only the first N problems of each task")
+    command.add_argument("--limit", type=_positive, help="only N problems of each task, the first ones")
+    command.add_argument(
+        "--skip", type=_not_negative, default=0, help="leave out the first N problems of each task"
+    )
     command.add_argument(
         "--n", type=_positive, help="completions per problem; default: the protocol's, mostly 1"
     )
@@ -151,6 +154,13 @@ def _add_scoring_options(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run programs even where this machine cannot keep them off the network",
     )
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -208,7 +218,9 @@ def _selection(args: argparse.Namespace) -> "Selection":
     from dynrank_eval import Selection
 
     allow_network = getattr(args, "allow_network", False)
-    return Selection(args.task, args.protocol, args.data_dir, args.limit, args.n, allow_network)
+    return Selection(
+        args.task, args.protocol, args.data_dir, args.limit, args.n, allow_network, args.skip
+    )
 
 
 def _settings(args: argparse.Namespace) -> "GenerationSettings":

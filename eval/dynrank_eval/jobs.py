@@ -17,7 +17,8 @@ class Selection:
 
     Attributes:
         protocol: None: each task's default.
-        limit: only the first problems of each task; None: all.
+        skip: leave out so many problems of each task, its first ones.
+        limit: only so many problems of each task, from there on; None: all.
         samples: completions per problem; None: the protocol's.
         allow_network: run programs even where the machine cannot keep them off the network.
     """
@@ -28,6 +29,7 @@ class Selection:
     limit: int | None = None
     samples: int | None = None
     allow_network: bool = False
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Job:
 
     Attributes:
         contexts: solved examples before each problem, "" where the protocol has none; None for scoring only.
-        known_ids: the task ids of all problems, beyond the limit too.
+        known_ids: the task ids of all problems, also of those that are left out.
         samples: completions per problem.
         data: where the problems come from, and which variant of the benchmark they are.
     """
@@ -95,6 +97,12 @@ def _prepare_one(task: Task, selection: Selection, generating: bool) -> Job:
     repeated = [task_id for task_id, times in ids.items() if times > 1]
     if repeated:
         raise DataError(f"{task.name}: the data hold the task_id {repeated[0]!r} twice.")
+    if selection.skip >= len(problems):
+        raise RecipeError(
+            f"--skip {selection.skip} leaves no problem of {task.name}, which has {len(problems)}; give less."
+        )
+    last = None if selection.limit is None else selection.skip + selection.limit
+    chosen = slice(selection.skip, last)
     contexts = None
     if generating:
         contexts = [""] * len(problems)
@@ -102,11 +110,11 @@ def _prepare_one(task: Task, selection: Selection, generating: bool) -> Job:
             drawn = not protocol.fewshot.examples
             rows = task.examples(selection.data_dir) if drawn else []
             contexts = protocol.fewshot.contexts(rows, len(problems))
-        contexts = contexts[: selection.limit]
+        contexts = contexts[chosen]
     return Job(
         task,
         protocol,
-        problems[: selection.limit],
+        problems[chosen],
         contexts,
         frozenset(ids),
         selection.samples or protocol.samples,

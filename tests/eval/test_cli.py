@@ -30,6 +30,22 @@ def test_score_counts_and_keeps_every_verdict(
     assert "66.7%" in printed and "30.0% to 90.3%" in printed
 
 
+def test_skip_and_limit_cut_a_task_into_parts_that_share_no_problem(
+    data: Path, generations: Path, tmp_path: Path
+) -> None:
+    parts = (["--limit", "2"], ["--skip", "2", "--limit", "3"], ["--skip", "5"], [])
+    found = []
+    for number, part in enumerate(parts):
+        out = tmp_path / str(number)
+        skipped = int(part[part.index("--skip") + 1]) if "--skip" in part else 0
+        lines = generations.read_text().splitlines()[skipped:]
+        own = tmp_path / f"{number}.jsonl"
+        own.write_text("\n".join(lines[: int(part[-1])] if "--limit" in part else lines))
+        assert main([*score_arguments(data, own), *part, "--output", str(out)]) == 0
+        found.append([(row["task_id"], row["verdict"]) for row in samples(out)])
+    assert found[0] + found[1] + found[2] == found[3] and len(found[1]) == 3
+
+
 def test_run_then_score_of_its_samples_gives_the_same_bytes(
     tiny_model: Path, tiny_adapter: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -64,6 +80,7 @@ MISTAKES = [
     (["--n", "2"], "set one above 0"),
     (["--k", "2"], "--n is 1"),
     (["--protocol", "none"], "no such protocol"),
+    (["--skip", "6"], "which has 6"),
     (["--data-dir", "absent"], "no such folder"),
     (["--data-dir", "."], "cannot be read"),
     (["--model", "/absent/model"], "no such folder"),
