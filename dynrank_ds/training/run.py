@@ -77,7 +77,7 @@ def train(
             trainer.stop_request = stop_request
             return _train(trainer, state)
         finally:
-            trainer.directory.unlock()
+            state.unlock()
     finally:
         early_stop.cancel()
 
@@ -133,7 +133,7 @@ def set_up(recipe: Recipe, resume: bool, device: torch.device, state: RunState |
     )
     identity = fingerprints(recipe, samples)
     with ExitStack() as on_error:
-        on_error.callback(directory.unlock)
+        on_error.callback(state.unlock)
         lock_directory(directory, resume, identity, device)
         checkpoint = find_checkpoint(directory, recipe, identity, device) if resume else None
         total_steps = recipe.total_steps(len(data.samples))

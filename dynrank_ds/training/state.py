@@ -79,6 +79,12 @@ class RunState:
                 self._warn(failure)
             self._is_last = True
 
+    def unlock(self) -> None:
+        """Let other runs into the directory; after an early stop, whose state stays there, the process's end does."""
+        with self._writing:
+            if not self._is_last:
+                self.directory.unlock()
+
     def _warn(self, failure: OSError) -> None:
         logger.warning("%s could not be written: %s", self.path, failure.strerror)
 

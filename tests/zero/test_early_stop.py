@@ -60,6 +60,16 @@ def test_an_early_stop_leaves_the_state_of_another_run_in_the_directory_alone(tm
     assert (state["state"], state["step"], state["total_steps"]) == ("stopped", 12, 20)
 
 
+def test_an_early_stop_stays_written_while_the_main_thread_fails(tmp_path: Path) -> None:
+    # Since the others have ended, the main thread fails in a collective and lets go of the run's directory, which is
+    # removed where the run ended before its first step.
+    state = RunState(tmp_path / "run")
+    assert state.directory.lock()
+    state.write_early_stop()
+    state.unlock()
+    assert json.loads((tmp_path / "run/state.json").read_text())["state"] == "stopped"
+
+
 def test_no_process_ends_with_75_before_all_know_and_none_where_one_has_died(tmp_path: Path) -> None:
     first, second = start_processes(2, train_command(write_recipe(tmp_path)), tmp_path / "logs")
     wait_until(lambda: (tmp_path / "run").exists(), [first, second])
