@@ -23,6 +23,7 @@ _LAYERS = (
     ("training",),
     ("planning",),
     ("bench", "commands", "integrations"),
+    ("study",),
     ("cli",),
 )
 

@@ -218,9 +218,7 @@ def _selection(args: argparse.Namespace) -> "Selection":
     from dynrank_eval import Selection
 
     allow_network = getattr(args, "allow_network", False)
-    return Selection(
-        args.task, args.protocol, args.data_dir, args.limit, args.n, allow_network, args.skip
-    )
+    return Selection(args.task, args.protocol, args.data_dir, args.limit, args.n, allow_network, args.skip)
 
 
 def _settings(args: argparse.Namespace) -> "GenerationSettings":

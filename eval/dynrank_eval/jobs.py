@@ -101,8 +101,8 @@ def _prepare_one(task: Task, selection: Selection, generating: bool) -> Job:
         raise RecipeError(
             f"--skip {selection.skip} leaves no problem of {task.name}, which has {len(problems)}; give less."
         )
-    last = None if selection.limit is None else selection.skip + selection.limit
-    chosen = slice(selection.skip, last)
+    end = None if selection.limit is None else selection.skip + selection.limit
+    chosen = slice(selection.skip, end)
     contexts = None
     if generating:
         contexts = [""] * len(problems)
