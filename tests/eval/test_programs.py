@@ -99,9 +99,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "form", ["whole programs", *(pytest.param(f, marks=pytest.mark.slow) for f in list(FORMS)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_all_references_score_in_every_form(form: str, humaneval: list[Problem]) -> None:
     protocol = load_protocol("dynrank-code-v1", "humaneval")
     judgements = get_task("humaneval").judge(humaneval, [FORMS[form](p) for p in humaneval], protocol)

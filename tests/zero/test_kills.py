@@ -117,9 +117,14 @@ def go_through(kills: list[Kill], uninterrupted: Path, run: Path) -> None:
     check_the_same_run(run, uninterrupted)
 
 
-def test_a_run_killed_at_nine_planned_instants_ends_bit_for_bit_as_the_uninterrupted_one(
+def test_a_run_killed_at_three_planned_instants_ends_bit_for_bit_as_the_uninterrupted_one(
     uninterrupted: Path,
 ) -> None:
+    go_through(PLANNED[2::3], uninterrupted, uninterrupted / "killed-thrice")
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_nine_planned_instants_does_too(uninterrupted: Path) -> None:
     go_through(PLANNED, uninterrupted, uninterrupted / "killed")
 
 

@@ -93,7 +93,13 @@ def lines(path: Path) -> list[dict]:
 
 
 # world size, configuration, micro-batch: 2, 3, 1, 3 and 1 micro-batches a step
-SETUPS = [(1, "zero3", 3), (2, "zero3", 1), (3, "zero3", 2), (2, "zero2", 1), (2, "zero3_offload", 3)]
+SETUPS = [
+    (1, "zero3", 3),
+    (2, "zero3", 1),
+    pytest.param((3, "zero3", 2), marks=pytest.mark.slow),
+    (2, "zero2", 1),
+    pytest.param((2, "zero3_offload", 3), marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module", params=SETUPS, ids=lambda setup: f"{setup[0]}-{setup[1]}")

@@ -40,7 +40,7 @@ def running(recipe: Path, name: str, world_size: int, zero: str = "zero3") -> li
     return processes
 
 
-@pytest.mark.parametrize("world_size, victim", [(4, 2), (2, 0)])
+@pytest.mark.parametrize("world_size, victim", [pytest.param(4, 2, marks=pytest.mark.slow), (2, 0)])
 def test_one_that_dies_is_named_soon(recipe: Path, world_size: int, victim: int) -> None:
     processes = running(recipe, f"dies-{victim}", world_size)
     os.kill(processes[victim].pid, signal.SIGKILL)
@@ -56,7 +56,14 @@ def test_one_that_dies_is_named_soon(recipe: Path, world_size: int, victim: int)
     assert state["state"] == "failed" and f"process {victim} died or hung" in state["error"]
 
 
-@pytest.mark.parametrize("victim, zero", [(1, "zero3"), (1, "zero2"), (0, "zero3")])
+@pytest.mark.parametrize(
+    "victim, zero",
+    [
+        (1, "zero3"),
+        pytest.param(1, "zero2", marks=pytest.mark.slow),
+        pytest.param(0, "zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_one_that_hangs_is_named_after_the_timeout(recipe: Path, victim: int, zero: str) -> None:
     processes = running(recipe, f"hangs-{victim}-{zero}", 2, zero)
     os.kill(processes[victim].pid, signal.SIGSTOP)

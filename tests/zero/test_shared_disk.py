@@ -35,7 +35,7 @@ def trained(uninterrupted: Path, run: Path, number: str) -> list[Started]:
     return processes
 
 
-@pytest.mark.parametrize("number", ["ESTALE", "EIO"])
+@pytest.mark.parametrize("number", ["ESTALE", pytest.param("EIO", marks=pytest.mark.slow)])
 def test_a_run_on_it_is_the_run_on_a_disk_that_works(number: str, uninterrupted: Path) -> None:
     run = uninterrupted / f"faulty-{number}"
     first, _ = trained(uninterrupted, run, number)
