@@ -21,7 +21,7 @@ from dynrank_ds.errors import RecipeError
 from dynrank_ds.recipe import Recipe, load_recipe
 from dynrank_ds.section import Section, inconsistent
 
-Value = bool | int | float | str | list[Any] | dict[str, Any]
+Value = bool | int | float | str | list[Any] | dict[str, Any] | None
 
 TUNING: Literal["tuning"] = "tuning"
 FINAL: Literal["final"] = "final"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from dynrank_ds.errors import DataError, RecipeError
 from dynrank_ds.study.definition import Run, load_study, points, recipe_of, tuning_runs
 from dynrank_ds.study.work import check_problems
 from tests.support.studies import write_study
+
+STUDIES = Path(__file__).resolve().parents[2] / "recipes/studies"
 
 
 def test_grid_gives_every_combination_with_a_name_and_a_recipe_of_its_own(tmp_path: Path) -> None:
@@ -86,3 +89,22 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("about: [")
     with pytest.raises(RecipeError, match=r"study.yaml is not valid YAML"):
         load_study(tmp_path / "study.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in STUDIES.glob("*.yaml")))
+def test_every_shipped_study_is_valid_and_compares_arms_of_one_budget(name: str) -> None:
+    study = load_study(STUDIES / f"{name}.yaml")
+    assert study.reference == "lora" and len(study.arms) >= 4 and len(study.final.seeds) == 3
+    for arm in study.arms:
+        rates = [float(str(rate)) for rate in study.arms[arm].grid["train.learning_rate"]]
+        assert rates == sorted(rates) and len(rates) >= 3, arm
+        # Half a decade apart.
+        assert all(2.8 < high / low < 3.6 for low, high in itertools.pairwise(rates)), arm
+        recipe, _ = recipe_of(study, tuning_runs(study, arm)[0], Path("run"))
+        final_rank = recipe.method.final_mean_rank(recipe.adapter.rank) or recipe.adapter.rank
+        reference, _ = recipe_of(study, tuning_runs(study, "lora")[0], Path("run"))
+        assert final_rank == reference.adapter.rank or study.arms[arm].resize or arm in UNEVEN, arm
+
+
+UNEVEN = ("ard_lora", "weightlora_plus")
+"""Arms whose size follows from what they learn: the report says where it is not the budget."""
