@@ -27,6 +27,7 @@ import dynrank_eval.cli
 from dynrank_ds.composing import JOIN, shipped
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.recipe import load_recipe
+from dynrank_ds.study.definition import load_study
 from tests.support.launch import launcher_script, train
 from tests.support.recipe_keys import page
 from tests.support.recipes import write_recipe
@@ -161,6 +162,8 @@ def run_python(words: list[str], workspace: Path) -> None:
         if words[0] == "launcher/slurm/submit.py":
             given = launcher_script("slurm/submit.py")._parser().parse_intermixed_args(words[1:])
             _check_recipe(given.recipe, given.overrides)
+        if words[0] == "launcher/sweep.py":
+            load_study(ROOT / launcher_script("sweep.py")._parser().parse_args(words[1:]).study)
         return
     assert importlib.util.find_spec(words[1]) is not None
     if words[1] == "dynrank_ds.bench" and len(words) > 2:
@@ -197,6 +200,10 @@ def run_pre_commit(words: list[str], workspace: Path) -> None:
     assert (ROOT / ".pre-commit-config.yaml").is_file()
 
 
+def run_sbatch(words: list[str], workspace: Path) -> None:
+    run_as_documented(words[words.index("--wrap") + 1], workspace)
+
+
 def run_source(words: list[str], workspace: Path) -> None:
     assert words == [".venv/bin/activate"]
 
@@ -211,6 +218,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     "pytest": run_pytest,
     "pip": run_pip,
     "pre-commit": run_pre_commit,
+    "sbatch": run_sbatch,
     "source": run_source,
 }
 
