@@ -209,7 +209,9 @@ def final_ranks(name: str) -> tuple[list[AdaptedModule], tuple[int, ...]]:
     return list(modules.values()), ranks
 
 
-@pytest.mark.parametrize("method", ["pe_dyra", "lora", "adalora", "elalora", "increlora", "dynamic_dora"])
+@pytest.mark.parametrize(
+    "method", ["pe_dyra", "lora", "adalora", "elalora", "increlora", "dynamic_dora", "squeeze"]
+)
 def test_every_quickstart_with_a_budget_ends_with_the_total_rank_of_lora(method: str) -> None:
     name = "quickstart" if method == "pe_dyra" else f"quickstart_{method}"
     assert load_recipe(name).method.name == method

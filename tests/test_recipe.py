@@ -28,6 +28,7 @@ EXPECTED_DEFAULTS = {
     "weightlora": (2, 3e-3),
     "weightlora_plus": (2, 3e-3),
     "ard_lora": (2, 3e-3),
+    "squeeze": (2, 3e-3),
     "pe_dyra": (8, 5e-3),
     "adalora": (8, 5e-3),
     "elalora": (8, 5e-3),

@@ -23,6 +23,7 @@ _CLASSES = (
     "weightlora:WeightLoRA",
     "weightlora:WeightLoRAPlus",
     "ard_lora:ARDLoRA",
+    "squeeze:Squeeze",
 )
 """FILE:CLASS of every method: the one line that a new method adds."""
 

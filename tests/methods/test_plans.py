@@ -18,7 +18,7 @@ from tests.support.methods import METHODS
 
 RANK, LIMIT, STEPS = 4, 5, 20
 SIDES = {"a": (7, 9), "b": (12, 8), "c": (8, 8), "d": (20, 7), "e": (9, 16), "f": (8, 10)}
-MINIMUM = {"adalora": 0, "dynamic_dora": 0, "weightlora": 0, "weightlora_plus": 0}
+MINIMUM = {"adalora": 0, "dynamic_dora": 0, "weightlora": 0, "weightlora_plus": 0, "squeeze": 0}
 KEEP_THE_TOTAL = ("pe_dyra", "pe_dyra_auto", "elalora")
 
 

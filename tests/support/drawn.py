@@ -69,6 +69,7 @@ def _method(random_: random.Random, steps: int) -> dict[str, Any]:
         "weightlora": {"k": random_.randint(1, 6), "disconnect_at": random_.randint(1, steps)},
         "weightlora_plus": {"k": random_.randint(1, 6), "disconnect_at": random_.randint(1, steps)},
         "ard_lora": {**phase, **t_f},
+        "squeeze": {**phase, **t_f, **target},
     }
     name = random_.choice(sorted(of_name))
     return {"name": name, **of_name[name]}

@@ -22,4 +22,5 @@ METHODS: dict[str, dict[str, Any]] = {
     "weightlora": {"name": "weightlora", "k": 5, "disconnect_at": 8},
     "weightlora_plus": {"name": "weightlora_plus", "k": 5, "disconnect_at": 8},
     "ard_lora": {"name": "ard_lora", "t_i": 2, "interval": 4, "t_f": 5, "alpha_lr": 0.05},
+    "squeeze": {"name": "squeeze", "t_i": 2, "interval": 4, "t_f": 6, "target_rank": 2},
 }

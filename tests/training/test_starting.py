@@ -72,7 +72,7 @@ def test_every_method_starts_with_the_logits_of_pefts_adapter(name: str, recipe:
     base = recipe.parent / "model"
     uniform = {"target_modules": "all-linear", "r": 4} if name == "ard_lora" else PATTERNS
     adapter = write_adapter(recipe.parent / "adapter", base, **uniform)
-    method = METHODS[name] | ({"target_rank": 1} if name in ("adalora", "dynamic_dora") else {})
+    method = METHODS[name] | ({"target_rank": 1} if name in ("adalora", "dynamic_dora", "squeeze") else {})
     read = load_recipe(str(changed(recipe, "run", {"init_from": str(adapter)}, method=method)))
     model = LlamaForCausalLM.from_pretrained(base)
     modules = adapt(model, read)
