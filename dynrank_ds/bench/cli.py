@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynrank_ds.bench.adjustment import measure_adjustment
 from dynrank_ds.bench.checkpoint import measure_checkpoint
 from dynrank_ds.bench.data import measure_data
 from dynrank_ds.bench.figures import Figure
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "merge": measure_merge,
     "linear": measure_linear,
     "step": measure_step,
+    "adjustment": measure_adjustment,
     "startup": measure_startup,
     "peers": measure_peers,
     "peers_trend": measure_trend,

@@ -25,6 +25,11 @@ def peak_memory() -> int:
     return _read("VmHWM")
 
 
+def resident_memory() -> int:
+    """Return the bytes that this process holds now."""
+    return _read("VmRSS")
+
+
 def _read(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
     assert found is not None

@@ -37,6 +37,8 @@ from dynrank_ds.zero.shards import MOMENTS, Shards, Zero2Shards, Zero3Shards
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer with RowAgedAdamW's `set_state` and `discard`."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Where a module keeps its hooks."""
 
 
 class ZeroEngine:
@@ -222,6 +224,10 @@ class ZeroEngine:
                 local, self.layout, some, processes.all_reduce_sum
             ).items():
                 yield module, factor, rows[0]
+
+    def hooks(self) -> int:
+        """Return how many hooks all modules of the model have, which a rank change leaves as many."""
+        return sum(len(getattr(module, kind)) for module in self._model.modules() for kind in _HOOKS)
 
     # --- building
 
