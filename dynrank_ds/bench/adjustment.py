@@ -80,14 +80,11 @@ def measure_adjustment(recipe: Recipe, quick: bool) -> Iterator[Figure]:
     Raises:
         RecipeError: the benchmark was started in several processes, or the recipe's method never adjusts ranks.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise RecipeError("the benchmark adjustment starts its own processes: start it in one")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        yield from _figures(_Runs(recipe, Path(folder)), QUICK if quick else FULL)
+        yield from _figures(AdjustingRuns(recipe, Path(folder)), QUICK if quick else FULL)
 
 
-def _figures(runs: _Runs, grid: Grid) -> Iterator[Figure]:
+def _figures(runs: AdjustingRuns, grid: Grid) -> Iterator[Figure]:
     for processes in grid.processes:
         measured: dict[Point, Figure] = {}
         for what, points in grid.lines(processes):
@@ -100,10 +97,15 @@ def _figures(runs: _Runs, grid: Grid) -> Iterator[Figure]:
     yield from in_a_row(first, runs.adjust(first, grid.in_a_row), grid.compared)
 
 
-class _Runs:
+class AdjustingRuns:
     """Runs of one recipe on random models, each in processes of its own."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise RecipeError(
+                "the benchmarks adjustment and scale start their own processes: start them in one"
+            )
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self._recipe, self._folder = recipe, folder
         self._count = 0
 
@@ -112,30 +114,28 @@ class _Runs:
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
-        contender = Adjusting(str(point), self._of(point, folder), folder)
+        shape = {**SHAPE, "num_hidden_layers": point.modules // len(LLAMA_LINEARS)}
+        recipe = random_recipe(self._recipe, shape, point.rank, point.processes, folder)
+        contender = Adjusting(str(point), recipe, folder)
         with Side(contender, point.processes, folder) as side:
             side.first_step()
             for _ in range(adjustments - 1):
                 side.step()
         return read_adjustments(folder)
 
-    def _of(self, point: Point, folder: Path) -> Recipe:
-        recipe = self._recipe
-        shape = {**SHAPE, "num_hidden_layers": point.modules // len(LLAMA_LINEARS)}
-        path = write_random(recipe.model.path, shape, folder / "model")
-        train = {
-            "global_batch_size": point.processes,
-            "micro_batch_size": 1,
-            "held_out_interval": None,
-        }
-        sections: dict[str, Any] = {
-            "model": recipe.model.model_copy(update={"path": str(path), "quantisation": None}),
-            "data": recipe.data.model_copy(update={"held_out": 0}),
-            "adapter": recipe.adapter.model_copy(update={"rank": point.rank, "targets": LLAMA_LINEARS}),
-            "train": recipe.train.model_copy(update=train),
-            "output": recipe.output.model_copy(update={"dir": str(folder / "run")}),
-        }
-        return with_attention(recipe.model_copy(update=sections).with_dtype("fp32"), torch.device("cpu"))
+
+def random_recipe(recipe: Recipe, shape: dict[str, int], rank: int, samples: int, folder: Path) -> Recipe:
+    """Return `recipe` with a random LLaMA of `shape` in fp32, all linears adapted, and so many samples a step."""
+    path = write_random(recipe.model.path, shape, folder / "model")
+    train = {"global_batch_size": samples, "micro_batch_size": 1, "held_out_interval": None}
+    sections: dict[str, Any] = {
+        "model": recipe.model.model_copy(update={"path": str(path), "quantisation": None}),
+        "data": recipe.data.model_copy(update={"held_out": 0}),
+        "adapter": recipe.adapter.model_copy(update={"rank": rank, "targets": LLAMA_LINEARS}),
+        "train": recipe.train.model_copy(update=train),
+        "output": recipe.output.model_copy(update={"dir": str(folder / "run")}),
+    }
+    return with_attention(recipe.model_copy(update=sections).with_dtype("fp32"), torch.device("cpu"))
 
 
 def figure_of(point: Point, found: Sequence[Sequence[Adjustment]]) -> Figure:

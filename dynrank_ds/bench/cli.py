@@ -20,6 +20,7 @@ from dynrank_ds.bench.load import measure_load
 from dynrank_ds.bench.machine import machine, versions
 from dynrank_ds.bench.merge import measure_merge
 from dynrank_ds.bench.peers import measure_peers, measure_trend
+from dynrank_ds.bench.scale import measure_scale
 from dynrank_ds.bench.startup import measure_startup
 from dynrank_ds.bench.step import measure_step
 from dynrank_ds.errors import DynrankError, RecipeError
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "linear": measure_linear,
     "step": measure_step,
     "adjustment": measure_adjustment,
+    "scale": measure_scale,
     "startup": measure_startup,
     "peers": measure_peers,
     "peers_trend": measure_trend,

@@ -66,8 +66,7 @@ def step_time(
     """Return the time of a step of `accumulation` micro-batches in which a process receives what is `moved`.
 
     A frozen weight costs two operations a token in forward, two in backward (no gradient of its own), two more where
-    layers are recomputed; an adapter's weight costs six or eight; causal attention half of all pairs of tokens. Between
-    nodes a collective goes in as many rings as a node has cards, and each card carries its ring's part.
+    layers are recomputed; an adapter's weight costs six or eight; causal attention half of all pairs of tokens.
     """
     weights = of.base_parameters - (0 if of.tied else of.units[0].elements)
     again = weights - of.units[-1].elements if recomputed else 0
@@ -75,11 +74,20 @@ def step_time(
     pairs = 2 * of.layers * of.query_width * batch.tokens
     per_token = 2 * (2 * weights + again) + (2 * of.trainable_parameters + pairs) * passes
     arithmetic = per_token * batch.positions * accumulation / (hardware.flops * ARITHMETIC)
-    rate = hardware.within_node
-    if nodes > 1:
-        rate = min(rate, hardware.between_nodes * gpus_per_node)
     everywhere = moved.parameters + moved.gradients - moved.within_node
     links = (
-        everywhere / rate + moved.within_node / hardware.within_node + moved.from_host / hardware.from_host
+        everywhere / rate_everywhere(hardware, nodes, gpus_per_node)
+        + moved.within_node / hardware.within_node
+        + moved.from_host / hardware.from_host
     )
     return StepTime(arithmetic, links / LINKS)
+
+
+def rate_everywhere(hardware: Hardware, nodes: int, gpus_per_node: int) -> float:
+    """Return the stated bytes a second that a GPU receives in a collective of all processes.
+
+    Between nodes it goes in as many rings as a node has cards, and each card carries its ring's part.
+    """
+    if nodes == 1:
+        return hardware.within_node
+    return min(hardware.within_node, hardware.between_nodes * gpus_per_node)

@@ -18,9 +18,11 @@ RESULTS = sorted((FOLDER / "results").glob("*.json"))
 
 def table(path: Path) -> str:
     """Return what the page shows of a file of results."""
-    figures = [f for found in json.loads(path.read_text())["benchmarks"].values() for f in found]
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    figures = [f for found in benchmarks.values() for f in found]
+    head = "ours / theirs | median [95 % interval]" if "peers" in benchmarks else "figure | value"
     rows = [f"| {figure['what']} | {' '.join(figure['text'].split())} |" for figure in figures]
-    return "\n".join(["| ours / theirs | median [95 % interval] |", "|---|---|", *rows])
+    return "\n".join([f"| {head} |", "|---|---|", *rows])
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
