@@ -7,7 +7,7 @@ from typing import Any
 
 from dynrank_eval.completions import GivenCompletion
 from dynrank_eval.jobs import Job
-from dynrank_eval.statistics import bootstrap_interval, pass_at_k, wilson_interval
+from dynrank_eval.statistics import pass_at_k, shares_interval
 from dynrank_eval.tasks import Verdict, fingerprint
 
 
@@ -57,9 +57,8 @@ def judge(job: Job, given: Sequence[GivenCompletion]) -> list[Sample]:
 def summarize(job: Job, samples: Sequence[Sample], ks: Sequence[int]) -> dict[str, Any]:
     """Return the task's entry in results.json: a function of problems and samples only.
 
-    `score` is the mean over all samples, which for several per problem is pass@1. Its interval counts each problem as
-    one observation, whatever its samples. Token counts, truncation and prompt hash are null where the completions came
-    without them.
+    `score` is the mean over all samples, which for several per problem is pass@1. Token counts, truncation and prompt
+    hash are null where the completions came without them.
     """
     n, total = len(job.problems), len(samples)
     verdicts = Counter(sample.verdict for sample in samples)
@@ -68,10 +67,11 @@ def summarize(job: Job, samples: Sequence[Sample], ks: Sequence[int]) -> dict[st
     truncated = [sample.truncated for sample in samples]
     limits = {sample.max_new_tokens for sample in samples}
     score = verdicts[Verdict.CORRECT] / total
+    shares = _pass_at_of_each(job, samples, 1)
     entry: dict[str, Any] = {
         "score": score,
         "n": n,
-        "interval": list(wilson_interval(verdicts[Verdict.CORRECT] / job.samples, n)),
+        "interval": list(shares_interval(shares, job.samples)),
         "invalid_rate": verdicts[Verdict.INVALID] / total,
         "timeouts": verdicts[Verdict.TIMEOUT],
         "samples_per_problem": job.samples,
@@ -96,18 +96,18 @@ def summarize(job: Job, samples: Sequence[Sample], ks: Sequence[int]) -> dict[st
 
 
 def _pass_at(job: Job, samples: Sequence[Sample], ks: Sequence[int]) -> dict[str, Any]:
-    """Return pass@k, and its interval over problems: Wilson's for one sample per problem, else by bootstrap."""
-    solved = Counter(sample.task_id for sample in samples if sample.verdict is Verdict.CORRECT)
-    n = len(job.problems)
-    estimates = {k: [pass_at_k(job.samples, solved[p.task_id], k) for p in job.problems] for k in ks}
-    intervals = {
-        str(k): list(wilson_interval(sum(each), n) if job.samples == 1 else bootstrap_interval(each))
-        for k, each in estimates.items()
-    }
+    """Return pass@k and its interval."""
+    estimates = {str(k): _pass_at_of_each(job, samples, k) for k in ks}
     return {
-        "pass_at": {str(k): sum(each) / n for k, each in estimates.items()},
-        "pass_at_interval": intervals,
+        "pass_at": {k: sum(each) / len(each) for k, each in estimates.items()},
+        "pass_at_interval": {k: list(shares_interval(each, job.samples)) for k, each in estimates.items()},
     }
+
+
+def _pass_at_of_each(job: Job, samples: Sequence[Sample], k: int) -> list[float]:
+    """Return pass@k of each problem."""
+    solved = Counter(sample.task_id for sample in samples if sample.verdict is Verdict.CORRECT)
+    return [pass_at_k(job.samples, solved[problem.task_id], k) for problem in job.problems]
 
 
 def _groups(job: Job, samples: Sequence[Sample]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -122,7 +122,7 @@ def _groups(job: Job, samples: Sequence[Sample]) -> dict[str, dict[str, dict[str
             value: {
                 "score": sum(each) / len(each),
                 "n": len(each),
-                "interval": list(wilson_interval(sum(each), len(each))),
+                "interval": list(shares_interval(each, job.samples)),
             }
             for value, each in sorted(values.items())
         }

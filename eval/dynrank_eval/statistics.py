@@ -12,7 +12,7 @@ from itertools import product
 _Z = 1.959963984540054
 
 
-def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     """Return the 95 % score interval of a proportion (Wilson 1927), inside [0, 1] and never empty."""
     assert 0 <= successes <= n and n > 0
     p = successes / n
@@ -22,6 +22,25 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return low, high
+
+
+def shares_interval(shares: Sequence[float], samples: int) -> tuple[float, float]:
+    """Return the 95 % interval of a mean of shares, one for each problem: never empty, and Wilson's for one sample.
+
+    Wilson's interval of as many independent verdicts as would have the shares' variance, as in surveys by clusters
+    (effective sample size: Korn and Graubard 1998, Survey Methodology 24), at most as many as were drawn.
+
+    Args:
+        shares: pass@k of each problem.
+        samples: completions per problem.
+    """
+    n = len(shares)
+    mean = sum(shares) / n
+    variance = sum((share - mean) ** 2 for share in shares) / n
+    effective: float = n
+    if samples > 1 and 0 < mean < 1:
+        effective = n * max(1.0, min(samples, mean * (1 - mean) / variance if variance else samples))
+    return wilson_interval(mean * effective, effective)
 
 
 def mcnemar_exact(b: int, c: int) -> float:

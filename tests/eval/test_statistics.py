@@ -5,7 +5,13 @@ from itertools import combinations, product
 
 import pytest
 
-from dynrank_eval.statistics import mcnemar_exact, paired_interval, pass_at_k, wilson_interval
+from dynrank_eval.statistics import (
+    mcnemar_exact,
+    paired_interval,
+    pass_at_k,
+    shares_interval,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +33,30 @@ def test_wilson_interval_is_symmetric_and_exact_at_its_ends() -> None:
     assert wilson_interval(7, 7)[1] == 1.0
     low, high = wilson_interval(2, 9)
     assert wilson_interval(7, 9) == pytest.approx((1 - high, 1 - low), abs=1e-15)
+
+
+def test_interval_of_shares_is_wilsons_for_one_sample_and_never_empty() -> None:
+    one = [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    assert shares_interval(one, 1) == wilson_interval(3, 7)
+    # Several alike completions of a problem say no more than one of them.
+    assert shares_interval(one, 20) == pytest.approx(wilson_interval(3, 7))
+    for shares in ([0.0] * 12, [1.0] * 12):
+        assert shares_interval(shares, 3) == wilson_interval(sum(shares), 12)
+    # Problems of the same difficulty: every completion counts.
+    for shares in ([0.4, 0.6, 0.5, 0.5], [0.5] * 4):
+        assert shares_interval(shares, 10) == wilson_interval(20, 40)
+
+
+@pytest.mark.parametrize("a", [0.3, 2.0])
+def test_interval_of_shares_covers_the_true_mean(a: float) -> None:
+    """40 problems with chances from Beta(a, 3 a), 5 completions each; within 3 standard deviations of 1500 trials."""
+    draw, trials, covered = random.Random(0), 1500, 0
+    print("seed 0")
+    for _ in range(trials):
+        chances = [draw.betavariate(a, 3 * a) for _ in range(40)]
+        low, high = shares_interval([sum(draw.random() < p for _ in range(5)) / 5 for p in chances], 5)
+        covered += low <= 0.25 <= high
+    assert 0.933 <= covered / trials <= 0.985, covered / trials
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 5), (5, 0), (3, 3), (4, 9), (7, 2)])
