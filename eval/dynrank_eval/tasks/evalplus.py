@@ -13,7 +13,7 @@ from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.code import CodeTask
 from dynrank_eval.tasks.evalplus_inputs import mbpp_input
-from dynrank_eval.tasks.sources import file_source, find_file, naming
+from dynrank_eval.tasks.sources import file_source, find_file, make_problems
 
 _KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 _ORACLE = Path(__file__).with_name("evalplus_oracle.py")
@@ -35,11 +35,7 @@ class EvalPlusTask(CodeTask):
 
     def load(self, data_dir: Path | None) -> list[Problem]:
         path = self._path(data_dir)
-        problems = []
-        for line, row in read_rows(path, _KEYS):
-            with naming(path, line):
-                problems.append(self._problem(path, line, row))
-        return problems
+        return make_problems(path, read_rows(path, _KEYS), self._problem)
 
     def source(self, data_dir: Path | None) -> dict[str, str]:
         path = self._path(data_dir)
@@ -55,9 +51,9 @@ class EvalPlusTask(CodeTask):
             )
         return path
 
-    def _problem(self, path: Path, line: int, row: dict[str, Any]) -> Problem:
+    def _problem(self, row: dict[str, Any]) -> Problem:
         if not row["base_input"] and not row["plus_input"]:
-            raise DataError(f"{path}, line {line}: {row['task_id']} has no inputs.")
+            raise DataError(f"{row['task_id']} has no inputs.")
         parts = [
             [self._input(row["task_id"], given) for given in row[key]] for key in ("base_input", "plus_input")
         ]

@@ -11,7 +11,7 @@ from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.code import CodeTask
-from dynrank_eval.tasks.sources import file_source, find_file, naming
+from dynrank_eval.tasks.sources import file_source, find_file, make_problems
 
 _KEYS = ("task_id", "prompt", "test", "entry_point", "canonical_solution")
 
@@ -24,11 +24,7 @@ class HumanEval(CodeTask):
 
     def load(self, data_dir: Path | None) -> list[Problem]:
         path = find_file(data_dir, self.name, ["HumanEval.jsonl", "HumanEval.jsonl.gz"]) or _packaged()
-        problems = []
-        for line, row in read_rows(path, _KEYS):
-            with naming(path, line):
-                problems.append(_problem(row))
-        return problems
+        return make_problems(path, read_rows(path, _KEYS), _problem)
 
     def source(self, data_dir: Path | None) -> dict[str, str]:
         path = find_file(data_dir, self.name, ["HumanEval.jsonl", "HumanEval.jsonl.gz"]) or _packaged()

@@ -1,6 +1,5 @@
 """MBPP (Austin et al. 2021): small Python programs from a sentence; sanitized (427) or full (974)."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from dynrank_ds.errors import DataError
 from dynrank_eval.jsonl import read_rows
 from dynrank_eval.tasks.base import Problem
 from dynrank_eval.tasks.code import CodeTask, defined_names, imports, used_names
-from dynrank_eval.tasks.sources import file_source, find_file, hub_rows, naming
+from dynrank_eval.tasks.sources import file_source, find_file, hub_rows, make_problems
 
 _FILES = ("sanitized-mbpp.jsonl", "sanitized-mbpp.json", "mbpp.jsonl")
 _AUSTIN = "You are an expert Python programmer, and here is your task:"
@@ -24,9 +23,9 @@ class Mbpp(CodeTask):
     def load(self, data_dir: Path | None) -> list[Problem]:
         path = find_file(data_dir, self.name, _FILES)
         if path is not None:
-            return _problems(path, read_rows(path, ("task_id", "code", "test_list")))
+            return make_problems(path, read_rows(path, ("task_id", "code", "test_list")), _problem)
         rows = hub_rows(self.name, data_dir, _FILES, _HUB, ["sanitized"], "test")
-        return _problems(_HUB, enumerate(rows, start=1))
+        return make_problems(_HUB, enumerate(rows, start=1), _problem)
 
     def source(self, data_dir: Path | None) -> dict[str, str]:
         path = find_file(data_dir, self.name, _FILES)
@@ -35,25 +34,15 @@ class Mbpp(CodeTask):
         return file_source(path, "sanitized" if "sanitized" in path.name else "full")
 
 
-def _problems(source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Problem]:
-    problems = []
-    for line, row in rows:
-        text = row.get("prompt", row.get("text"))
-        if text is None:
-            raise DataError(f"{source}, line {line} lacks the key 'prompt' (sanitized) or 'text' (full).")
-        try:
-            with naming(source, line):
-                reference = _reference(row)
-                # EvalPlus' prompt: the sentence and the first test, which says what the function is called.
-                prompt = f'"""\n{text}\n{row["test_list"][0]}\n"""\n'
-        except SyntaxError as error:
-            raise DataError(
-                f"{source}, line {line}: its code or tests are no valid Python: {error}."
-            ) from error
-        tests = "\n".join(row["test_list"][:3])
-        austin = f"{_AUSTIN} {text} Your code should pass these tests:\n\n{tests}\n"
-        problems.append(Problem(str(row["task_id"]), prompt, reference, forms={"austin": austin}))
-    return problems
+def _problem(row: dict[str, Any]) -> Problem:
+    text = row.get("prompt", row.get("text"))
+    if text is None:
+        raise DataError("the row lacks the key 'prompt' (sanitized) or 'text' (full).")
+    # EvalPlus' prompt: the sentence and the first test, which says what the function is called.
+    prompt = f'"""\n{text}\n{row["test_list"][0]}\n"""\n'
+    tests = "\n".join(row["test_list"][:3])
+    austin = f"{_AUSTIN} {text} Your code should pass these tests:\n\n{tests}\n"
+    return Problem(str(row["task_id"]), prompt, _reference(row), forms={"austin": austin})
 
 
 def _reference(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Where a benchmark's rows come from: a folder, a package, or the hub."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dynrank_ds.errors import DataError
+from dynrank_eval.tasks.base import Problem
 
 
 def find_file(data_dir: Path | None, task: str, names: Sequence[str]) -> Path | None:
@@ -26,13 +26,25 @@ def file_source(path: Path, variant: str) -> dict[str, str]:
     return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "variant": variant}
 
 
-@contextmanager
-def naming(source: Path | str, line: int) -> Iterator[None]:
-    """Turn the errors of what reads a row of another format into a DataError that names the line."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{source}, line {line}: the row is not in the task's format: {error!r}.") from error
+def make_problems(
+    source: Path | str, rows: Iterable[tuple[int, dict[str, Any]]], make: Callable[[dict[str, Any]], Problem]
+) -> list[Problem]:
+    """Make a problem of each numbered row; DataError naming the line where `make` cannot."""
+    problems = []
+    for line, row in rows:
+        try:
+            problems.append(make(row))
+        except DataError as error:
+            raise DataError(f"{source}, line {line}: {error}") from error
+        except SyntaxError as error:
+            raise DataError(
+                f"{source}, line {line}: its code or tests are no valid Python: {error}."
+            ) from error
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{source}, line {line}: the row is not in the task's format: {error!r}."
+            ) from error
+    return problems
 
 
 def hub_rows(
