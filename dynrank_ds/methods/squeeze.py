@@ -4,9 +4,9 @@ LoRA-Squeeze: Simple and Effective Post-Tuning and In-Tuning Compression of LoRA
 https://arxiv.org/abs/2602.10993: its in-tuning form. One threshold of singular values over all modules together, where
 the paper gives every module the same rank, is that of PARA (https://arxiv.org/abs/2604.27796) and of `dynrank resize`.
 
-A truncated module is written anew from the SVD of its update, s B^T A = U S V^T: triple i is (sqrt(S_i / s) V_i,
-sqrt(S_i / s) U_i), the best approximation of the update at its new rank (Eckart and Young, 1936). The singular values
-come from an r x r matrix, never from the update itself: from the triangular factors of A^T and B^T.
+A truncated module is written anew from the SVD of its update, s B^T A = U S V^T, as the best approximation at its new
+rank (Eckart and Young, 1936). The singular values come from an r x r matrix, never from the update itself: from the
+triangular factors of A^T and B^T.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, Ste
 from dynrank_ds.ranking.plan import RankPlan, RankState, lowest_triples
 from dynrank_ds.ranking.schedule import Schedule
 
+_LENGTH = 3**-0.5
+"""Of a truncated module's rows of A: about that of LoRA's initial ones, U(+-1 / sqrt(in)). With the singular value in B
+alone, a triple trains on however small that is."""
+
 
 class SqueezeConfig(MethodConfig):
     """Recipe section `method: {name: squeeze, ...}`; adapter.rank is the initial rank."""
 
     name: Literal["squeeze"] = "squeeze"
     target_rank: int | None = Field(default=None, ge=1)
-    """Mean rank per module at the end, below adapter.rank; by default a quarter of it."""
+    """Mean rank per module at the end, at most adapter.rank (which then truncates nothing); by default a quarter of
+    it."""
     t_i: Steps = 0.1
     """Initial steps at the full rank."""
     interval: Steps = 0.1
@@ -42,7 +47,8 @@ class SqueezeConfig(MethodConfig):
     def adjustments(self, total_steps: int) -> Schedule:
         phase = Schedule.resolve(total_steps, self.t_i, self.interval, self.t_f, t_f_at_least=1)
         regular = range(phase.t_i + phase.interval, phase.end + 1, phase.interval)
-        return phase.adjusting(regular, [phase.end])
+        # At step 1 every update is still 0.
+        return phase.adjusting((step for step in regular if step > 1), [phase.end])
 
     def final_mean_rank(self, initial_rank: int) -> int:
         return self.target_rank or max(1, initial_rank // 4)
@@ -72,11 +78,18 @@ class Squeeze(Method):
         mean = self.initial_total / len(modules)
         target = config.final_mean_rank(round(mean))
         self.target_total = target * len(modules)
-        if target >= mean:
+        self.truncates = target < mean
+        if target > mean or (config.target_rank is None and target == mean):
             raise RecipeError(
                 f"method.target_rank {target} is not below adapter.rank {mean:g}: nothing would be truncated"
             )
         self._singular: list[Tensor] = [torch.empty(0) for _ in self.shapes]
+
+    def adjusts_at(self, step: int) -> bool:
+        return self.truncates and super().adjusts_at(step)
+
+    def planned_adjustments(self) -> int:
+        return len(self.schedule) if self.truncates else 0
 
     def on_backward(self, module: int, backward: ModuleBackward, micro_batch: MicroBatch) -> None:
         """Note the singular values of s B^T A, (rank,) fp64, where they are needed; factors are whole here."""
@@ -114,9 +127,14 @@ class Squeeze(Method):
     def new_rows(
         self, module: int, old: Mapping[str, Tensor], plan: RankPlan, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return the largest singular triples of the module's update, balanced between A and B."""
+        """Return the largest singular triples of the module's update, with the singular values in B.
+
+        A linear that is narrower than its rank has no others: what lacks begins as at the start, without effect.
+        """
         (q_a, r_a), (q_b, r_b) = (torch.linalg.qr(old[factor].double().T) for factor in self.factors)
         u, singular, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        root = singular[: plan.new[module]].sqrt()
-        a, b = (q_a @ v.T)[:, : len(root)] * root, (q_b @ u)[:, : len(root)] * root
-        return {"lora_A": a.T.float().contiguous(), "lora_B": b.T.float().contiguous()}
+        rows = super().new_rows(module, old, plan, generator)
+        number = min(plan.new[module], len(singular))
+        rows["lora_A"][:number] = ((q_a @ v.T) * _LENGTH).T[:number]
+        rows["lora_B"][:number] = ((q_b @ u) * (singular / _LENGTH)).T[:number]
+        return rows

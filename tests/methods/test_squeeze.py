@@ -100,8 +100,11 @@ def test_a_truncated_module_is_the_best_approximation_of_its_update() -> None:
     error = torch.linalg.norm(update(rows) - update(one))
     torch.testing.assert_close(error, singular[2:].norm(), rtol=1e-6, atol=0)
     assert rows["lora_A"].shape == (2, 7) and rows["lora_B"].shape == (2, 5)
-    lengths = [rows[factor].norm(dim=1) for factor in ("lora_A", "lora_B")]
-    torch.testing.assert_close(lengths[0], lengths[1])
+    # Rows of A are as long as LoRA's at the start, so that small singular values train on.
+    generator = torch.Generator().manual_seed(0)
+    at_the_start = Squeeze.init(1000, 7, 5, generator)["lora_A"].square().sum(1).mean().sqrt()
+    torch.testing.assert_close(rows["lora_A"].norm(dim=1), torch.full((2,), 3**-0.5))
+    assert float(at_the_start) == pytest.approx(3**-0.5, rel=0.02)
 
 
 def test_a_module_that_loses_only_zeros_keeps_its_function() -> None:
@@ -112,10 +115,28 @@ def test_a_module_that_loses_only_zeros_keeps_its_function() -> None:
     torch.testing.assert_close(update(rows), update(one), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", [4, 5])
-def test_a_target_that_truncates_nothing_is_refused(target: int) -> None:
-    with pytest.raises(RecipeError, match=f"method.target_rank {target} is not below adapter.rank 4"):
-        squeeze(target_rank=target)
+def test_rows_that_no_singular_value_is_left_for_begin_as_at_the_start() -> None:
+    narrow = {"lora_A": torch.randn(9, 7), "lora_B": torch.randn(9, 5)}
+    plan = RankPlan(((), (0, 1, 2, 3), (0, 1, 2, 3)), (8, 0, 0))
+    rows = squeeze().new_rows(0, narrow, plan, torch.Generator().manual_seed(0))
+    assert rows["lora_A"].shape == (8, 7) and rows["lora_B"].shape == (8, 5)
+    torch.testing.assert_close(update(rows), update(narrow), rtol=1e-5, atol=1e-5)
+    assert float(rows["lora_B"][5:].abs().max()) == 0 < float(rows["lora_A"][5:].abs().min())
+
+
+def test_nothing_is_truncated_while_every_update_is_still_0() -> None:
+    method = squeeze(t_i=0, interval=1, t_f=17)
+    assert [step for step in range(1, 21) if method.adjusts_at(step)] == [2, 3]
+
+
+def test_a_target_above_the_rank_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"method.target_rank 5 is not below adapter.rank 4"):
+        squeeze(target_rank=5)
+
+
+def test_a_target_of_the_initial_rank_truncates_nothing() -> None:
+    method = squeeze(target_rank=4)
+    assert method.planned_adjustments() == 0 and not any(map(method.adjusts_at, range(1, 21)))
 
 
 def test_the_default_target_is_a_quarter_of_the_rank() -> None:
