@@ -128,7 +128,7 @@ RUNS = [
     for world_size in (1, 2)
     for samples in (1, 4)
 ]
-ALWAYS = [("62M", 1, 1)]
+ALWAYS = [("62M", 1, 1), ("62M", 2, 1)]
 
 
 @pytest.mark.parametrize(
