@@ -20,12 +20,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from dynrank_ds.errors import DynrankError, RecipeError
 from dynrank_ds.study.definition import Study, load_study
 from dynrank_ds.study.runs import Commands, StoppedError
 from dynrank_ds.study.work import check_problems, open_work, work_until_done
 
 STOPPED = 75
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,8 +87,8 @@ def _plan(study: Study, n_tuning: int, n_final: int) -> str:
 
 def _work(study: Study) -> int:
     commands = Commands(Path(__file__).resolve().parent)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, commands.stop)
+    for one in _SIGNALS:
+        signal.signal(one, commands.stop)
     try:
         failures = work_until_done(study, commands)
     except StoppedError:
@@ -97,18 +100,23 @@ def _work(study: Study) -> int:
 
 
 def _start_workers(study: Path, number: int) -> int:
-    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
     if gpus and len(gpus) < number:
-        raise RecipeError(f"--workers {number} is more than the {len(gpus)} GPUs of CUDA_VISIBLE_DEVICES")
+        raise RecipeError(
+            f"--workers is {number}, and this machine has {len(gpus)} GPUs: give at most so many"
+        )
     command = [sys.executable, str(Path(__file__).resolve()), str(study)]
     workers = []
     for index in range(number):
         own = ",".join(gpus[index * len(gpus) // number : (index + 1) * len(gpus) // number])
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": own} if gpus else dict(os.environ)
         workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
-    for number_of_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number_of_signal, lambda *_: [worker.terminate() for worker in workers])
-    return max(worker.wait() for worker in workers)
+    for one in _SIGNALS:
+        signal.signal(one, lambda *_: [worker.terminate() for worker in workers])
+    codes = {worker.wait() for worker in workers} - {0}
+    # A worker that was killed, or found what it cannot run, outweighs those that were stopped in order.
+    return STOPPED if codes == {STOPPED} else min(1, len(codes))
 
 
 if __name__ == "__main__":

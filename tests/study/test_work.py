@@ -168,6 +168,32 @@ def test_the_command_line_plans_reports_and_refuses(
     assert not (tmp_path / "runs").exists()
 
 
+def test_workers_share_out_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, path = launcher_script("sweep.py"), write_study(tmp_path)
+    started: list[str | None] = []
+    codes = iter([0, 75, 0, 75, -9])
+
+    class Worker:
+        def __init__(self, command: list[str], env: dict[str, str], start_new_session: bool) -> None:
+            started.append(env.get("CUDA_VISIBLE_DEVICES"))
+
+        def wait(self) -> int:
+            return next(codes)
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Worker)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sweep.main([str(path), "--workers", "2"]) == 75
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    assert sweep.main([str(path), "--workers", "3"]) == 1
+    assert started == ["0,1,2,3", "4,5,6,7", "3", "5", "6"]
+    assert sweep.main([str(path), "--workers", "4"]) == 2
+    assert "--workers is 4, and this machine has 3 GPUs" in capsys.readouterr().err
+
+
 @pytest.mark.soak
 def test_a_study_that_was_killed_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     found = []
