@@ -83,7 +83,7 @@ def _read(name: str, folder: Path | None, beside: frozenset[str], seen: tuple[st
     name = str(file) if isinstance(file, Path) and Path(name).suffix else name
     if name in seen:
         raise RecipeError(f"{name}: its bases form a circle: {' -> '.join((*seen, name))}")
-    values = _mapping(file, name)
+    values = read_mapping(file, name)
     base = values.pop("base", [])
     names = base if isinstance(base, list) else [base]
     if not all(isinstance(one, str) for one in names):
@@ -98,7 +98,12 @@ def _read(name: str, folder: Path | None, beside: frozenset[str], seen: tuple[st
     return merged(_composed(names, own_folder, beside, (*seen, name)), values)
 
 
-def _mapping(file: Traversable, name: str) -> dict[str, Any]:
+def read_mapping(file: Traversable, name: str) -> dict[str, Any]:
+    """Return the sections of a YAML file, which messages call `name`.
+
+    Raises:
+        RecipeError: it is no YAML, holds a key twice, or no sections.
+    """
     try:
         values = parse_yaml(file.read_text())
     except DuplicateKeyError as error:

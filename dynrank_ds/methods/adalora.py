@@ -18,8 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import AdaptedModule
-from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Steps, mean_initial_rank
+from dynrank_ds.methods.base import Steps, mean_initial_rank, rank_to_prune_to
 from dynrank_ds.methods.sensitivity import SensitivityConfig, SensitivityMethod
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples
 from dynrank_ds.ranking.schedule import Schedule
@@ -62,14 +61,9 @@ class AdaLoRA(SensitivityMethod):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.last_observed = self.schedule.end
-        initial = mean_initial_rank(modules)
-        target = config.final_mean_rank(round(initial))
+        target = rank_to_prune_to(config, config.target_rank, modules)
         self.target_total = target * len(modules)
-        self.prunes = target < initial
-        if target > initial or (config.target_rank is None and target == initial):
-            raise RecipeError(
-                f"method.target_rank {target} is not below adapter.rank {initial:g}: nothing would be pruned"
-            )
+        self.prunes = target < mean_initial_rank(modules)
 
     def adjusts_at(self, step: int) -> bool:
         return self.prunes and super().adjusts_at(step)

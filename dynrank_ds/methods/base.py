@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward, wide_dtype
+from dynrank_ds.errors import RecipeError
 from dynrank_ds.ranking.layout import ModuleShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState
 from dynrank_ds.ranking.schedule import Schedule
@@ -28,6 +29,26 @@ AllReduceSum = Callable[[Tensor], Tensor]
 def mean_initial_rank(modules: Mapping[str, AdaptedModule]) -> float:
     """Return the mean rank of the modules when the run began."""
     return sum(module.initial_rank for module in modules.values()) / len(modules)
+
+
+def rank_to_prune_to(
+    config: MethodConfig, target_rank: int | None, modules: Mapping[str, AdaptedModule]
+) -> int:
+    """Return the mean rank of a module that a method ends with; the initial one, if given, prunes nothing.
+
+    target_rank: as the recipe gives it; None is the method's default.
+
+    Raises:
+        RecipeError: it is above the initial rank, or the default would prune nothing.
+    """
+    initial = mean_initial_rank(modules)
+    target = config.final_mean_rank(round(initial))
+    assert target is not None
+    if target > initial or (target_rank is None and target == initial):
+        raise RecipeError(
+            f"method.target_rank {target} is not below adapter.rank {initial:g}: nothing would be pruned"
+        )
+    return target
 
 
 HIDDEN_SIZE_OF_DEFAULT_RATES = 576

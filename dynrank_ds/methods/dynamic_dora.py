@@ -18,8 +18,15 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
-from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView, mean_initial_rank
+from dynrank_ds.methods.base import (
+    Method,
+    MethodConfig,
+    MicroBatch,
+    Steps,
+    StepView,
+    mean_initial_rank,
+    rank_to_prune_to,
+)
 from dynrank_ds.methods.penalties import add_penalty, variance
 from dynrank_ds.ranking.layout import ShardLayout
 from dynrank_ds.ranking.plan import RankPlan, RankState, kept_triples, lowest_triples
@@ -103,13 +110,9 @@ class DynamicDoRA(Method):
         super().__init__(config, modules, total_steps, device)
         self.beta = config.beta
         initial = mean_initial_rank(modules)
-        target = config.final_mean_rank(round(initial))
+        target = rank_to_prune_to(config, config.target_rank, modules)
         self.surplus = round((initial - target) * len(modules))
         """Triples that are removed by the end."""
-        if target > initial or (config.target_rank is None and target == initial):
-            raise RecipeError(
-                f"method.target_rank {target} is not below adapter.rank {initial:g}: nothing would be pruned"
-            )
         # All components count, masked ones too, as in the authors' code; eq. 10 prints twice this.
         self._variance = config.variance / (2 * initial * len(modules))
         if config.variance:

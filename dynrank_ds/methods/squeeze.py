@@ -20,8 +20,7 @@ from torch import Tensor
 
 from dynrank_ds.adapters.initial import lora_factors
 from dynrank_ds.adapters.linear import AdaptedModule, ModuleBackward
-from dynrank_ds.errors import RecipeError
-from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView
+from dynrank_ds.methods.base import Method, MethodConfig, MicroBatch, Steps, StepView, rank_to_prune_to
 from dynrank_ds.ranking.plan import RankPlan, RankState, lowest_triples
 from dynrank_ds.ranking.schedule import Schedule
 
@@ -75,14 +74,8 @@ class Squeeze(Method):
     ) -> None:
         super().__init__(config, modules, total_steps, device)
         self.initial_total = sum(module.initial_rank for module in modules.values())
-        mean = self.initial_total / len(modules)
-        target = config.final_mean_rank(round(mean))
-        self.target_total = target * len(modules)
-        self.truncates = target < mean
-        if target > mean or (config.target_rank is None and target == mean):
-            raise RecipeError(
-                f"method.target_rank {target} is not below adapter.rank {mean:g}: nothing would be truncated"
-            )
+        self.target_total = rank_to_prune_to(config, config.target_rank, modules) * len(modules)
+        self.truncates = self.target_total < self.initial_total
         self._singular: list[Tensor] = [torch.empty(0) for _ in self.shapes]
 
     def adjusts_at(self, step: int) -> bool:

@@ -13,10 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from dynrank_ds.documents import DuplicateKeyError, parse_yaml
+from dynrank_ds.composing import read_mapping
 from dynrank_ds.errors import RecipeError
 from dynrank_ds.recipe import Recipe, load_recipe
 from dynrank_ds.section import Section, inconsistent
@@ -203,12 +202,9 @@ def load_study(path: Path) -> Study:
         RecipeError: what is wrong with it, in one sentence.
     """
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-        study = Study.model_validate(values)
+        study = Study.model_validate(read_mapping(path, str(path)))
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
-    except (DuplicateKeyError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

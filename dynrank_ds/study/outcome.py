@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynrank_ds.study.definition import FINAL, Point, Run, Study, points
+from dynrank_ds.study.definition import FINAL, TUNING, Point, Run, Study, points
 from dynrank_ds.study.records import Record, best_point, read_record, tuned_scores
 from dynrank_ds.study.statistics import Difference, Shares, difference, holm
 
@@ -32,25 +32,9 @@ class ArmOutcome:
     final: Sequence[Record]
     shares: Shares
 
-    @property
-    def parameters(self) -> float:
-        """Mean over seeds."""
-        return float(np.mean([one.facts.parameters for one in self.final]))
-
-    @property
-    def peak_parameters(self) -> float:
-        """Mean over seeds."""
-        return float(np.mean([one.facts.peak_parameters for one in self.final]))
-
-    @property
-    def seconds(self) -> float:
-        """Of training, mean over seeds."""
-        return float(np.mean([one.facts.seconds for one in self.final]))
-
-    @property
-    def steps(self) -> float:
-        """Mean over seeds."""
-        return float(np.mean([one.facts.steps for one in self.final]))
+    def mean(self, fact: str) -> float:
+        """Return the mean over seeds of one of the numbers in Facts, such as `parameters`, `steps` or `seconds`."""
+        return float(np.mean([getattr(one.facts, fact) for one in self.final]))
 
     @property
     def seed_scores(self) -> list[float]:
@@ -59,10 +43,6 @@ class ArmOutcome:
             float(np.mean([values[i].mean() for values in self.shares.values()]))
             for i in range(len(self.final))
         ]
-
-    def budget(self, by: str) -> float:
-        """Return what runs are matched by: parameters, steps or seconds."""
-        return float(getattr(self, by))
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ def tuning_scores(study: Study, arm: str) -> list[TuningScore]:
     found = []
     for point in points(study, arm):
         records = [read_record(study, Run(point, seed)) for seed in study.tuning.seeds]
-        found.append(TuningScore(point, [one for one in records if one and one.is_done("tuning")]))
+        found.append(TuningScore(point, [one for one in records if one and one.is_done(TUNING)]))
     return found
 
 
@@ -120,7 +100,7 @@ def comparisons(study: Study, outcomes: dict[str, ArmOutcome]) -> dict[str, Comp
 
 def has_budget_of(study: Study, arm: ArmOutcome, reference: ArmOutcome) -> bool:
     """Return whether an arm differs from the reference in what runs are matched by, by no more than the tolerance."""
-    ours, theirs = (one.budget(study.budget.by) for one in (arm, reference))
+    ours, theirs = (one.mean(study.budget.by) for one in (arm, reference))
     return abs(ours - theirs) <= study.budget.tolerance * theirs
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dynrank_ds.files import replace_text
 from dynrank_ds.report.canvas import SERIES, canvas, legend, open_axes, title
-from dynrank_ds.study.definition import Study
+from dynrank_ds.study.definition import TUNING, Study
 from dynrank_ds.study.outcome import (
     ArmOutcome,
     Comparison,
@@ -123,10 +123,10 @@ def _outcome_table(study: Study, outcomes: dict[str, ArmOutcome]) -> Iterator[st
             seeds = ", ".join(_percent(score) for score in one.seed_scores)
         else:
             final, seeds = "every run diverged", ""
-        time = f" {one.seconds / 60:.1f} |" if study.timed else ""
+        time = f" {one.mean('seconds') / 60:.1f} |" if study.timed else ""
         yield (
-            f"| {arm} | {best} | {_percent(one.tuning_score)} | {final} | {seeds} | {one.parameters:,.0f} | "
-            f"{one.peak_parameters:,.0f} |{time}"
+            f"| {arm} | {best} | {_percent(one.tuning_score)} | {final} | {seeds} | {one.mean('parameters'):,.0f} | "
+            f"{one.mean('peak_parameters'):,.0f} |{time}"
         )
     yield ""
     yield (
@@ -216,7 +216,7 @@ def _csv(tuned: dict[str, list[TuningScore]]) -> str:
         for one in scores:
             for record in one.records:
                 facts = record.facts
-                score = round(record.score("tuning"), 6)
+                score = round(record.score(TUNING), 6)
                 row = [arm, one.point.label, record.seed, score, facts.loss, facts.parameters, facts.seconds]
                 writer.writerow(row)
     return text.getvalue()
@@ -262,7 +262,7 @@ def _lines(scores: Sequence[TuningScore]) -> dict[str, tuple[list[float], list[f
 
 
 def _mean(one: TuningScore) -> float:
-    return float(np.mean([record.score("tuning") for record in one.records]))
+    return float(np.mean([record.score(TUNING) for record in one.records]))
 
 
 def _percent(share: float) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 from dynrank_ds.bench.adjusting import Adjustment, read_adjustments
 from dynrank_ds.bench.adjustment import Point, figure_of, growth, in_a_row
 from dynrank_ds.bench.cli import main
-from tests.support.launch import outcomes, run_worker
+from tests.support.launch import outcomes, quick_benchmark, run_worker
 from tests.support.recipes import lines, write_recipe
 
 MIB = 2**20
@@ -103,16 +100,7 @@ def test_it_is_started_in_one_process(
 
 @pytest.mark.slow
 def test_the_quick_run_prints_every_row(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dynrank_ds.bench", "adjustment", "--quick"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*command, "--recipe", str(write_recipe(tmp_path))],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = quick_benchmark("adjustment", write_recipe(tmp_path))
     for row in (
         "2 processes, 56 modules, rank 4",
         "2 processes, 112 modules, rank 4",
@@ -121,4 +109,4 @@ def test_the_quick_run_prints_every_row(tmp_path: Path) -> None:
         "2 processes, rank x 4",
         "24 in a row: hooks of the model",
     ):
-        assert row in done.stdout
+        assert row in printed

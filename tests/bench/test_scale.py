@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from dynrank_ds.bench.scale import TARGETS, Measured, predicted
 from dynrank_ds.planning.plan import GIB, Cluster, Plan, make_plan
 from dynrank_ds.planning.speed import HARDWARE
 from dynrank_ds.recipe import load_recipe
+from tests.support.launch import quick_benchmark
 from tests.support.recipes import write_recipe
 
 
@@ -54,18 +52,9 @@ def test_nothing_is_added_where_nothing_was_measured_but_traffic() -> None:
 
 @pytest.mark.slow
 def test_the_quick_run_measures_both_parts_and_predicts_both_sizes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dynrank_ds.bench", "scale", "--quick"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*command, "--recipe", str(write_recipe(tmp_path))],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = quick_benchmark("scale", write_recipe(tmp_path))
     for row in ("measured: adjustment by modules", "measured: the method by a layer 1024 wide"):
-        assert row in done.stdout
+        assert row in printed
     for name, *_ in TARGETS:
         for row in ("planned: step of", "predicted: an adjustment of", "predicted: added to"):
-            assert f"{row} {name}" in done.stdout
+            assert f"{row} {name}" in printed

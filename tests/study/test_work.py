@@ -134,10 +134,12 @@ def test_a_signal_ends_the_command_that_runs_and_nothing_is_begun_after_it(tmp_p
         with (tmp_path / "lock").open("a") as lock, pytest.raises(StoppedError):
             commands.run(sleeping, tmp_path / "log", lock)
         with (tmp_path / "lock").open("a") as lock, pytest.raises(StoppedError):
-            commands.run([sys.executable, "-c", "open('begun', 'w')"], tmp_path / "log", lock)
+            commands.run(
+                [sys.executable, "-c", f"open({str(tmp_path / 'begun')!r}, 'w')"], tmp_path / "log", lock
+            )
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert not Path("begun").exists()
+    assert not (tmp_path / "begun").exists()
 
 
 def test_a_command_that_fails_is_named_with_its_output(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import re
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -181,3 +182,16 @@ def _must_succeed(processes: Sequence[Started], timeout: float) -> None:
     wait(processes, timeout)
     for process in processes:
         assert process.returncode == 0, process.output[-6000:]
+
+
+def quick_benchmark(name: str, recipe: Path) -> str:
+    """Return what `python -m dynrank_ds.bench NAME --quick` prints of a recipe; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dynrank_ds.bench", name, "--quick", "--recipe", str(recipe)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
