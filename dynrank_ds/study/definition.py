@@ -206,9 +206,10 @@ def load_study(path: Path) -> Study:
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
+        mistakes = [
+            f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ") for one in error.errors()
+        ]
+        raise RecipeError(f"{path}: {'; '.join(mistakes)}") from error
     for run in _every_tuning_run(study):
         recipe_of(study, run, Path(study.output))
     return study
