@@ -64,7 +64,7 @@ def difference(ours: Shares, reference: Shares, seed: int = 0) -> Difference:
     changes = first - second
     low, high = np.quantile(changes, [0.025, 0.975])
     if low == high == 0:
-        low, high = paired_interval(0, 0, _problems(ours))
+        low, high = paired_interval([0.0] * _problems(ours))
     # Davison and Hinkley (1997), eq. 4.11: the observed value counts as one more resample.
     one_sided = (1 + min((changes <= 0).sum(), (changes >= 0).sum())) / (RESAMPLES + 1)
     return Difference(

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynrank_ds.errors import RunError
 from dynrank_eval.jsonl import read_rows
-from dynrank_eval.statistics import bootstrap_interval, mcnemar_exact, paired_interval, sign_flip_test
+from dynrank_eval.statistics import mcnemar_exact, paired_interval, sign_flip_test
 from dynrank_eval.tasks import Verdict
 
 # Both must be the same for a comparison to mean anything.
@@ -48,10 +48,8 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the difference: Agresti and Min's, or the paired bootstrap for several completions."""
-        if self.samples > 1:
-            return bootstrap_interval(self.differences)
-        return paired_interval(len(self.first_higher), len(self.second_higher), self.n)
+        """The 95 % interval of the difference."""
+        return paired_interval(self.differences)
 
     @property
     def p_value(self) -> float:

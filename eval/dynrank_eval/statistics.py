@@ -55,21 +55,17 @@ def mcnemar_exact(b: int, c: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def paired_interval(b: int, c: int, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two paired proportions, second minus first.
+def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of paired differences in [-1, 1]; never empty.
 
     Agresti and Min (2005), "Simple improved confidence intervals for comparing matched proportions": Wald's interval
-    after adding one half to each of the four cells.
-
-    Args:
-        b, c: as in `mcnemar_exact`.
-        n: problems.
+    after adding one half to each of the four cells of paired verdicts, which is two more problems with half a
+    difference of 1, half a one of -1, and one of 0. Said so, it holds for shares of several completions too.
     """
-    assert b + c <= n and n > 0
-    total, only_first, only_second = n + 2, b + 0.5, c + 0.5
-    centre = (only_second - only_first) / total
-    spread = (only_first + only_second) / total - centre * centre
-    half = _Z * math.sqrt(spread / total)
+    n = len(differences) + 2
+    centre = sum(differences) / n
+    spread = (sum(value * value for value in differences) + 1) / n - centre * centre
+    half = _Z * math.sqrt(spread / n)
     return max(-1.0, centre - half), min(1.0, centre + half)
 
 
@@ -77,13 +73,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     """Return the unbiased estimate that one of k samples is correct (Chen et al. 2021): 1 - C(n - c, k) / C(n, k)."""
     assert 0 <= correct <= n and 1 <= k <= n
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def bootstrap_interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a mean over problems (Efron 1979), the same at every call."""
-    draw, n = random.Random(seed), len(values)
-    means = sorted(sum(draw.choices(values, k=n)) / n for _ in range(resamples))
-    return means[int(0.025 * resamples)], means[int(0.975 * resamples)]
 
 
 def sign_flip_test(differences: Sequence[float], resamples: int = 20_000, seed: int = 0) -> float:
