@@ -50,6 +50,8 @@ REPLIES = {
     "a main program": f"```python\n{BARE}\nif __name__ == '__main__':\n    print(total([1]))\n```",
     "an exit": f"```python\n{BARE}\nimport sys\nprint(total([1]))\nsys.exit(0)\n```",
     "a question": f"```python\n{BARE}\nnumbers = input()\nprint(total(numbers))\n```",
+    "a block of HTML": "Here:\n<pre><code class='py'>\ndef total(numbers):\n    if len(numbers) &gt; 0:\n"
+    "        return sum(numbers)\n    return 0\n</code></pre>\nDone.",
     "a fence in a quotation": "> ```python\n> def total(numbers):\n>     return sum(numbers)\n> ```\n",
     "a fence on one line": "```python def total(numbers): return sum(numbers)```",
     "an interpreter's prompts": ">>> def total(numbers):\n...     return sum(numbers)\n...\n>>> total([1])\n1\n",

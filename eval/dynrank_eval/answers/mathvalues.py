@@ -12,6 +12,7 @@ from typing import Any
 
 from dynrank_eval.answers.arithmetic import MP, UnreadableError, numeric
 from dynrank_eval.answers.bases import in_a_base, same_in_base
+from dynrank_eval.answers.clock import same_time
 from dynrank_eval.answers.expressions import Expression
 from dynrank_eval.answers.plain import plain
 from dynrank_eval.answers.ranges import is_inequality, same_range
@@ -71,6 +72,9 @@ _NAME = re.compile(
 _COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)")
 _LEAD_IN = re.compile(r"^\\text\s*\{[^{}]*(?:\bis|:)\s*\}\s*(?=\S)")
 _RATIO = re.compile(r"[0-9.]+(?:\s*:\s*[0-9.]+)+")
+# "3 to 4" and "5 out of 8", the words in \text or not.
+_TO = re.compile(r"(?<=[0-9])\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(?=[0-9])")
+_OUT_OF = re.compile(r"(?<=[0-9])\s*(?:\\text\s*\{\s*out of\s*\}|\bout of\b)\s*(?=[0-9])")
 # "(C) 12" and "C. 12".
 _CHOSEN = re.compile(r"(?:\\text\s*\{\s*)?\(?([A-Z])[).:]\s*\}?\s*\S")
 _CHOICE = re.compile(r"\s*\(?\s*(?:\\text\s*\{)?\s*\(?([A-Z])\)?\s*\}?\s*\)?\s*")
@@ -119,6 +123,11 @@ def _same(gold: str, answer: str, depth: int) -> bool:
     if depth > 6:
         raise UnreadableError
     gold, answer = without_name(_tuple_of_names(gold, answer), _tuple_of_names(answer, gold))
+    if (same := same_time(gold, answer)) is not None:
+        return same
+    gold, answer = (_OUT_OF.sub("/", text) for text in (gold, answer))
+    if ":" in gold + answer:
+        gold, answer = (_TO.sub(":", text) for text in (gold, answer))
     if _RATIO.fullmatch(gold) and _RATIO.fullmatch(answer):
         return re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer)
     gold, answer = _last_side(gold, answer), _last_side(answer, gold)

@@ -42,6 +42,8 @@ _PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b|cents?\b|¢)", re.IGNORECAS
 # Coins and parts alike: 3 quarters are 3, and 3/4.
 _COUNTED_PARTS = re.compile(r"\s*-?\s*(half|halve|quarter|third)s?\b", re.IGNORECASE)
 _COUNTED_SIZES = {"half": 2, "halve": 2, "quarter": 4, "third": 3}
+# Of eight things five, or five eighths of them.
+_OUT_OF = re.compile(r"\s*out of\s+(?:the\s+)?([0-9]+)(?![0-9.,/]*[0-9/])", re.IGNORECASE)
 _CLOCK = re.compile(r"\s*(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::00)?(?![0-9:])")
 _UNIT_WORDS = r"(?:\s*[A-Za-z][A-Za-z/^0-9{}.'-]*){0,4}?"
 _ANOTHER = re.compile(
@@ -159,7 +161,7 @@ def read_number(text: str) -> Reading | None:
 def last_number(text: str) -> Reading | None:
     """Read the last number of a text without a stated answer: in its last sentence that has one, after "=" if any."""
     for line in reversed(text[-20_000:].split("\n")[-50:]):
-        line = _LABEL.sub("", line)
+        line = _without_label(line)
         for sentence in reversed(re.split(r"(?<=[.!?])\s+", line)):
             if _CLOSING_WORDS.match(sentence):
                 continue
@@ -177,6 +179,12 @@ def last_number(text: str) -> Reading | None:
             if found is not None:
                 return found
     return None
+
+
+def _without_label(line: str) -> str:
+    """Return a line without its number in a list; "18. I hope this helps!" is an answer and closing words."""
+    label = _LABEL.match(line)
+    return line if label is None or _CLOSING_WORDS.match(line, label.end()) else line[label.end() :]
 
 
 def _prepared(text: str, remarks: bool) -> str:
@@ -236,6 +244,8 @@ def _in_units(value: Fraction, rest: str) -> tuple[set[Fraction], str]:
         return {value, value * 12}, rest[dozen.end() :]
     if parts := _COUNTED_PARTS.match(rest):
         return {value, value / _COUNTED_SIZES[parts[1].lower()]}, rest[parts.end() :]
+    if (whole := _OUT_OF.match(rest)) and int(whole[1]):
+        return {value, value / int(whole[1])}, rest[whole.end() :]
     if percent := _PERCENT.match(rest):
         return {value, value / 100}, rest[percent.end() :]
     return {value}, rest

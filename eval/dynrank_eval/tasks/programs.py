@@ -6,6 +6,7 @@ and helpers work as in plain Python; what does not belong to a program (prose, u
 
 import ast
 import builtins
+import html
 import re
 import textwrap
 import warnings
@@ -17,6 +18,9 @@ from dynrank_eval.sanitizing import NOT_PYTHON, longest_valid
 _LONGEST_REPLY = 50_000
 _FENCE = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^`\s]*)[^`]*$")
 _INLINE_FENCE = re.compile(r"`{3}(?:python3?|py)?[ \t]+(?P<code>[^`\n]+)`{3}")
+_HTML_BLOCK = re.compile(
+    r"^[ \t]*<pre[^>]*>\s*(?:<code[^>]*>)?(.*?)(?:</code>\s*)?</pre>", re.M | re.S | re.I
+)
 _QUOTED = re.compile(r"[ \t]*>")
 _INDENTATION = re.compile("^[ \t\u00a0\u2000-\u200a\u202f\u3000]+", re.MULTILINE)
 _TAG = re.compile(r"^[ \t]*\[/?(?:PYTHON|CODE|BEGIN|DONE|END|SOLUTION|ANSWER)\][ \t]*$", re.MULTILINE)
@@ -31,7 +35,11 @@ def program(prompt: str, completion: str, names: Sequence[str]) -> str:
     prompt: the code that the program continues or repeats; empty where the prompt was no code.
     """
     reply = _cleaned(final_reply(completion)[:_LONGEST_REPLY])
-    chosen = _from_blocks(prompt, _blocks(reply), names) or _unfenced(prompt, reply, names)
+    chosen = (
+        _from_blocks(prompt, _blocks(reply), names)
+        or _unfenced(prompt, reply, names)
+        or _from_blocks(prompt, [html.unescape(block) for block in _HTML_BLOCK.findall(reply)], names)
+    )
     return _assembled(prompt, chosen) if chosen else ""
 
 

@@ -149,6 +149,8 @@ NUMBERS: dict[str, float | Fraction | tuple[float | Fraction, ...]] = {
     "3 hours (180 minutes)": (3, 180),
     "two weeks, or 14 days": (2, 14),
     "42 more than before": 42,
+    "5 out of 8": (5, Fraction(5, 8)),
+    "5 out of the 8 apples": (5, Fraction(5, 8)),
 }
 NOT_ONE_NUMBER = [
     "4, 5, 6",
@@ -247,6 +249,7 @@ def test_the_last_number_of_a_reply_without_a_stated_answer() -> None:
         ("4 cats and 5 dogs make 9 animals", 9),
         ("1. add 4\n2. so it is 8", 8),
         ("Step 1: 4 + 4 = 8\n**Step 2:** that is all", 8),
+        ("18. I hope this helps with problem 3!", 18),
         ("It is 8.\nLet me know if you need help with the other 3 problems!", 8),
     ]:
         reading = last_number(text)
