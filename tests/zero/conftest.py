@@ -30,11 +30,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run_shards(folder: Path) -> None:
-    write_recipe(folder)
+    write_recipe(folder, micro_batch_size=3)
     for name in NAN_METHODS:
         (folder / f"{name}.yaml").write_text(json.dumps({"base": "recipe.yaml", "method": METHODS[name]}))
     run_worker(2, "shards", folder)
 
 
 def _run_uninterrupted(folder: Path) -> None:
-    train(2, write_recipe(folder), "train.checkpoint_interval=10")
+    train(2, write_recipe(folder, micro_batch_size=3), "train.checkpoint_interval=10")

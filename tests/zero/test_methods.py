@@ -32,7 +32,7 @@ MORE = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    write_recipe(folder)
+    write_recipe(folder, micro_batch_size=3)
     for name, method in METHODS.items():
         (folder / f"{name}.yaml").write_text(json.dumps({"base": "recipe.yaml", "method": method}))
     run_worker(1, "methods", folder, ALONE)

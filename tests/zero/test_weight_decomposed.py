@@ -32,7 +32,7 @@ TOKENS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every method's run in one process under ZeRO-3."""
     folder = tmp_path_factory.mktemp("decomposed")
-    write_recipe(folder)
+    write_recipe(folder, micro_batch_size=3)
     for name in NAMES:
         values = {
             "base": "recipe.yaml",
