@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups
+from deepspeed.utils import groups, z3_leaf_parameter
 from torch import Tensor, nn
 
 from dynrank_ds.errors import MachineError
@@ -56,8 +56,12 @@ def _has_release_cache() -> bool:
     return bool(closure) and hasattr(closure[0].cell_contents, "cache_clear")
 
 
-def _mentions(owner: type, *names: str) -> bool:
-    source = inspect.getsource(owner)
+def _function(owner: type, name: str) -> Callable[..., Any] | None:
+    return getattr(owner, name, None)
+
+
+def _mentions(owner: Callable[..., Any] | None, *names: str) -> bool:
+    source = inspect.getsource(owner) if owner is not None else ""
     return all(name in source for name in names)
 
 
@@ -83,6 +87,15 @@ _ASSUMPTIONS: dict[str, Callable[[], bool]] = {
     "the trace of the parameter coordinator": lambda: all(
         hasattr(PartitionedParameterCoordinator, name)
         for name in ("is_complete_trace", "is_invalid_trace", "_invalidate_trace")
+    ),
+    "the gathers of create_reduce_and_remove_grad_hooks": lambda: _mentions(
+        _function(DeepSpeedZeroOptimizer_Stage3, "create_reduce_and_remove_grad_hooks"),
+        "param.all_gather()",
+        "if not z3_leaf_parameter(param):",
+    ),
+    "the broadcasts of DeepSpeedEngine._broadcast_model and zero.Init._zero_init_param": lambda: all(
+        _mentions(_function(owner, name), "broadcast(")
+        for owner, name in ((DeepSpeedEngine, "_broadcast_model"), (Init, "_zero_init_param"))
     ),
     "what zero.Init makes and places shards by": lambda: (
         _mentions(
@@ -147,6 +160,56 @@ def trace_of_training_kept(engine: Any) -> Iterator[None]:
     yield
     if coordinator is not None and recording and not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
+
+
+@contextmanager
+def hooks_without_gathers() -> Iterator[None]:
+    """Build ZeRO-3 engines that do not gather the parameters of leaf modules to set their gradient hooks.
+
+    Each would be gathered by a collective of its own, and then gets no hook: its module has one for all.
+    """
+    original = DeepSpeedZeroOptimizer_Stage3.create_reduce_and_remove_grad_hooks
+
+    def create(optimizer: Any) -> None:
+        params = [param for group in optimizer.fp16_groups for param in group if z3_leaf_parameter(param)]
+        gathers = [param.all_gather for param in params]
+        for param in params:
+            param.all_gather = lambda: None
+        original(optimizer)
+        for param, gather in zip(params, gathers, strict=True):
+            param.all_gather = gather
+
+    with _replaced(DeepSpeedZeroOptimizer_Stage3, "create_reduce_and_remove_grad_hooks", create):
+        yield
+
+
+@contextmanager
+def nothing_broadcast() -> Iterator[None]:
+    """Build engines of a model whose parameters are the same on every process, as they are at a rank change.
+
+    DeepSpeed sends those of the first process to all: under ZeRO-1 and 2 the whole model, base included, under ZeRO-3
+    each new parameter, by a collective of its own.
+    """
+
+    def partition(init: Any, param: Any) -> None:
+        init._convert_to_deepspeed_param(param)
+        param.partition()
+
+    with (
+        _replaced(DeepSpeedEngine, "_broadcast_model", lambda engine: None),
+        _replaced(Init, "_zero_init_param", partition),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: type, name: str, function: Callable[..., None]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def release_engine(engine: Any, model: nn.Module) -> None:

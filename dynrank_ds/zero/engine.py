@@ -23,7 +23,13 @@ from dynrank_ds.adapters.pissa import PissaLinear
 from dynrank_ds.ranking.layout import Fragment, FragmentOf, ModuleShape, ShardLayout
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import processes
-from dynrank_ds.zero.deepspeed_internals import release_engine, release_parameter, trace_of_training_kept
+from dynrank_ds.zero.deepspeed_internals import (
+    hooks_without_gathers,
+    nothing_broadcast,
+    release_engine,
+    release_parameter,
+    trace_of_training_kept,
+)
 from dynrank_ds.zero.migrate import (
     NewRows,
     gather_modules,
@@ -186,7 +192,8 @@ class ZeroEngine:
             self.births[index] = torch.cat([kept, kept.new_full((plan.new[index],), self.updates)])
         for set_initial in initial:
             set_initial()
-        self._build(new)
+        with nothing_broadcast():
+            self._build(new)
         carried = dict(zip(names, moved[1:], strict=True))
         self._write(moved[0], carried, of_vectors)
         # The old engine is a web of references to itself, and lets go of its shards only when collected.
@@ -256,9 +263,10 @@ class ZeroEngine:
         self.layout = layout
         # DeepSpeed hangs its own attributes (ds_id, ds_tensor, ...) on parameters: no type knows them.
         params: list[Any] = [self._parameter(f) for f in layout.all_fragments]
-        self._engine, *_ = deepspeed.initialize(
-            model=self._model, optimizer=self._make_optimizer(params), config=self._config
-        )
+        with hooks_without_gathers():
+            self._engine, *_ = deepspeed.initialize(
+                model=self._model, optimizer=self._make_optimizer(params), config=self._config
+            )
         self._shards = self._shards_of(self._engine.optimizer, params, layout)
         self._shards.seed(self.births, self._rates, self.updates)
 

@@ -67,12 +67,19 @@ class Counted(Trainer):
         self.before_reduction = list(processes.dist.calls)
         return super()._reduce(loss, gradients)
 
+    def _adjust(self, *arguments: Any) -> Any:
+        before = list(reached)
+        adjusted = super()._adjust(*arguments)
+        self.adjustment = {name: reached.count(name) - before.count(name) for name in sorted(set(reached))}
+        return adjusted
+
     def _step(self, indices: Any) -> StepResult:
         counting = processes.dist
         assert isinstance(counting, CountingDist)
         counting.calls.clear()
         ranks = self.engine.layout.ranks
         reached.clear()
+        self.adjustment: dict[str, int] = {}
         result = super()._step(indices)
         step = self.progress.step
         plan_changed = [b for b, a in zip(ranks, self.engine.layout.ranks, strict=True) if b != a]
@@ -83,6 +90,7 @@ class Counted(Trainer):
                 "rank_changes": len(plan_changed),
                 "before_reduction": self.before_reduction,
                 "ours": list(counting.calls),
+                "adjustment": self.adjustment,
                 "all": {name: reached.count(name) for name in sorted(set(reached))},
             }
         )
@@ -100,6 +108,7 @@ def collectives(folder: Path) -> None:
         for name in OF_A_GROUP:
             method = getattr(dist.ProcessGroup, name)
             stack.enter_context(patch.object(dist.ProcessGroup, name, noting(name, method)))
+        few = ["train.steps=4", "method.k=35", "method.t_i=0", "method.interval=2", "method.t_f=1"]
         for recipe, overrides in (
             ("pe_dyra", ["train.steps=12", "method.interval=5", "method.t_i=2"]),
             (
@@ -114,7 +123,8 @@ def collectives(folder: Path) -> None:
             ),
             ("lora", ["train.steps=12"]),
             # 7 linears in each of 5 layers, each pruned or grown: more than are gathered at once.
-            ("deep", ["train.steps=4", "method.k=35", "method.t_i=0", "method.interval=2", "method.t_f=1"]),
+            ("deep", few),
+            ("deep_zero2", [*few, "deepspeed.config=zero2"]),
         ):
             run = folder / recipe / "run"
             train_watched(folder / recipe / "recipe.yaml", Counted, f"output.dir={run}", *overrides)
