@@ -163,10 +163,11 @@ def trace_of_training_kept(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def hooks_without_gathers() -> Iterator[None]:
-    """Build ZeRO-3 engines that do not gather the parameters of leaf modules to set their gradient hooks.
+def without_needless_work() -> Iterator[None]:
+    """Build ZeRO-3 engines without two things that DeepSpeed does to every parameter for nothing.
 
-    Each would be gathered by a collective of its own, and then gets no hook: its module has one for all.
+    It gathers each of a leaf module, by a collective of its own, to set a gradient hook, and then sets none: the module
+    has one for all. And it formats all parameters of the model, for a message that it does not print.
     """
     original = DeepSpeedZeroOptimizer_Stage3.create_reduce_and_remove_grad_hooks
 
@@ -179,7 +180,10 @@ def hooks_without_gathers() -> Iterator[None]:
         for param, gather in zip(params, gathers, strict=True):
             param.all_gather = gather
 
-    with _replaced(DeepSpeedZeroOptimizer_Stage3, "create_reduce_and_remove_grad_hooks", create):
+    with (
+        _replaced(DeepSpeedZeroOptimizer_Stage3, "create_reduce_and_remove_grad_hooks", create),
+        _replaced(nn.Parameter, "__repr__", object.__repr__),
+    ):
         yield
 
 
@@ -203,7 +207,7 @@ def nothing_broadcast() -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(owner: type, name: str, function: Callable[..., None]) -> Iterator[None]:
+def _replaced(owner: type, name: str, function: Callable[..., Any]) -> Iterator[None]:
     original = getattr(owner, name)
     setattr(owner, name, function)
     try:

@@ -24,11 +24,11 @@ from dynrank_ds.ranking.layout import Fragment, FragmentOf, ModuleShape, ShardLa
 from dynrank_ds.ranking.plan import RankPlan
 from dynrank_ds.zero import processes
 from dynrank_ds.zero.deepspeed_internals import (
-    hooks_without_gathers,
     nothing_broadcast,
     release_engine,
     release_parameter,
     trace_of_training_kept,
+    without_needless_work,
 )
 from dynrank_ds.zero.migrate import (
     NewRows,
@@ -263,7 +263,7 @@ class ZeroEngine:
         self.layout = layout
         # DeepSpeed hangs its own attributes (ds_id, ds_tensor, ...) on parameters: no type knows them.
         params: list[Any] = [self._parameter(f) for f in layout.all_fragments]
-        with hooks_without_gathers():
+        with without_needless_work():
             self._engine, *_ = deepspeed.initialize(
                 model=self._model, optimizer=self._make_optimizer(params), config=self._config
             )

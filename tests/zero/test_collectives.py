@@ -64,7 +64,7 @@ def test_an_adjustment_adds_two_reductions_a_plan_check_and_one_that_gathers(fol
 def test_a_rank_change_sends_the_rows_of_all_modules_at_once_and_nothing_of_the_base(
     folder: Path, name: str
 ) -> None:
-    """All 35 modules change, and DeepSpeed builds its engine anew."""
+    """All 35 modules change, and DeepSpeed builds its engine anew, without formatting its parameters for a message."""
     [adjustment] = [step["adjustment"] for step in steps(folder, name) if step["rank_changes"]]
     sent = {kind: count for kind, count in adjustment.items() if count and kind != "barrier"}
     assert sent == {"all_gather_single": 1, "allreduce": 1}  # the check of the plan; the rows

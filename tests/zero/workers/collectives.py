@@ -22,7 +22,7 @@ OF_A_GROUP = [
     if any(word in name for word in ("reduce", "gather", "scatter", "broadcast", "alltoall", "barrier"))
 ]
 reached: list[str] = []
-"""Collectives that reached the process group, whoever issued them."""
+"""Collectives that reached the process group, whoever issued them, and tensors formatted as text."""
 
 
 class CountingDist:
@@ -108,6 +108,8 @@ def collectives(folder: Path) -> None:
         for name in OF_A_GROUP:
             method = getattr(dist.ProcessGroup, name)
             stack.enter_context(patch.object(dist.ProcessGroup, name, noting(name, method)))
+        formatted = noting("formatted", Tensor.__repr__)
+        stack.enter_context(patch.object(Tensor, "__repr__", formatted))
         few = ["train.steps=4", "method.k=35", "method.t_i=0", "method.interval=2", "method.t_f=1"]
         for recipe, overrides in (
             ("pe_dyra", ["train.steps=12", "method.interval=5", "method.t_i=2"]),
