@@ -60,6 +60,8 @@ class ZeroEngine:
     triples (AdaptedModule.vectors) is partitioned and updated with them, and stays as it is when ranks change.
     """
 
+    _has_frozen = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -86,9 +88,11 @@ class ZeroEngine:
             set_z3_leaf_modules(model, [unit])
         # Every rebuild collects garbage, DeepSpeed's part of it too: it need not look through all that was imported
         # and loaded until now, which is most of a small model's rebuild.
-        gc.unfreeze()
+        if ZeroEngine._has_frozen:  # the last engine: what its run left may be garbage by now
+            gc.unfreeze()
         gc.collect()
         gc.freeze()
+        ZeroEngine._has_frozen = True
         atexit.register(gc.unfreeze)  # or libraries complain at exit of what they think was leaked
         self._build(self._layout([_rank(b) for b in self.modules]))
 

@@ -34,6 +34,7 @@ _FORKING.set_forkserver_preload(
         "tests.support.watching",
         "transformers.models.llama.modeling_llama",
         "transformers.models.llama.tokenization_llama",
+        "tests.support.frozen",
     ]
 )
 
