@@ -9,6 +9,7 @@ from dynrank_ds.zero import deepspeed_internals
 from dynrank_ds.zero.deepspeed_internals import (
     DeepSpeedEngine,
     DeepSpeedZeroOptimizer_Stage3,
+    Init,
     PartitionedParameterCoordinator,
 )
 
@@ -36,4 +37,20 @@ def test_a_class_without_an_attribute_that_is_used_is_named(
     assert getattr(deepspeed_internals, name) in (DeepSpeedEngine, DeepSpeedZeroOptimizer_Stage3)
     monkeypatch.setattr(deepspeed_internals, name, Other)
     with pytest.raises(MachineError, match=what):
+        deepspeed_internals.check()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (DeepSpeedZeroOptimizer_Stage3, "create_reduce_and_remove_grad_hooks"),
+        (DeepSpeedEngine, "_broadcast_model"),
+        (Init, "_zero_init_param"),
+    ],
+)
+def test_a_function_that_does_other_work_than_what_is_left_out_is_named(
+    owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, lambda *arguments: None)
+    with pytest.raises(MachineError, match=rf"has moved .*{name}.*install deepspeed==0\.19\.8"):
         deepspeed_internals.check()
