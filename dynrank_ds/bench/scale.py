@@ -141,7 +141,8 @@ def _shares(recipe: Recipe) -> list[float]:
     timing = Timing(set_up(recipe, False, device))
     timing.seconds([(timing.quiet, True)] * 3)  # DeepSpeed records the first
     shares = [
-        timing.seconds_inside() / (in_layers * statistics.mean(timing.seconds([(timing.quiet, False)] * 2)))
+        sum(timing.seconds_inside().values())
+        / (in_layers * statistics.mean(timing.seconds([(timing.quiet, False)] * 2)))
         for _ in range(REPETITIONS)
     ]
     processes.stop()

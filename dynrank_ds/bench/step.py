@@ -19,6 +19,11 @@ from dynrank_ds.training.loop import StepResult, Trainer
 from dynrank_ds.training.run import set_up
 from dynrank_ds.zero import processes
 
+PARTS = {
+    "on_backward": "inside backward: statistics, input energy, penalty",
+    "observe": "in observation: statistics by optimizer step",
+}
+"""The method's functions that a step without adjustment calls, and what they are named in the figures."""
 STEPS_BETWEEN_ADJUSTMENTS = 100
 """Over so many an adjustment's time is spread in the last figure."""
 
@@ -26,7 +31,8 @@ STEPS_BETWEEN_ADJUSTMENTS = 100
 def measure_step(recipe: Recipe, quick: bool) -> Iterator[Figure]:
     """Yield (what, figure) of the recipe's method on one global batch.
 
-    In 4 (quick) or 20 pairs of steps and 1 or 3 adjustments; intervals are of 95 %.
+    In 4 (quick) or 20 pairs of steps and 1 or 3 adjustments; intervals are of 95 %. Started in several processes, it
+    times the first.
 
     Raises:
         RecipeError: the recipe's method never adjusts ranks.
@@ -77,10 +83,10 @@ class Timing:
             trainer.train(after_step)
         return times
 
-    def seconds_inside(self) -> float:
-        """Return the seconds of the method in backward and `observe` of one step; the device is synchronised."""
+    def seconds_inside(self) -> dict[str, float]:
+        """Return the seconds of the method's `on_backward` and `observe` in one step; the device is synchronised."""
         inside = _Inside(self._trainer.device)
-        hooks = {name: inside.timed(getattr(self._method, name)) for name in ("on_backward", "observe")}
+        hooks = {name: inside.timed(name, getattr(self._method, name)) for name in PARTS}
         vars(self._method).update(hooks)
         self.seconds([(self.quiet, True)])
         for name in hooks:
@@ -101,19 +107,19 @@ def quiet_step(trainer: Trainer) -> int:
 
 
 class _Inside:
-    """Adds up the seconds of calls."""
+    """Adds up the seconds of calls, by name."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds = 0.0
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self._device = device
 
-    def timed(self, call: Callable[..., None]) -> Callable[..., None]:
+    def timed(self, name: str, call: Callable[..., None]) -> Callable[..., None]:
         def timed(*arguments: Any) -> None:
             synchronise(self._device)
             began = time.perf_counter()
             call(*arguments)
             synchronise(self._device)
-            self.seconds += time.perf_counter() - began
+            self.seconds[name] += time.perf_counter() - began
 
         return timed
 
@@ -126,23 +132,31 @@ def _figures(timing: Timing, pairs: int, adjustments: int) -> list[Figure]:
     ratios = [w / r - 1 for w, r in zip(worked, rested, strict=True)]
     added, half = statistics.mean(ratios), 1.96 * statistics.stdev(ratios) / len(ratios) ** 0.5
     step = statistics.median(rested)
-    inside = statistics.median(timing.seconds_inside() for _ in range(adjustments))
+    inside = [timing.seconds_inside() for _ in range(adjustments)]
     # The step after an adjustment is recorded anew, without prefetching.
-    costs = [
-        sum(timing.seconds([(number, True), at_work])) - 2 * statistics.median(worked)
-        for number in timing.adjusting[:adjustments]
-    ]
-    adjustment = statistics.median(costs) / step
-    low, high = (added + sign * half + adjustment / STEPS_BETWEEN_ADJUSTMENTS for sign in (-1, 1))
+    costs = [timing.seconds([(number, True), at_work]) for number in timing.adjusting[:adjustments]]
+    adjusting, behind = (
+        statistics.median(each) - statistics.median(worked) for each in zip(*costs, strict=True)
+    )
+    spread = (adjusting + behind) / step / STEPS_BETWEEN_ADJUSTMENTS
+    parts = {title: statistics.median(seconds[name] for seconds in inside) for name, title in PARTS.items()}
     return [
-        Figure("with fixed ranks", f"{step:.2f} s"),
+        Figure("with fixed ranks", f"{step:.2f} s", {"processes": processes.world_size(), "seconds": step}),
         Figure(
             "the method adds to it",
             f"{added:+.1%} [{added - half:+.1%}, {added + half:+.1%}], {len(ratios)} pairs",
+            {"added": added, "interval_95": [added - half, added + half]},
         ),
-        Figure("of which timed inside backward and observation", f"{inside:.3f} s, {inside / step:+.1%}"),
+        *(
+            Figure(title, f"{seconds:.3f} s, {seconds / step:+.1%}", {"seconds": seconds})
+            for title, seconds in parts.items()
+        ),
+        Figure("one adjustment", f"{adjusting:.2f} s, {adjusting / step:.2f} steps", {"seconds": adjusting}),
         Figure(
-            "one adjustment, the step after it included", f"{adjustment * step:.2f} s, {adjustment:.2f} steps"
+            "the step after it, slower by", f"{behind:.2f} s, {behind / step:.2f} steps", {"seconds": behind}
         ),
-        Figure(f"added, adjusting every {STEPS_BETWEEN_ADJUSTMENTS} steps", f"[{low:+.1%}, {high:+.1%}]"),
+        Figure(
+            f"added, adjusting every {STEPS_BETWEEN_ADJUSTMENTS} steps",
+            f"[{added - half + spread:+.1%}, {added + half + spread:+.1%}]",
+        ),
     ]
