@@ -14,6 +14,7 @@ from typing import Any
 from dynrank_ds.bench.adjustment import measure_adjustment
 from dynrank_ds.bench.checkpoint import measure_checkpoint
 from dynrank_ds.bench.data import measure_data
+from dynrank_ds.bench.evaluation import measure_eval
 from dynrank_ds.bench.figures import Figure
 from dynrank_ds.bench.linear import measure_linear
 from dynrank_ds.bench.load import measure_load
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "startup": measure_startup,
     "peers": measure_peers,
     "peers_trend": measure_trend,
+    "eval": measure_eval,
 }
 
 
