@@ -63,7 +63,7 @@ def _equilibrium(record: RunRecord) -> list[tuple[int, float]]:
 
 def _course(records: Sequence[RunRecord]) -> Plot:
     figure, [axes] = canvas(width=11, height=2.8)
-    rows: list[tuple[object, ...]] = []
+    rows: list[tuple[str, int, float]] = []
     for number, record in enumerate(records):
         points = _equilibrium(record)
         if points:
@@ -75,7 +75,9 @@ def _course(records: Sequence[RunRecord]) -> Plot:
                 label=_label(record),
             )
         rows += [(record.name, step, value) for step, value in points]
-    axes.set_yscale("log")
+    values = [value for _, _, value in rows]
+    if max(values) > 10 * min(values):
+        axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("mean variance of a row")
     open_axes([axes], [line["step"] for line in records[0].adjustments])
@@ -99,7 +101,7 @@ def _variances(records: Sequence[RunRecord]) -> Plot:
     rows: list[tuple[object, ...]] = []
     for panel, factor in zip(panels, ("A", "B"), strict=True):
         everything = np.concatenate([variances[factor] for _, variances in found])
-        bins = np.histogram_bin_edges(np.log10(everything[everything > 0]), bins=60).tolist()
+        bins = np.histogram_bin_edges(np.log10(everything[everything > 0]), bins="auto").tolist()
         for number, (record, variances) in enumerate(found):
             positive = variances[factor][variances[factor] > 0]
             colour = SERIES[number % len(SERIES)]
