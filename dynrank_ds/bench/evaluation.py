@@ -62,15 +62,9 @@ def measure_eval(recipe: Recipe, quick: bool) -> Iterator[Figure]:
 def _command(recipe: Recipe, prompts: int, engines: int, output: Path) -> float:
     """Return the seconds of `dynrank-eval run`."""
     command = [sys.executable, "-m", "dynrank_eval.cli", "run", "--model", str(recipe.model.path)]
-    command += [
-        "--task",
-        recipe.eval.tasks[0],
-        "--data-dir",
-        str(recipe.eval.data_dir),
-        "--limit",
-        str(prompts),
-    ]
-    command += ["--max-new-tokens", str(TOKENS), "--engines", str(engines), "--output", str(output)]
+    command += ["--task", recipe.eval.tasks[0], "--data-dir", str(recipe.eval.data_dir)]
+    command += ["--limit", str(prompts), "--max-new-tokens", str(TOKENS)]
+    command += ["--engines", str(engines), "--output", str(output)]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -84,7 +78,7 @@ def _in_this_process(recipe: Recipe, prompts: int) -> tuple[Callable[[], object]
 
     from dynrank_eval import GenerationSettings, Selection, evaluate
     from dynrank_eval.engines import model as models
-    from dynrank_eval.engines.vllm import VllmEngine
+    from dynrank_eval.engines import start_engine
     from dynrank_eval.generation import resolve_dtype
     from dynrank_eval.jobs import prepare
 
@@ -95,7 +89,7 @@ def _in_this_process(recipe: Recipe, prompts: int) -> tuple[Callable[[], object]
     tokenizer = models.load_tokenizer(path)
     ids = models.encode_prompts(tokenizer, job.prompts(tokenizer))
     spec = models.ModelSpec(path, None, resolve_dtype("auto"), max(map(len, ids)) + TOKENS)
-    engine: Any = VllmEngine(spec)
+    engine: Any = start_engine("vllm", spec)
     sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, stop=list(job.protocol.stop))
 
     def bare() -> None:
